@@ -1,0 +1,122 @@
+"""What the machine can do: precision, threads, memory, and whether the launcher started what was asked for."""
+
+import ctypes
+import os
+import sys
+from pathlib import Path
+
+import cv2
+import torch
+
+from matchai.errors import InputError
+
+
+def choose_precision(asked: str, device: torch.device) -> tuple[str, str]:
+    """Resolves `mixed_precision`.
+
+    Args:
+        asked: `auto`, `no`, `bf16` or `fp16`.
+        device: Where the model runs.
+
+    Returns:
+        `no`, `bf16` or `fp16`, and the reason in words.
+
+    Raises:
+        InputError: For fp16 on a CPU, which Accelerate would accept and ignore.
+    """
+    launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # the bare launcher exports "no", which is no choice
+    if asked != "auto":
+        choice, reason = asked, "as asked"
+    elif launcher in ("fp16", "bf16"):
+        choice, reason = launcher, "as the launcher asks"
+    elif device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        choice, reason = "bf16", "the GPU computes it natively"
+    elif device.type == "cuda":
+        choice, reason = "fp16", "the GPU has no native bf16"
+    elif device.type == "cpu" and _cpu_has_bf16():
+        choice, reason = "bf16", "the CPU computes it natively"
+    else:
+        choice, reason = "no", f"the {device.type} has no native bf16"
+    if choice == "fp16" and device.type == "cpu":
+        raise InputError(
+            "mixed_precision is fp16, but a CPU does not train in fp16: use --mixed-precision auto, bf16 or no."
+        )
+    return choice, reason
+
+
+def _cpu_has_bf16() -> bool:
+    capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()  # newer than our oldest torch
+    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "sve_bf16", "bf16"))
+
+
+def set_threads(num_local_processes: int) -> int:
+    """Shares the cores out between this host's training processes, unless the user chose; returns the threads.
+
+    `accelerate launch` and torchrun export OMP_NUM_THREADS=1 when nobody chose, which would leave all other cores
+    idle, so theirs counts as no choice: what counts is the launcher's own environment, where it can be read.
+    """
+    # cv2's threads fight the loader's workers and torch's own
+    cv2.setNumThreads(0)
+    if "OMP_NUM_THREADS" in os.environ and not _set_by_launcher("OMP_NUM_THREADS"):
+        return torch.get_num_threads()
+    torch.set_num_threads(max(1, num_cores() // num_local_processes))
+    return torch.get_num_threads()
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _set_by_launcher(name: str) -> bool:
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
+    if not launched:
+        return False
+    try:
+        environment = Path(f"/proc/{os.getppid()}/environ").read_bytes()
+    except OSError:  # no Linux: the launchers' value for "nobody chose" is 1
+        return os.environ[name] == "1"
+    return not any(entry.startswith(f"{name}=".encode()) for entry in environment.split(b"\0"))
+
+
+def keep_heap() -> None:
+    """Lets glibc keep freed activations instead of handing them back to the system after every step.
+
+    Mapping and clearing them anew took half of a training step at 384² on the measured two-core CPU. Does nothing on
+    other C libraries, nor where the user set glibc's own variables.
+    """
+    if not sys.platform.startswith("linux") or any(name.startswith("MALLOC_") for name in os.environ):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        m_trim_threshold, m_mmap_threshold = -1, -3
+        mallopt(m_mmap_threshold, 2**30)
+        mallopt(m_trim_threshold, 2**31 - 1)
+
+
+def check_launch(num_processes: int) -> None:
+    """Refuses a launch that started other processes than the launcher was asked for.
+
+    Args:
+        num_processes: As Accelerate counts them.
+
+    Raises:
+        InputError: If the environment names more processes than have joined.
+    """
+    asked = int(os.environ.get("WORLD_SIZE", "1") or 1)
+    if asked != num_processes:
+        raise InputError(
+            f"The launcher started {asked} processes, but each believes to be alone; on CPUs start them with "
+            f"`ACCELERATE_USE_CPU=1 accelerate launch --multi_gpu --num_processes {asked} -m matchai.train`."
+        )
+
+
+def default_workers(device: torch.device, num_local_processes: int) -> int:
+    """Loader processes for each training process.
+
+    None on a CPU, where loading from the cache is 0.1 % of a step and a worker takes a core from training; on a GPU
+    the cores but one, at most 8 (a core prepares about 2,000 slices a second).
+    """
+    if device.type == "cpu":
+        return 0
+    return max(0, min(8, num_cores() // num_local_processes - 1))

@@ -1,0 +1,114 @@
+"""Metrics from integer counts: add up over slices, batches and processes in any order, divide once.
+
+A confusion matrix of one slice, (C, C) with truth in rows and prediction in columns, holds all that Dice and IoU
+need. *Pooled* figures divide the counts of a whole set; a mean of per-image figures is another number.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+Counts = NDArray[np.int64]
+
+
+def confusion_counts(pred: Tensor, target: Tensor, num_classes: int) -> Tensor:
+    """Counts, for every slice, the pixels of each (truth, prediction).
+
+    Args:
+        pred: (B, H, W) integer class indices.
+        target: (B, H, W) integer class indices.
+        num_classes: C; every index must lie in 0..C-1.
+
+    Returns:
+        (B, C, C) int64 on the same device, truth in rows.
+    """
+    batch = len(target)
+    cell = target.reshape(batch, -1).long() * num_classes + pred.reshape(batch, -1).long()
+    cell += torch.arange(batch, device=cell.device).unsqueeze(1) * num_classes**2
+    return torch.bincount(cell.flatten(), minlength=batch * num_classes**2).view(batch, num_classes, num_classes)
+
+
+def dice_per_class(confusion: Counts) -> NDArray[np.float64]:
+    """2 |P ∩ T| / (|P| + |T|) for every class (Dice 1945); NaN for a class without a pixel in the truth.
+
+    Args:
+        confusion: (..., C, C) counts, truth in rows.
+
+    Returns:
+        (..., C) float64.
+    """
+    return _ratio(confusion, lambda both, truth, pred: (2 * both, truth + pred))
+
+
+def iou_per_class(confusion: Counts) -> NDArray[np.float64]:
+    """|P ∩ T| / |P ∪ T| for every class (Jaccard 1912); NaN for a class without a pixel in the truth.
+
+    Args:
+        confusion: (..., C, C) counts, truth in rows.
+
+    Returns:
+        (..., C) float64.
+    """
+    return _ratio(confusion, lambda both, truth, pred: (both, truth + pred - both))
+
+
+def _ratio(confusion: Counts, parts: Callable[..., tuple[Counts, Counts]]) -> NDArray[np.float64]:
+    both = np.diagonal(confusion, axis1=-2, axis2=-1)
+    truth, pred = confusion.sum(-1), confusion.sum(-2)
+    numerator, denominator = parts(both, truth, pred)
+    ratio = np.full(both.shape, np.nan)
+    np.divide(numerator, denominator, out=ratio, where=truth > 0)
+    return ratio
+
+
+def mean_defined(values: NDArray[np.float64]) -> float:
+    """The mean of the values that are not NaN; NaN where all are."""
+    defined = values[~np.isnan(values)]
+    return float(defined.mean()) if len(defined) else math.nan
+
+
+def notebook_dice(confusions: Counts, batch_size: int) -> float:
+    """The figure of the notebook that matchai grew out of, for comparison with it alone.
+
+    Dice of each class in each batch, a class absent from truth and prediction counting 1, averaged over classes and
+    then over batches. It depends on the batch size and flatters rare classes.
+
+    Args:
+        confusions: (N, C, C) counts of each slice, in order.
+        batch_size: Slices of a batch; the last may be short.
+    """
+    figures = []
+    for start in range(0, len(confusions), batch_size):
+        counts = confusions[start : start + batch_size].sum(0)
+        both, sizes = np.diagonal(counts), counts.sum(0) + counts.sum(1)
+        figures.append(np.divide(2 * both, sizes, out=np.ones(len(both)), where=sizes > 0).mean())
+    return float(np.mean(figures))
+
+
+def summarise(confusions: Counts, lesion_classes: list[int], batch_size: int) -> dict[str, Any]:
+    """Every metric of a validation pass, under the names that the history uses; all but `notebook_dice` pooled.
+
+    Args:
+        confusions: (N, C, C) counts of each slice, in order.
+        lesion_classes: Indices of the classes whose mean is the lesion Dice.
+        batch_size: For `notebook_dice`.
+
+    Returns:
+        `dice_per_class`, `mean_dice`, `lesion_dice`, `iou_per_class`, `mean_iou`, `notebook_dice`: floats or lists of
+        them, NaN where undefined.
+    """
+    pooled = confusions.sum(0)
+    dice, iou = dice_per_class(pooled), iou_per_class(pooled)
+    return {
+        "dice_per_class": dice.tolist(),
+        "mean_dice": mean_defined(dice),
+        "lesion_dice": mean_defined(dice[lesion_classes]),
+        "iou_per_class": iou.tolist(),
+        "mean_iou": mean_defined(iou),
+        "notebook_dice": notebook_dice(confusions, batch_size),
+    }

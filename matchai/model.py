@@ -1,0 +1,208 @@
+"""The UNet++ of segmentation-models-pytorch: its weights seeded, its drop path keyed, its encoder loaded or refused."""
+
+import difflib
+import socket
+import urllib.request
+import warnings
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from matchai.errors import InputError
+
+try:
+    import segmentation_models_pytorch as smp
+    import timm
+    from timm.layers import DropPath
+except (RuntimeError, OSError, ImportError) as error:
+    # a CPU build of torch beside the registry's torchvision: "operator torchvision::nms does not exist"
+    raise InputError(
+        f"segmentation-models-pytorch cannot be imported ({str(error).splitlines()[0]}); most often torch and "
+        "torchvision are builds that do not fit each other: install both in one command, "
+        "`pip install --force-reinstall torch torchvision`."
+    ) from error
+
+_STREAM = 0xD209  # keeps drop path's random numbers apart from the sampler's and the augmentation's
+PROBE_SIZE = 64  # pixels; enough for five halvings
+
+
+class KeyedDropPath(nn.Module):
+    """Stochastic depth (Huang et al. 2016) whose mask is given from outside, slice by slice.
+
+    Attributes:
+        uniforms: (B,) numbers in [0, 1) of the batch to come; a slice keeps the path where its number is below the
+            chance of keeping it. Set by `set_drop_path`.
+    """
+
+    uniforms: Tensor
+
+    def __init__(self, drop_prob: float) -> None:
+        super().__init__()
+        self.keep_prob = 1.0 - drop_prob
+        self.register_buffer("uniforms", torch.zeros(0), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Keeps or zeroes each slice's path, and scales what is kept by 1 / its chance; x (B, ...)."""
+        if not self.training:
+            return x
+        mask = (self.uniforms < self.keep_prob).to(x.dtype) / self.keep_prob
+        return x * mask.view(-1, *[1] * (x.ndim - 1))
+
+
+def build_model(encoder: str, num_classes: int, *, encoder_weights: str = "none", seed: int = 0) -> nn.Module:
+    """Builds the UNet++ for one-channel slices.
+
+    Takes images (B, 1, H, W) to logits (B, num_classes, H, W), H and W multiples of 32. The same seed gives the same
+    weights; the global random state is left as it was. Parameters that no output depends on (the recipe's encoder has
+    `conv_head` and `bn2`) are frozen: DistributedDataParallel waits for their gradient in vain.
+
+    Args:
+        encoder: Name of an smp encoder.
+        num_classes: C.
+        encoder_weights: `imagenet` (local cache, then hub), `none`, or a file of encoder weights.
+        seed: Seed of the initial weights.
+
+    Raises:
+        InputError: For an unknown encoder, or weights that cannot be had or do not fit. Never falls back to random
+            weights.
+    """
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`timm-` encoders are deprecated", DeprecationWarning)
+        warnings.filterwarnings("ignore", "For 'tu-'", UserWarning)
+        torch.manual_seed(seed)
+        model = _unetplusplus(encoder, num_classes, encoder_weights)
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, DropPath):
+                setattr(module, name, KeyedDropPath(child.drop_prob))
+    _freeze_unused(model)
+    return model
+
+
+def set_drop_path(model: nn.Module, seed: int, epoch: int, positions: list[int]) -> None:
+    """Gives every drop-path layer the numbers of the batch to come, a pure function of (seed, epoch, position, layer).
+
+    Args:
+        model: A model of `build_model`, possibly wrapped.
+        seed: Seed of the run.
+        epoch: The epoch.
+        positions: (B,) places of the batch's draws in the epoch.
+    """
+    layers = [module for module in model.modules() if isinstance(module, KeyedDropPath)]
+    if not layers:
+        return
+    keys = [np.random.default_rng((_STREAM, seed, epoch, position)).random(len(layers)) for position in positions]
+    uniforms = torch.tensor(np.array(keys, dtype=np.float32).reshape(len(positions), -1).T)
+    uniforms = uniforms.to(layers[0].uniforms.device, non_blocking=True)
+    for layer, row in zip(layers, uniforms, strict=True):
+        layer.uniforms = row
+
+
+def _unetplusplus(encoder: str, num_classes: int, encoder_weights: str) -> nn.Module:
+    # timm's own encoders bring their weights themselves
+    by_timm = encoder_weights == "imagenet" and "pretrained_settings" not in smp.encoders.encoders.get(encoder, {})
+    pretrained = encoder_weights != "none" and not by_timm
+    weights = _encoder_weights(encoder, encoder_weights) if pretrained else {}
+    first = next((weight for weight in weights.values() if weight.ndim == 4), None)
+    channels = 3 if first is not None and first.shape[1] == 3 else 1
+    try:
+        model: Any = smp.UnetPlusPlus(
+            encoder, encoder_weights="imagenet" if by_timm else None, in_channels=channels, classes=num_classes
+        )
+    except Exception as error:
+        raise InputError(_encoder_problem(encoder, by_timm, error)) from error
+    if pretrained:
+        expected = model.encoder.state_dict()
+        missing = sorted(set(expected) - set(weights) - {k for k in expected if k.endswith("num_batches_tracked")})
+        wrong = [name for name in expected if name in weights and expected[name].shape != weights[name].shape]
+        if missing or wrong:
+            which = f"{missing[0]} is missing" if missing else f"{wrong[0]} is {tuple(weights[wrong[0]].shape)}"
+            raise InputError(
+                f"{encoder_weights} does not hold the weights of encoder {encoder}: {which} "
+                f"({len(missing)} missing and {len(wrong)} of another shape among {len(expected)}); "
+                "give the weights of that encoder, or another --encoder."
+            )
+        model.encoder.load_state_dict({**expected, **{k: v for k, v in weights.items() if k in expected}})
+        if channels == 3:
+            model.encoder.set_in_channels(1, pretrained=True)  # sums the filters over the colours
+    built: nn.Module = model
+    return built
+
+
+def _encoder_weights(encoder: str, source: str) -> dict[str, Tensor]:
+    """Pretrained weights of an encoder under its own names, from the hub's cache, the hub or a file."""
+    if source != "imagenet":
+        path = Path(source).expanduser()
+    else:
+        settings: Any = smp.encoders.encoders[encoder]["pretrained_settings"].get("imagenet")
+        if settings is None:
+            raise InputError(f"encoder {encoder} has no ImageNet weights; give --encoder-weights none, or a file.")
+        path = _from_hub(encoder, settings["repo_id"], settings["revision"])
+    try:
+        if path.suffix == ".safetensors":
+            weights: Any = load_file(path)
+        else:
+            weights = torch.load(path, map_location="cpu", weights_only=True)
+        weights = weights.get("state_dict", weights)
+        assert all(isinstance(weight, Tensor) for weight in weights.values())
+    except Exception as error:
+        reason = "it does not exist" if isinstance(error, FileNotFoundError) else "it is no file of tensors"
+        raise InputError(
+            f"encoder weights cannot be read from {path}: {reason}; --encoder-weights takes imagenet, none, or a "
+            ".safetensors or .pth file of weights alone."
+        ) from None
+    prefix = "encoder."
+    inner = {name.removeprefix(prefix): weight for name, weight in weights.items() if name.startswith(prefix)}
+    return inner or dict(weights)
+
+
+def _from_hub(encoder: str, repo_id: str, revision: str) -> Path:
+    from huggingface_hub import constants, hf_hub_download  # noqa: PLC0415 imports that random weights do not need
+
+    try:
+        return Path(hf_hub_download(repo_id, "model.safetensors", revision=revision, local_files_only=True))
+    except Exception:  # not in the cache: the hub raises its own and its HTTP library's errors
+        print(f"Fetching the ImageNet weights of {encoder} from the hub ...", flush=True)
+    try:
+        if not urllib.request.getproxies():
+            # without a network this fails at once, the hub's own retries after 23 s
+            socket.create_connection((urlsplit(constants.ENDPOINT).hostname, 443), timeout=10).close()
+        return Path(hf_hub_download(repo_id, "model.safetensors", revision=revision))
+    except Exception as error:
+        raise InputError(_offline_problem(encoder, repo_id, revision)) from error
+
+
+def _offline_problem(encoder: str, repo_id: str = "", revision: str = "") -> str:
+    fetch = f"run `hf download {repo_id} --revision {revision}` and " if repo_id else ""
+    return (
+        f"The ImageNet weights of {encoder} are not in the local cache, and the hub cannot be reached: on a machine "
+        f"with network {fetch}copy its ~/.cache/huggingface here, or give a local file with --encoder-weights FILE, "
+        "or start from random weights with --encoder-weights none."
+    )
+
+
+def _encoder_problem(encoder: str, by_timm: bool, error: Exception) -> str:
+    names = [*smp.encoders.get_encoder_names(), *(f"tu-{name}" for name in timm.list_models())]
+    if encoder in names:
+        return _offline_problem(encoder) if by_timm else f"Encoder {encoder} cannot be built into a UNet++: {error}"
+    near = difflib.get_close_matches(encoder, names, 3)
+    return (
+        f"There is no encoder {encoder!r}"
+        + (f"; did you mean {' or '.join(near)}" if near else "")
+        + "? The encoders are those of segmentation-models-pytorch, and all of timm's as tu-NAME."
+    )
+
+
+def _freeze_unused(model: nn.Module) -> None:
+    was_training = model.training
+    model.eval()
+    model(torch.zeros(1, 1, PROBE_SIZE, PROBE_SIZE)).sum().backward()
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.grad is not None)
+        parameter.grad = None
+    model.train(was_training)

@@ -1,0 +1,131 @@
+"""Settings from the command line and YAML files, and back.
+
+Precedence: default < preset < `--config` file < flag; the last of a repeated flag wins. Neither this module nor
+`matchai.config` imports torch or numpy, so that `--help` answers at once.
+"""
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+import tyro
+import yaml
+
+from matchai.config import PLACE, PRESETS, TrainConfig
+from matchai.errors import InputError
+
+
+def parse(argv: list[str], description: str, prog: str) -> TrainConfig:
+    """Reads a command line; prints and exits with status 0 for --help, with 2 for a wrong flag.
+
+    Raises:
+        InputError: For a --config file that cannot be used, with every problem in it.
+    """
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for name in ("config", "preset", "data"):
+        first.add_argument(f"--{name}", nargs="?")
+    known = (
+        first.parse_known_args(argv)[0]
+        if not {"-h", "--help"} & set(argv)
+        else argparse.Namespace(config=None, preset=None, data=None)
+    )
+    base = preset_config(load(Path(known.config)) if known.config else {}, preset=known.preset, data=known.data)
+    return tyro.cli(
+        tyro.conf.configure(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)(TrainConfig),
+        args=argv,
+        default=base,
+        prog=prog,
+        description=description,
+    )
+
+
+def preset_config(settings: dict[str, Any], *, preset: str | None = None, data: str | None = None) -> TrainConfig:
+    """The preset that `settings` and the two flags imply, with `settings` over it.
+
+    Args:
+        settings: Settings under their names, as a file holds them.
+        preset: The preset asked for by flag; wins over `settings`.
+        data: The data folder asked for by flag.
+
+    Raises:
+        InputError: For unknown names and wrong types in `settings`.
+    """
+    has_data = data is not None or settings.get("data") is not None
+    name = preset or settings.get("preset") or ("recipe" if has_data else "quick")
+    # An unknown name is left to the parser, which lists the right ones.
+    base = TrainConfig().updated(**PRESETS.get(name, {}))
+    return base.updated_from({**settings, "preset": name if name in PRESETS else "recipe"}, "")
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice, of which YAML would silently keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise InputError(f"{key} is given twice; keep one.")
+        return super().construct_mapping(node, deep)
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Reads a YAML file of settings under their flat names; what a run recorded of itself is left out.
+
+    Raises:
+        InputError: If the file is missing, no YAML mapping, or holds an unknown name or a value of a wrong type.
+    """
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader)
+    except OSError as error:
+        raise InputError(f"{path}: the settings file cannot be read ({error.strerror}); check --config.") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is not a text file; --config takes a YAML file of settings.") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        reason = getattr(error, "problem", None) or "not readable as YAML"
+        raise InputError(f"{path}{line}: {reason}; write one `name: value` a line, indented with spaces.") from None
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise InputError(
+            f"{path} holds {type(content).__name__}, but settings are a mapping: one `name: value` a line."
+        )
+    content.pop("recorded", None)
+    TrainConfig().updated_from(content, f"{path}: ")
+    return content
+
+
+def dump(config: TrainConfig, recorded: dict[str, Any]) -> str:
+    """The settings as YAML that `load` reads back, grouped, with what the run recorded of itself at the end."""
+    parts = ["# A matchai run. `--config` with this file repeats it; a flag wins over a line here."]
+    for group in dataclasses.fields(TrainConfig):
+        settings = getattr(config, group.name)
+        values = {
+            leaf.name: _plain(getattr(settings, leaf.name))
+            for leaf in dataclasses.fields(settings)
+            if leaf.name not in PLACE
+        }
+        parts.append(f"# {str(type(settings).__doc__).splitlines()[0]}\n{_yaml(values)}")
+    parts.append(f"# What was found when it ran; not read back.\n{_yaml({'recorded': recorded})}")
+    return "\n".join(parts)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return list(value)
+    return str(value) if isinstance(value, Path) else value
+
+
+def _yaml(values: dict[str, Any]) -> str:
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=110, default_flow_style=None)
+
+
+def command() -> str:
+    """The command that the user typed, as far as Python knows it, to be told again in hints."""
+    module = getattr(sys.modules.get("__main__"), "__spec__", None)
+    return f"python -m {module.name}" if module and module.name else Path(sys.argv[0]).name
