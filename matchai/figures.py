@@ -323,7 +323,7 @@ def _fill_panel(axes: Axes, grey: Floats, labels: npt.NDArray[np.integer[Any]], 
     for index, color in reversed(colors.items()):
         inside = np.equal(labels, index)
         picture[inside] = (1 - OVERLAY) * picture[inside] + OVERLAY * np.array(to_rgb(color))
-        if 0 < np.count_nonzero(inside) < inside.size:  # matplotlib warns of a level that is never crossed
+        if 0 < np.count_nonzero(inside) < inside.size:  # older matplotlib warns of a line it cannot draw
             axes.contour(inside, levels=[0.5], colors=[color], linewidths=0.9)
     axes.imshow(np.round(picture * 255).astype(np.uint8), aspect="auto")
     axes.set_axis_off()

@@ -39,12 +39,10 @@ class KeyedDropPath(nn.Module):
             chance of keeping it. Set by `set_drop_path`.
     """
 
-    uniforms: Tensor
-
     def __init__(self, drop_prob: float) -> None:
         super().__init__()
         self.keep_prob = 1.0 - drop_prob
-        self.register_buffer("uniforms", torch.zeros(0), persistent=False)
+        self.uniforms = torch.zeros(0)  # no buffer: it is neither saved nor averaged
 
     def forward(self, x: Tensor) -> Tensor:
         """Keeps or zeroes each slice's path, and scales what is kept by 1 / its chance; x (B, ...)."""
@@ -98,7 +96,7 @@ def set_drop_path(model: nn.Module, seed: int, epoch: int, positions: list[int])
         return
     keys = [np.random.default_rng((_STREAM, seed, epoch, position)).random(len(layers)) for position in positions]
     uniforms = torch.tensor(np.array(keys, dtype=np.float32).reshape(len(positions), -1).T)
-    uniforms = uniforms.to(layers[0].uniforms.device, non_blocking=True)
+    uniforms = uniforms.to(next(model.parameters()).device, non_blocking=True)
     for layer, row in zip(layers, uniforms, strict=True):
         layer.uniforms = row
 

@@ -1,0 +1,175 @@
+"""Best weights and the resumable state: whole or absent, verified by hash, never a pickle."""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import socket
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import safetensors.torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from matchai.errors import InputError
+from matchai.files import sync_folder, write_whole
+
+BEST = "best.safetensors"
+LAST = "last"
+KEPT = 2  # states; the one before the newest is the way out if the newest is damaged
+_STATE, _RECORD = "state.safetensors", "state.json"
+
+
+@dataclass(frozen=True)
+class State:
+    """A resumable state.
+
+    Attributes:
+        tensors: Every tensor by name.
+        record: Everything else, JSON.
+        best: The best weights so far, a complete safetensors file, or None.
+    """
+
+    tensors: dict[str, Tensor]
+    record: dict[str, Any]
+    best: bytes | None
+
+
+def pack_weights(weights: dict[str, Tensor], about: dict[str, Any]) -> bytes:
+    """A safetensors file of weights whose header says under `matchai` what prediction needs, as JSON."""
+    plain = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
+    return safetensors.torch.save(plain, {"matchai": json.dumps(about, sort_keys=True)})
+
+
+def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Reads the weights that a run kept, and what its header says of them.
+
+    Args:
+        path: A run's folder, or a `best.safetensors` file.
+
+    Raises:
+        InputError: If there are none, or the file is not matchai's.
+    """
+    file = path / BEST if path.is_dir() else path
+    try:
+        with safe_open(file, "pt") as opened:
+            about = json.loads((opened.metadata() or {})["matchai"])
+            return {name: opened.get_tensor(name) for name in opened.keys()}, about  # noqa: SIM118 no mapping
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        reason = "does not exist" if isinstance(error, FileNotFoundError) else "is no file of weights that a run kept"
+        raise InputError(f"{file} {reason}; give the folder of a matchai run, or its {BEST}.") from None
+
+
+def save_state(folder: Path, state: State) -> None:
+    """Commits a state under `folder`/last and keeps the one before; a crash at any instant leaves a good one.
+
+    The state is written into a folder beside, each file synced, its record with their hashes last, and becomes
+    visible by one rename. Then the best weights are published as `folder`/best.safetensors.
+    """
+    last = folder / LAST
+    last.mkdir(exist_ok=True)
+    names = _names(last)
+    number = int(names[-1].removeprefix("state-")) + 1 if names else 1
+    beside = last / f".state-{number:06d}.tmp"
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir()
+    contents = {_STATE: safetensors.torch.save({k: v.detach().cpu().contiguous() for k, v in state.tensors.items()})}
+    if state.best is not None:
+        contents[BEST] = state.best
+    for name, content in contents.items():
+        write_whole(beside / name, content)
+    hashes = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+    record = json.dumps({"hashes": hashes, "record": state.record}, sort_keys=True)
+    seal = hashlib.sha256(record.encode()).hexdigest()
+    write_whole(beside / _RECORD, f"{record}\n{seal}\n".encode())
+    sync_folder(beside)
+    beside.rename(last / f"state-{number:06d}")
+    sync_folder(last)
+    if state.best is not None:
+        publish_best(folder, state.best)
+    for name in names[: 1 - KEPT]:
+        dying = last / f".{name}.old"
+        (last / name).rename(dying)
+        shutil.rmtree(dying, ignore_errors=True)
+
+
+def publish_best(folder: Path, best: bytes) -> None:
+    """Makes `best` the run's best.safetensors, unless it is that already."""
+    path = folder / BEST
+    if not (path.is_file() and path.read_bytes() == best):
+        write_whole(path, best)
+
+
+def load_state(folder: Path) -> State | None:
+    """The newest complete state of a run; a torn or altered one is passed over with a warning. None where none is.
+
+    Raises:
+        InputError: If states are there, but none of them is whole.
+    """
+    last = folder / LAST
+    names = _names(last) if last.is_dir() else []
+    for name in reversed(names):
+        try:
+            return _read_state(last / name)
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            warnings.warn(f"{last / name} is damaged ({error}); the state before it is taken.", stacklevel=2)
+    if names:
+        raise InputError(f"No state in {last} is whole; start afresh with --restart, which moves the old run aside.")
+    return None
+
+
+def _read_state(folder: Path) -> State:
+    text, seal = (folder / _RECORD).read_text(encoding="utf-8").splitlines()
+    if hashlib.sha256(text.encode()).hexdigest() != seal:
+        raise ValueError(f"{_RECORD} was altered")
+    stored = json.loads(text)
+    contents = {}
+    for name in (_STATE, BEST):
+        if name in stored["hashes"]:
+            contents[name] = (folder / name).read_bytes()
+            if hashlib.sha256(contents[name]).hexdigest() != stored["hashes"][name]:
+                raise ValueError(f"{name} was altered or is incomplete")
+    return State(safetensors.torch.load(contents[_STATE]), stored["record"], contents.get(BEST))
+
+
+def _names(last: Path) -> list[str]:
+    return sorted(path.name for path in last.iterdir() if path.name.startswith("state-"))
+
+
+@contextlib.contextmanager
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Holds a run's folder for this process; the system lets go of it when the process ends, however it ends.
+
+    Raises:
+        InputError: If another process holds it.
+    """
+    with (folder / "run.lock").open("a+") as file:
+        try:
+            _lock(file)
+        except OSError:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            raise InputError(
+                f"{folder} is in use by {holder}; wait for it, stop it, or name another folder with --output."
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
+
+
+def _lock(file: IO[str]) -> None:
+    try:
+        import fcntl  # noqa: PLC0415 not on Windows
+    except ImportError:
+        import msvcrt  # noqa: PLC0415 only on Windows
+
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+    else:
+        # a record lock: unlike a flock it does not live on in forked loader workers
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,0 +1,345 @@
+"""Prepared slices: checked, windowed, resized once, kept in a memory-mapped cache that is verified before every use."""
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from numpy.lib.format import open_memmap
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from matchai.arrays import ArraySet
+from matchai.augmentation import Augmentation
+from matchai.errors import InputError
+from matchai.files import sync_folder, write_whole
+
+FORMAT = 1  # part of the cache's key: raised whenever the preparation changes
+STEPS = 65535  # uint16; over a window of 2000 HU a step is 0.03 HU and rounding 0.015, against CT noise of 10 to 30 HU
+THUMBNAIL = 64
+NUM_THREADS = 2
+MAX_PROBLEMS = 20
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Slices:
+    """All slices of a data set at training size, memory-mapped.
+
+    Attributes:
+        images: (N, S, S) uint16; 0 to 65535 spans `hu_window`.
+        targets: (N, S, S) uint8 class indices.
+        thumbnails: (N, 64, 64) float32 in 0..1.
+        sums: (N, 2) uint64, each slice's sum and sum of squares over `images`.
+        pixels: (N, C) int64, each slice's pixels of each class at training size.
+        sets: (N,) int64, the array file each slice comes from.
+        hu_window: HU at 0 and at 65535.
+        notes: Sentences on what was odd and how it was settled.
+    """
+
+    images: NDArray[np.uint16]
+    targets: NDArray[np.uint8]
+    thumbnails: NDArray[np.float32]
+    sums: NDArray[np.uint64]
+    pixels: NDArray[np.int64]
+    sets: NDArray[np.int64]
+    hu_window: tuple[float, float]
+    notes: list[str]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def mean_std(self, indices: Sequence[int]) -> tuple[float, float]:
+        """Mean and standard deviation over the pixels of some slices, in units of the window (0 to 1); exact sums."""
+        count = len(indices) * self.images[0].size
+        total, squares = (sum(int(value) for value in self.sums[indices, k]) for k in (0, 1))
+        mean = total / count
+        variance = max(squares / count - mean * mean, 0.0)
+        return mean / STEPS, float(np.sqrt(variance)) / STEPS
+
+
+class SliceDataset(Dataset[tuple[Tensor, Tensor, int]]):
+    """Standardised images and targets of some slices.
+
+    An item is image (1, S, S) float32, target (S, S) uint8, and the position of the draw in its epoch. Augmented
+    items are asked for by a `matchai.sampling.Draw`, whose epoch and position key the augmentation.
+
+    Args:
+        slices: All slices.
+        indices: Which of them this data set holds, in order.
+        mean: Subtracted from the windowed image (0 to 1).
+        std: Divides the difference.
+        augmentation: For training; None for validation.
+    """
+
+    def __init__(
+        self, slices: Slices, indices: Sequence[int], mean: float, std: float, augmentation: Augmentation | None = None
+    ) -> None:
+        self.slices, self.indices, self.mean, self.std = slices, list(indices), mean, std
+        self.augmentation = augmentation
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, draw: int) -> tuple[Tensor, Tensor, int]:
+        index = self.indices[draw]
+        image = self.slices.images[index].astype(np.float32) * np.float32(1 / STEPS)
+        target = np.array(self.slices.targets[index])
+        position = getattr(draw, "position", int(draw))
+        if self.augmentation:
+            image, target = self.augmentation(image, target, draw.epoch, position)  # type: ignore[attr-defined]
+        image = (image - np.float32(self.mean)) / np.float32(self.std + 1e-8)
+        return torch.from_numpy(image)[None], torch.from_numpy(np.ascontiguousarray(target)), position
+
+
+def collate(items: Sequence[tuple[Tensor, Tensor, int]]) -> tuple[Tensor, Tensor, list[int]]:
+    """Stacks items into images (B, 1, S, S), target (B, S, S) and B positions; B may be 0, for an empty share."""
+    if not items:
+        return torch.zeros(0, 1, 1, 1), torch.zeros(0, 1, 1, dtype=torch.uint8), []
+    images, targets, positions = zip(*items, strict=True)
+    return torch.stack(images), torch.stack(targets), list(positions)
+
+
+def fingerprint(paths: Sequence[Path]) -> dict[str, str]:
+    """SHA-256 of whole files, by name; about 1 GB a second and core."""
+
+    def digest(path: Path) -> str:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    with ThreadPoolExecutor(NUM_THREADS) as pool:
+        return {path.name: value for path, value in zip(paths, pool.map(digest, paths), strict=True)}
+
+
+def prepare(
+    sets: Sequence[ArraySet],
+    digests: dict[str, str],
+    cache: Path,
+    *,
+    hu_window: tuple[float, float],
+    image_size: int,
+    class_names: Sequence[str],
+    background_class: int,
+    progress: Progress | None = None,
+) -> Slices:
+    """Opens the cache entry of these arrays and settings, or checks every slice and makes it.
+
+    Args:
+        sets: The arrays.
+        digests: Their `fingerprint`.
+        cache: Folder of cache entries; an entry that is damaged is made anew.
+        hu_window: Pixel values are clipped to this range.
+        image_size: S.
+        class_names: (C,) names, in channel order.
+        background_class: Index of the class of pixels that carry none.
+        progress: Told (slices done, slices in all).
+
+    Raises:
+        InputError: With every problem found in the slices, or if the cache cannot be written.
+    """
+    settings = [FORMAT, sorted(digests.items()), [s.name for s in sets], hu_window, image_size]
+    settings += [len(class_names), background_class]
+    key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:24]
+    folder = cache / key
+    found = _open(folder, hu_window)
+    if found is not None:
+        return found
+    num_slices = sum(map(len, sets))
+    need = num_slices * (image_size**2 * 3 + THUMBNAIL**2 * 4)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(cache).free
+        if free < need * 1.05:
+            raise InputError(
+                f"The prepared slices need {need / 1e6:,.0f} MB in {cache}, but {free / 1e6:,.0f} MB are free there; "
+                "make room, or name another folder with --cache."
+            )
+        with tempfile.TemporaryDirectory(dir=cache, prefix=".making-") as name:
+            beside = Path(name) / "entry"
+            beside.mkdir()
+            _make(sets, beside, hu_window, image_size, class_names, background_class, progress)
+            if folder.exists():  # damaged: what stands there failed its check
+                folder.rename(Path(name) / "damaged")
+            beside.rename(folder)
+        sync_folder(cache)
+    except OSError as error:
+        raise InputError(
+            f"The cache folder {cache} cannot be written ({error.strerror or error}); name another with --cache."
+        ) from None
+    made = _open(folder, hu_window)
+    assert made is not None, "a cache entry was changed while it was made"
+    return made
+
+
+ARRAYS = ("images", "targets", "thumbnails", "sums", "pixels", "sets")
+
+
+def _open(folder: Path, hu_window: tuple[float, float]) -> Slices | None:
+    """The entry, or None where it is missing or any of its files is not as it was written."""
+    try:
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        paths = [folder / f"{name}.npy" for name in ARRAYS]
+        if fingerprint(paths) != meta["digests"]:
+            return None
+        arrays = {name: np.load(path, mmap_mode="r") for name, path in zip(ARRAYS, paths, strict=True)}
+        return Slices(**arrays, hu_window=hu_window, notes=meta["notes"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _make(
+    sets: Sequence[ArraySet],
+    folder: Path,
+    hu_window: tuple[float, float],
+    image_size: int,
+    class_names: Sequence[str],
+    background_class: int,
+    progress: Progress | None,
+) -> None:
+    num_slices, num_classes = sum(map(len, sets)), len(class_names)
+    shapes: dict[str, tuple[Any, tuple[int, ...]]] = {
+        "images": (np.uint16, (image_size, image_size)),
+        "targets": (np.uint8, (image_size, image_size)),
+        "thumbnails": (np.float32, (THUMBNAIL, THUMBNAIL)),
+        "sums": (np.uint64, (2,)),
+        "pixels": (np.int64, (num_classes,)),
+        "sets": (np.int64, ()),
+    }
+    out = {
+        name: open_memmap(folder / f"{name}.npy", mode="w+", dtype=dtype, shape=(num_slices, *shape))
+        for name, (dtype, shape) in shapes.items()
+    }
+    places = [(number, index) for number, one in enumerate(sets) for index in range(len(one))]
+    low, high = hu_window
+
+    def prepare_slice(row: int) -> dict[str, Any]:
+        number, index = places[row]
+        image = sets[number].read_image(index)
+        target = sets[number].read_target(index, num_classes, background_class)
+        finite = np.isfinite(image)
+        found = {"overlapping": target.num_overlapping, "empty": target.num_empty, "wrong": target.wrong_values}
+        if not finite.all():
+            first = np.unravel_index(int(np.argmin(finite)), image.shape)
+            return found | {"non_finite": int((~finite).sum()), "first": first}
+        windowed = np.clip((image - np.float32(low)) / np.float32(high - low), 0, 1)
+        resized = resize(windowed, image_size)
+        steps = np.rint(resized * STEPS).astype(np.uint16)
+        labels = cv2.resize(target.labels, (image_size, image_size), interpolation=cv2.INTER_NEAREST_EXACT)
+        wide = steps.astype(np.uint64)
+        out["images"][row], out["targets"][row], out["sets"][row] = steps, labels, number
+        out["thumbnails"][row] = resize(windowed, THUMBNAIL)
+        out["sums"][row] = wide.sum(), (wide * wide).sum()
+        out["pixels"][row] = np.bincount(labels.ravel(), minlength=num_classes)
+        return found | {"low": float(image.min()), "high": float(image.max())}
+
+    found = []
+    with ThreadPoolExecutor(NUM_THREADS) as pool:
+        for done, one in enumerate(pool.map(prepare_slice, range(num_slices)), 1):
+            found.append(one)
+            if progress:
+                progress(done, num_slices)
+    problems: list[str] = []
+    for number, one_set in enumerate(sets):
+        rows = [one for one, place in zip(found, places, strict=True) if place[0] == number]
+        problems += _image_problems(one_set, rows, hu_window) + _mask_problems(one_set, rows, num_classes)
+    if problems:
+        raise InputError(*problems[:MAX_PROBLEMS])
+    for array in out.values():
+        array.flush()
+    meta = {"notes": _notes(sets, found, out["pixels"], class_names, background_class)}
+    meta["digests"] = fingerprint([folder / f"{name}.npy" for name in ARRAYS])  # type: ignore[assignment]
+    write_whole(folder / "meta.json", json.dumps(meta).encode())
+
+
+def resize(image: NDArray[np.float32], size: int) -> NDArray[np.float32]:
+    """Resizes (H, W) to (size, size): area means when shrinking, which do not alias, else bilinear."""
+    shrinks = size < min(image.shape)
+    kind = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+    return np.asarray(cv2.resize(image, (size, size), interpolation=kind), np.float32)
+
+
+def _image_problems(one: ArraySet, rows: list[dict[str, Any]], hu_window: tuple[float, float]) -> list[str]:
+    broken = [index for index, row in enumerate(rows) if "non_finite" in row]
+    if broken:
+        row = rows[broken[0]]
+        which = ", ".join(map(str, broken[:10])) + (" ..." if len(broken) > 10 else "")
+        return [
+            f"{one.image_path} has NaN or infinite pixels in {len(broken)} of {len(rows)} slices ({which}); slice "
+            f"{broken[0]} has {row['non_finite']}, the first at row {row['first'][0]}, column {row['first'][1]}. "
+            "Replace them, by -1000 HU (air) say."
+        ]
+    low, high = min(row["low"] for row in rows), max(row["high"] for row in rows)
+    width = hu_window[1] - hu_window[0]
+    span = f"{one.image_path} holds values from {low:g} to {high:g}"
+    window = f"the window of {hu_window[0]:g} to {hu_window[1]:g} HU"
+    if low == high:
+        return [f"{one.image_path} is constant: every pixel is {low:g}, so there is nothing to see."]
+    if high <= hu_window[0] or low >= hu_window[1]:
+        return [f"{span}, all outside {window}; state the range to keep with --hu-window LOW HIGH."]
+    if high - low < width / 4 or (hu_window[0] <= -500 < low):
+        kind = "values that are no Hounsfield units"
+        if low >= 0 and high <= 1.5:
+            kind = "an image scaled to 0..1, not HU"
+        elif low >= 0 and high <= 255:
+            kind = "8-bit grey values, not HU"
+        elif low >= 0:
+            kind = "raw CT values without their offset (HU is usually the value - 1024)"
+        return [
+            f"{span}, which look like {kind} (lung lies near -850): {window} would lose them. Convert them to HU, "
+            f"or state the range to keep with --hu-window {low:g} {high:g}."
+        ]
+    return []
+
+
+def _mask_problems(one: ArraySet, rows: list[dict[str, Any]], num_classes: int) -> list[str]:
+    wrong = [index for index, row in enumerate(rows) if row["wrong"]]
+    if not wrong:
+        return []
+    values = ", ".join(f"{value:g}" for value in rows[wrong[0]]["wrong"])
+    if one.masks.ndim == 4:
+        expected = "one-hot masks hold only 0 and 1 (or 0 and 255): save classes, not probabilities"
+    else:
+        expected = (
+            f"the {num_classes} classes are 0 to {num_classes - 1}: map other labels to these, or set --class-names"
+        )
+    return [
+        f"{one.mask_path} holds {values} in slice {wrong[0]} ({len(wrong)} of {len(rows)} slices hold such values), but "
+        f"{expected}."
+    ]
+
+
+def _notes(
+    sets: Sequence[ArraySet],
+    found: list[dict[str, Any]],
+    pixels: NDArray[np.int64],
+    class_names: Sequence[str],
+    background_class: int,
+) -> list[str]:
+    notes = []
+    overlapping, empty = (sum(one[name] for one in found) for name in ("overlapping", "empty"))
+    if overlapping:
+        notes.append(f"{overlapping:,} pixels carry several classes; each takes the first in channel order.")
+    if empty:
+        notes.append(f"{empty:,} pixels carry no class; they count as {class_names[background_class]}.")
+    for one in sets:
+        height, width = one.images.shape[1:3]
+        if height != width:
+            notes.append(f"{one.image_path.name}: slices of {height}x{width} pixels are squeezed to a square.")
+    totals = pixels.sum(axis=0)
+    most = int(totals.argmax())
+    if most != background_class:
+        notes.append(
+            f"The most frequent class is {class_names[most]} ({totals[most] / totals.sum():.0%} of the pixels), not "
+            f"{class_names[background_class]}: check --class-names and --background-class."
+        )
+    return notes
