@@ -266,7 +266,7 @@ def draw_confusion_matrix(
     page.save(path)
 
 
-def draw_panels(  # noqa: PLR0917 - one call a picture, and each has a type of its own
+def draw_panels(
     images: npt.NDArray[np.floating[Any]],
     targets: npt.NDArray[np.integer[Any]],
     preds: npt.NDArray[np.integer[Any]],

@@ -1,6 +1,7 @@
 """The training loop: a step, an epoch of steps, a validation pass."""
 
 import contextlib
+import itertools
 import math
 import time
 from collections.abc import Callable
@@ -129,7 +130,7 @@ def train_epoch(training: Training, epoch: int, tally: Tally, after_step: Callab
     for images, target, positions in training.loader:
         waited = time.perf_counter() - last
         num_draws = min(sampler.batch_size, sampler.num_samples - tally.consumed)
-        tally.lr = training.scheduler.get_last_lr()[0]
+        tally.lr = float(training.scheduler.get_last_lr()[0])
         loss, is_done, is_stopping = train_step(training, epoch, images, target, positions)
         training.scheduler.step()
         training.step += 1
@@ -237,8 +238,8 @@ def validate(
     counts = torch.zeros(num_slices, num_classes, num_classes, dtype=torch.int64, device=device)
     sums = torch.zeros(4 + 3 * num_classes, dtype=torch.float64, device=device)
     with torch.no_grad():
-        for images, target, positions in training.val_loader:
-            target = target.to(device, non_blocking=True)
+        for images, labels, positions in training.val_loader:
+            target = labels.to(device, non_blocking=True)
             with accelerator.autocast():
                 logits = model(_to_device(images, device))
             sums += training.loss.sums(logits, target).double()
@@ -261,7 +262,7 @@ def _micro_batches(
     bounds = np.linspace(0, len(images), num_parts + 1).round().astype(int)
     return [
         (_to_device(images[a:b], device), target[a:b], positions[a:b], 1.0)
-        for a, b in zip(bounds[:-1], bounds[1:], strict=True)
+        for a, b in itertools.pairwise(bounds)
     ]
 
 

@@ -313,8 +313,8 @@ def _mask_problems(one: ArraySet, rows: list[dict[str, Any]], num_classes: int) 
             f"the {num_classes} classes are 0 to {num_classes - 1}: map other labels to these, or set --class-names"
         )
     return [
-        f"{one.mask_path} holds {values} in slice {wrong[0]} ({len(wrong)} of {len(rows)} slices hold such values), but "
-        f"{expected}."
+        f"{one.mask_path} holds {values} in slice {wrong[0]} ({len(wrong)} of {len(rows)} slices hold such values), "
+        f"but {expected}."
     ]
 
 
