@@ -109,11 +109,11 @@ def read_data(
     problems = [
         f"No training slice has a pixel of {class_names[c]}, so it cannot be learnt: add such slices, choose another "
         "--seed or --fold, or leave the class out of --class-names."
-        for c in np.flatnonzero(~presence[train].any(axis=0))
+        for c in np.flatnonzero(~presence[train].any(axis=0)).tolist()
     ]
     if problems:
         raise InputError(*problems)
-    for c in np.flatnonzero(~presence[val].any(axis=0)):
+    for c in np.flatnonzero(~presence[val].any(axis=0)).tolist():
         notes.append(
             f"No validation slice has a pixel of {class_names[c]}: its Dice is undefined and left out of every mean."
         )

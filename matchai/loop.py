@@ -249,6 +249,14 @@ def validate(
     return float(training.loss.value(sums)), counts.cpu().numpy()
 
 
+def predict(training: Training, images: Tensor) -> Tensor:
+    """The class indices (B, S, S) of standardised images (B, 1, S, S), by the model that is validated."""
+    model = training.validated_model.eval()
+    with torch.no_grad(), training.accelerator.autocast():
+        logits: Tensor = model(_to_device(images, training.accelerator.device))
+    return logits.argmax(1).cpu()
+
+
 def _micro_batches(
     training: Training, images: Tensor, target: Tensor, positions: list[int]
 ) -> list[tuple[Tensor, Tensor, list[int], float]]:
@@ -260,10 +268,7 @@ def _micro_batches(
     target = target.to(device, non_blocking=True)
     num_parts = min(training.accumulate, len(images))
     bounds = np.linspace(0, len(images), num_parts + 1).round().astype(int)
-    return [
-        (_to_device(images[a:b], device), target[a:b], positions[a:b], 1.0)
-        for a, b in itertools.pairwise(bounds)
-    ]
+    return [(_to_device(images[a:b], device), target[a:b], positions[a:b], 1.0) for a, b in itertools.pairwise(bounds)]
 
 
 def _to_device(images: Tensor, device: torch.device) -> Tensor:

@@ -100,6 +100,13 @@ def load(path: Path) -> dict[str, Any]:
     return content
 
 
+def load_recorded(path: Path) -> dict[str, Any]:
+    """What a run recorded of itself in its config.yaml: data, versions, precision."""
+    content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    recorded: dict[str, Any] = content.get("recorded", {})
+    return recorded
+
+
 def dump(config: TrainConfig, recorded: dict[str, Any]) -> str:
     """The settings as YAML that `load` reads back, grouped, with what the run recorded of itself at the end."""
     parts = ["# A matchai run. `--config` with this file repeats it; a flag wins over a line here."]

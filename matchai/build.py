@@ -1,0 +1,148 @@
+"""From settings and data to the parts of the training loop."""
+
+import functools
+import signal
+from collections.abc import Callable
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.optim.lr_scheduler import OneCycleLR
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader
+
+from matchai.augmentation import Augmentation
+from matchai.config import TrainConfig
+from matchai.data import Data
+from matchai.loop import Training
+from matchai.losses import SegmentationLoss, balanced_class_weights
+from matchai.machine import default_workers
+from matchai.model import build_model
+from matchai.sampling import DistributedWeightedSampler, slice_weights
+from matchai.slices import SliceDataset, collate
+
+AIR = -1000.0  # HU
+
+
+def build_model_of(config: TrainConfig) -> nn.Module:
+    """The model that the settings ask for; with `init`, random weights that the other run's will replace."""
+    weights = "none" if config.run.init else config.network.encoder_weights
+    num_classes = len(config.input.class_names)
+    return build_model(config.network.encoder, num_classes, encoder_weights=weights, seed=config.run.seed)
+
+
+def slice_weights_of(config: TrainConfig, data: Data) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """The training slices' weights in the draw."""
+    targets = [config.input.class_names.index(name) for name in config.sampling.target_classes]
+    return slice_weights(data.presence()[data.train], targets, config.sampling.sampler_weight)
+
+
+def step_problems(config: TrainConfig, num_train: int, num_processes: int) -> list[str]:
+    """What is wrong with the sizes of a step: a share, or a last short batch, that the model cannot take."""
+    batch_size, accumulate, size = (
+        config.sampling.batch_size,
+        config.sampling.accumulate,
+        config.input.image_size,
+    )
+    if batch_size < num_processes:
+        return [f"batch_size is {batch_size}, but {num_processes} processes share it: {num_processes} is the least."]
+    largest_share = -(-batch_size // num_processes)
+    if accumulate > largest_share:
+        return [
+            f"accumulate is {accumulate}, but a process's share of a batch is {largest_share} slices: "
+            f"{largest_share} is the most."
+        ]
+    smallest = min(
+        -(-rest // num_processes) // accumulate if rest >= num_processes * accumulate else 1
+        for rest in {num_train % batch_size or batch_size, min(batch_size, num_train)}
+    )
+    if smallest * (size // 32) ** 2 < 2:
+        # batch norm needs two values a channel, and the deepest map has (size / 32)² of each slice
+        fitting = [b for b in range(2, num_train + 1) if num_train % b != 1 and b >= 2 * num_processes * accumulate]
+        nearest = min(fitting, key=lambda b: abs(b - batch_size), default=None)
+        remedy = "--image-size 64" + (f" or --batch-size {nearest}" if nearest else "")
+        return [
+            f"With batch_size {batch_size} and {num_train} training slices a batch of one slice comes up, which batch "
+            f"norm cannot take at image_size {size}: the nearest that work are {remedy}."
+        ]
+    return []
+
+
+def build_training(
+    config: TrainConfig, accelerator: Accelerator, data: Data, model: nn.Module, is_asked_to_stop: Callable[[], bool]
+) -> Training:
+    """Builds and prepares everything that the loop needs."""
+    names, seed, device = list(config.input.class_names), config.run.seed, accelerator.device
+    batch_size, optimisation = config.sampling.batch_size, config.optimisation
+    model = model.to(device).to(memory_format=torch.channels_last)
+    ema = None
+    if optimisation.ema_decay:
+        average = get_ema_multi_avg_fn(optimisation.ema_decay)  # type: ignore[no-untyped-call]
+        ema = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad],
+        lr=optimisation.max_lr,
+        weight_decay=optimisation.weight_decay,
+        fused=device.type in ("cpu", "cuda"),
+    )
+    sampler = DistributedWeightedSampler(
+        slice_weights_of(config, data),
+        batch_size,
+        seed=seed,
+        num_processes=accelerator.num_processes,
+        process_index=accelerator.process_index,
+    )
+    total_steps = optimisation.epochs * len(sampler)
+    scheduler = OneCycleLR(optimizer, max_lr=optimisation.max_lr, total_steps=total_steps)
+    low, high = config.input.hu_window
+    chances = {name: getattr(config.augmentation, name) for name in vars(config.augmentation)}
+    air = min(max((AIR - low) / (high - low), 0.0), 1.0)
+    augmentation = Augmentation(seed, air, names.index(config.input.background_class), **chances)
+    num_local = max(1, accelerator.num_processes)
+    workers = config.machine.num_workers
+    load = functools.partial(
+        DataLoader,
+        num_workers=default_workers(device, num_local) if workers is None else workers,
+        collate_fn=collate,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=_init_worker,
+        generator=torch.Generator(),  # else every pass would draw from the global one
+    )
+    train_set = SliceDataset(data.slices, data.train, data.mean, data.std, augmentation)
+    val_set = SliceDataset(data.slices, data.val, data.mean, data.std)
+    mine = range(accelerator.process_index, len(data.val), accelerator.num_processes)
+    val_batches = [list(mine[k : k + batch_size]) for k in range(0, len(mine), batch_size)]
+    pixels = torch.from_numpy(np.asarray(data.slices.pixels)[data.train].sum(axis=0))
+    loss = SegmentationLoss(
+        balanced_class_weights(pixels),
+        ce_weight=config.loss.ce_weight,
+        dice_weight=config.loss.dice_weight,
+        focal_weight=config.loss.focal_weight,
+        focal_gamma=config.loss.focal_gamma,
+    )
+    prepared_model, prepared_optimizer = accelerator.prepare(model, optimizer)
+    return Training(
+        accelerator=accelerator,
+        model=prepared_model,
+        loss=loss.to(device),
+        optimizer=prepared_optimizer,
+        scheduler=scheduler,
+        sampler=sampler,
+        loader=load(train_set, batch_sampler=sampler),
+        val_loader=load(val_set, batch_sampler=val_batches),
+        ema=ema,
+        seed=seed,
+        accumulate=config.sampling.accumulate,
+        clip_grad_norm=optimisation.clip_grad_norm,
+        is_asked_to_stop=is_asked_to_stop,
+    )
+
+
+def _init_worker(_: int) -> None:
+    """A loader worker leaves signals to the training process, and its cores to the others."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    cv2.setNumThreads(0)

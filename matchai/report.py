@@ -1,0 +1,83 @@
+"""The pictures of a run."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from matchai.config import TrainConfig
+from matchai.data import Data
+from matchai.figures import draw_confusion_matrix, draw_dice_per_class, draw_learning_curves, draw_panels
+from matchai.metrics import Counts, dice_per_class
+from matchai.slices import STEPS, SliceDataset
+
+NUM_TYPICAL, NUM_WORST = 3, 3
+
+
+def draw_figures(
+    folder: Path,
+    history: list[dict[str, Any]],
+    confusions: Counts,
+    data: Data,
+    config: TrainConfig,
+    predict: Callable[[Tensor], Tensor],
+    *,
+    epoch: int | None,
+) -> None:
+    """Draws learning curves, Dice per class, the confusion matrix, and panels of typical and of the worst slices.
+
+    Args:
+        folder: Where the PNGs go.
+        history: The rows so far.
+        confusions: (N, C, C) counts of every validation slice, in the order of `data.val`.
+        data: The slices.
+        config: The run's settings.
+        predict: Takes standardised images (B, 1, S, S) to class indices (B, S, S).
+        epoch: The epoch that the counts and predictions are of.
+    """
+    folder.mkdir(exist_ok=True)
+    names = list(config.input.class_names)
+    background = names.index(config.input.background_class)
+    source = "built-in synthetic phantom" if config.input.data is None else config.input.data.name
+    about = f"{source}, {len(data.val)} validation slices"
+    draw_learning_curves(history, folder / "learning_curves.png", title=f"Learning curves: {about}")
+    title = f"Dice per class, pooled over pixels: {about}"
+    draw_dice_per_class(history, names, folder / "dice_per_class.png", title=title, background_class=background)
+    title = f"Confusion matrix at epoch {epoch}: {about}"
+    draw_confusion_matrix(confusions.sum(0), names, folder / "confusion_matrix.png", title=title)
+    lesions = [names.index(name) for name in config.input.lesion_classes]
+    dice = _lesion_dice_per_image(confusions, lesions)
+    ranked = sorted(np.flatnonzero(~np.isnan(dice)).tolist(), key=lambda row: float(dice[row]))
+    middle = max(0, len(ranked) // 2 - NUM_TYPICAL // 2)
+    choices = {"panels": ranked[middle : middle + NUM_TYPICAL], "worst": ranked[:NUM_WORST]}
+    dataset = SliceDataset(data.slices, data.val, data.mean, data.std)
+    for name, rows in choices.items():
+        if not rows:
+            continue
+        items = [dataset[row] for row in rows]
+        preds = predict(torch.stack([item[0] for item in items])).numpy()
+        low, high = data.slices.hu_window
+        images = np.stack([data.slices.images[data.val[row]] for row in rows]) * ((high - low) / STEPS) + low
+        kind = "Typical validation slices" if name == "panels" else "The worst validation slices by lesion Dice"
+        draw_panels(
+            images,
+            np.stack([item[1].numpy() for item in items]),
+            preds,
+            [f"slice {data.val[row]} · lesion Dice of this slice {dice[row]:.2f}" for row in rows],
+            names,
+            background,
+            config.input.hu_window,
+            folder / f"{name}.png",
+            title=f"{kind} at epoch {epoch}: {source}",
+        )
+
+
+def _lesion_dice_per_image(confusions: Counts, lesions: list[int]) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """The mean over the lesion classes that a slice shows; NaN for a slice without any."""
+    dice = dice_per_class(confusions)[:, lesions]
+    shown = ~np.isnan(dice)
+    num_shown = shown.sum(axis=1)
+    return np.where(num_shown > 0, np.where(shown, dice, 0).sum(axis=1) / np.maximum(num_shown, 1), np.nan)

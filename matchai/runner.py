@@ -1,0 +1,540 @@
+"""A training run: builds every part from a `TrainConfig`, drives the epochs, keeps everything, goes on where it was."""
+
+import json
+import os
+import platform
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    GradScalerKwargs,
+    ProjectConfiguration,
+    broadcast_object_list,
+)
+
+from matchai import checkpoint, machine, parsing
+from matchai.build import build_model_of, build_training, slice_weights_of, step_problems
+from matchai.config import FREE, LEAVES, TrainConfig, check, parse_interval
+from matchai.console import Display, epoch_line
+from matchai.data import Data, built_in_phantom, read_data
+from matchai.errors import InputError
+from matchai.files import write_whole
+from matchai.loop import DivergedError, Tally, Training, epoch_row, predict, train_epoch, validate
+from matchai.metrics import Counts, summarise
+from matchai.report import draw_figures
+from matchai.resume import Progress, collect, restore
+
+DRAW_EVERY = 30.0  # seconds between drawings of the figures, half a second each
+
+T = TypeVar("T")
+__all__ = ["DivergedError", "OnEpoch", "RunResult", "run"]
+
+OnEpoch = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run came to.
+
+    Attributes:
+        output: Its folder.
+        history: One row an epoch, as in history.jsonl.
+        best_epoch: The epoch whose weights were kept; None before the first validation.
+        best_mean_dice: Its mean Dice.
+        is_finished: Whether all epochs are done.
+        stopped_by: The signal that ended it early, or None.
+    """
+
+    output: Path
+    history: list[dict[str, Any]]
+    best_epoch: int | None
+    best_mean_dice: float | None
+    is_finished: bool
+    stopped_by: signal.Signals | None
+
+
+class _StoppedError(Exception):
+    """The processes have agreed to stop, and the state is saved."""
+
+
+class _StopSignal:
+    """Remembers the first stop signal; the second one acts at once. The handler only sets a field."""
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self._before: dict[signal.Signals, Any] = {}
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        wanted = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+        self._before = {number: signal.signal(number, self._handle) for number in wanted}
+        try:
+            yield
+        finally:
+            self._restore()
+
+    def _handle(self, number: int, frame: Any) -> None:
+        self.received = signal.Signals(number)
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+
+def run(config: TrainConfig, on_epoch: OnEpoch | None = None) -> RunResult:
+    """Trains, or goes on with, the run in the output folder.
+
+    Args:
+        config: All settings.
+        on_epoch: Called on every process after each epoch with its history row; an exception ends the run, which
+            stays resumable.
+
+    Raises:
+        InputError: For whatever is wrong with settings, data or output folder, before the first step.
+        DivergedError: If the loss stays non-finite; the last good state is kept.
+    """
+    machine.keep_heap()
+    output = config.run.output or Path("runs") / config.run.preset
+    cuda = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=cuda))
+        problems = check(config)
+        accelerator, precision_reason = _accelerator(config, output, problems)
+        machine.set_threads(_num_local_processes(accelerator))
+        display = Display(accelerator.is_main_process)
+        stack.callback(display.close)
+        _greet(config, display)
+        problems += _on_main(accelerator, lambda: _open_output(output, config, stack))
+        cache = config.input.cache or output.parent / "cache"
+        data, model = None, None
+        try:
+            data = _on_main_first(accelerator, lambda: _read(config, cache, display))
+            problems += step_problems(config, len(data.train), accelerator.num_processes)
+        except InputError as error:
+            problems += error.problems
+        display.close()
+        try:
+            model = _on_main_first(accelerator, lambda: build_model_of(config))
+        except InputError as error:
+            problems += error.problems
+        if problems or data is None or model is None:
+            raise InputError(*dict.fromkeys(problems))
+        record = _record(accelerator, data, precision_reason)
+        problems += _on_main(accelerator, lambda: _claim_experiment(output, config, record))
+        if problems:
+            raise InputError(*problems)
+        if accelerator.is_main_process:
+            _write_split(output, config, data)
+        _tell(display, accelerator, config, data, precision_reason)
+        stop = _StopSignal()
+        training = build_training(config, accelerator, data, model, lambda: stop.received is not None)
+        return _Run(config, accelerator, display, output, data, training, stop, on_epoch).go()
+
+
+class _Run:
+    """A run on its way: what is kept from epoch to epoch."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        accelerator: Accelerator,
+        display: Display,
+        output: Path,
+        data: Data,
+        training: Training,
+        stop: _StopSignal,
+        on_epoch: OnEpoch | None,
+    ) -> None:
+        self.config, self.accelerator, self.display, self.output = config, accelerator, display, output
+        self.data, self.training, self.stop, self.on_epoch = data, training, stop, on_epoch
+        self.names = list(config.input.class_names)
+        self.progress = Progress()
+        self.every_seconds, self.every_steps = parse_interval(config.machine.save_every)
+        self.saved_at, self.saved_step = time.monotonic(), 0
+        self.drawn_at = -DRAW_EVERY
+        self.shown_at = 0.0
+
+    def go(self) -> RunResult:
+        state = checkpoint.load_state(self.output)
+        if state is not None:
+            self.progress = restore(self.training, state)
+            self.saved_step = self.training.step
+        elif self.config.run.init is not None:
+            self._start_from(self.config.run.init)
+        epochs = self.config.optimisation.epochs
+        if self.accelerator.is_main_process:
+            self._publish()
+        if len(self.progress.history) >= epochs:
+            self.display.say(f"{self.output} is finished ({epochs} epochs); there is nothing to do.")
+            if self.accelerator.is_main_process and not (self.output / "figures").is_dir():
+                self._draw(final=True)
+            return self._result()
+        if state is not None:
+            done = self.progress.tally.consumed
+            self.display.say(
+                f"Going on with {self.output} at epoch {len(self.progress.history) + 1} of {epochs}, draw {done}."
+            )
+        if self.config.machine.tracker:
+            self.accelerator.init_trackers("matchai")
+        try:
+            with self.stop.listening():
+                for epoch in range(len(self.progress.history) + 1, epochs + 1):
+                    self._epoch(epoch)
+                if self.accelerator.is_main_process:
+                    self._draw(final=True)
+        except _StoppedError:
+            pass
+        self.display.close()
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+        self._say_how_it_ended()
+        return self._result()
+
+    def _epoch(self, epoch: int) -> None:
+        tally = self.progress.tally
+        train_epoch(self.training, epoch, tally, lambda is_stopping: self._after_step(epoch, is_stopping))
+        began = time.perf_counter()
+        val_loss, confusions = validate(self.training, len(self.data.val), len(self.names), self._after_val_batch)
+        lesions = [self.names.index(name) for name in self.config.input.lesion_classes]
+        metrics = summarise(confusions, lesions, self.config.sampling.batch_size)
+        row = epoch_row(epoch, tally, val_loss, metrics, tally.seconds + time.perf_counter() - began)
+        best = self.progress.best_mean_dice
+        is_best = best is None or (row["mean_dice"] is not None and row["mean_dice"] > best)
+        self.progress.history.append(row)
+        self.progress.tally = Tally()
+        if is_best:
+            self.progress.best_epoch, self.progress.best_mean_dice = epoch, row["mean_dice"]
+            self.progress.best_confusions = torch.from_numpy(confusions)
+            weights = self.training.validated_model.state_dict()
+            self.progress.best = checkpoint.pack_weights(weights, self._about(row))
+        self.display.close()
+        self.display.say(epoch_line(row, self.config.optimisation.epochs, self.names, is_best))
+        self._save()
+        if self.accelerator.is_main_process:
+            self._publish()
+            if time.monotonic() - self.drawn_at > DRAW_EVERY and epoch < self.config.optimisation.epochs:
+                self._draw(final=False, confusions=confusions)
+        self.accelerator.log({name: value for name, value in row.items() if isinstance(value, int | float)}, step=epoch)
+        if self.on_epoch:
+            self.on_epoch(row)
+
+    def _after_step(self, epoch: int, is_stopping: bool) -> None:
+        tally, training = self.progress.tally, self.training
+        if time.monotonic() - self.shown_at > 0.1:
+            self.shown_at = time.monotonic()
+            loss = tally.loss_sum / max(tally.num_draws, 1)
+            self.display.show(
+                f"epoch {epoch}/{self.config.optimisation.epochs}",
+                training.step,
+                training.scheduler.total_steps,
+                f"loss {loss:.3f} · {tally.consumed / max(tally.seconds, 1e-9):.1f} images/s",
+            )
+        is_due = (
+            time.monotonic() - self.saved_at >= self.every_seconds
+            or training.step - self.saved_step >= self.every_steps
+        )
+        if is_stopping or is_due:
+            self._save()
+        if is_stopping:
+            raise _StoppedError
+
+    def _after_val_batch(self) -> None:
+        if self.accelerator.num_processes == 1 and self.stop.received:
+            self._save()
+            raise _StoppedError
+
+    def _save(self) -> None:
+        if self.accelerator.is_main_process:
+            try:
+                checkpoint.save_state(self.output, collect(self.training, self.progress))
+            except OSError as error:
+                self.display.warn(f"the state could not be saved ({error.strerror}); the one before it is kept.")
+        self.saved_at, self.saved_step = time.monotonic(), self.training.step
+
+    def _publish(self) -> None:
+        """Makes history.jsonl and best.safetensors those of the state, whatever a killed process left."""
+        lines = "".join(json.dumps(row) + "\n" for row in self.progress.history)
+        write_whole(self.output / "history.jsonl", lines.encode())
+        if self.progress.best is not None:
+            checkpoint.publish_best(self.output, self.progress.best)
+
+    def _draw(self, *, final: bool, confusions: Counts | None = None) -> None:
+        """Draws the figures, of the best weights at the end, of the current ones on the way."""
+        model = self.training.validated_model
+        if final:
+            assert self.progress.best_confusions is not None
+            confusions = self.progress.best_confusions.numpy()
+            model.load_state_dict(checkpoint.load_weights(self.output)[0])
+        assert confusions is not None
+        draw_figures(
+            self.output / "figures",
+            self.progress.history,
+            confusions,
+            self.data,
+            self.config,
+            lambda rows: predict(self.training, rows),
+            epoch=self.progress.best_epoch if final else len(self.progress.history),
+        )
+        self.drawn_at = time.monotonic()
+
+    def _about(self, row: dict[str, Any]) -> dict[str, Any]:
+        """What prediction needs beside the weights."""
+        settings, (low, high) = self.config.input, self.config.input.hu_window
+        return {
+            "class_names": self.names,
+            "background_class": settings.background_class,
+            "lesion_classes": list(settings.lesion_classes),
+            "hu_window": [low, high],
+            "mean_hu": low + self.data.mean * (high - low),
+            "std_hu": self.data.std * (high - low),
+            "image_size": settings.image_size,
+            "encoder": self.config.network.encoder,
+            "in_channels": 1,
+            "epoch": row["epoch"],
+            "mean_dice": row["mean_dice"],
+            "synthetic": settings.data is None,
+            "matchai": metadata.version("matchai"),
+        }
+
+    def _start_from(self, path: Path) -> None:
+        weights, about = checkpoint.load_weights(path)
+        mine = {"encoder": self.config.network.encoder, "class_names": self.names}
+        wrong = [
+            f"{name} {about.get(name)} there, {value} here" for name, value in mine.items() if about[name] != value
+        ]
+        if wrong:
+            raise InputError(f"--init {path} is of another model: {'; '.join(wrong)}.")
+        self.training.raw_model.load_state_dict(weights)
+
+    def _say_how_it_ended(self) -> None:
+        history, epochs = self.progress.history, self.config.optimisation.epochs
+        if len(history) < epochs:
+            name = self.stop.received.name if self.stop.received else "a stop"
+            self.display.say(
+                f"Stopped by {name} at step {self.training.step}, all saved in {self.output}; "
+                "the same command goes on from there."
+            )
+            return
+        best = history[(self.progress.best_epoch or 1) - 1]
+        dice = ", ".join(
+            f"{name} {'undefined' if value is None else f'{value:.3f}'}"
+            for name, value in zip(self.names, best["dice_per_class"], strict=True)
+        )
+        note = " on the synthetic phantom, not on patients" if self.config.input.data is None else ""
+        self.display.say(
+            f"Done: best at epoch {best['epoch']}; Dice pooled over {len(self.data.val)} validation slices{note}: "
+            f"mean {best['mean_dice'] or 0:.3f}, lesion {best['lesion_dice'] or 0:.3f}, {dice}."
+        )
+        self.display.say(f"Pictures: {self.output / 'figures'}. Best weights: {self.output / checkpoint.BEST}.")
+
+    def _result(self) -> RunResult:
+        history = self.progress.history
+        return RunResult(
+            self.output,
+            history,
+            self.progress.best_epoch,
+            self.progress.best_mean_dice,
+            len(history) >= self.config.optimisation.epochs,
+            self.stop.received,
+        )
+
+
+def _accelerator(config: TrainConfig, output: Path, problems: list[str]) -> tuple[Accelerator, str]:
+    """The accelerator, and why it has its precision; adds to `problems` what it cannot do."""
+    precision, reason = "no", "as nothing else was possible"
+    try:
+        precision, reason = machine.choose_precision(config.optimisation.mixed_precision, PartialState().device)
+    except InputError as error:
+        problems += error.problems
+    AcceleratorState._reset_state()  # a notebook's second run may take another precision
+    trackers = list(config.machine.tracker)
+    missing = sorted(set(trackers) - {str(one) for one in get_available_trackers()})
+    if missing:
+        problems.append(f"tracker {', '.join(missing)} is not installed; `pip install {' '.join(missing)}`.")
+        trackers = []
+    accelerator = Accelerator(
+        mixed_precision=precision,
+        log_with=trackers or None,
+        project_config=ProjectConfiguration(project_dir=str(output), logging_dir=str(output)),
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+            # from torch's 65536 sixteen halvings may go before the first step, more than may be skipped in a row
+            GradScalerKwargs(init_scale=2.0**13),
+        ],
+    )
+    machine.check_launch(accelerator.num_processes)
+    return accelerator, f"{precision} ({reason})"
+
+
+def _num_local_processes(accelerator: Accelerator) -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or accelerator.num_processes)
+
+
+def _greet(config: TrainConfig, display: Display) -> None:
+    preset = config.run.preset
+    if config.input.data is None:
+        display.say(
+            f"matchai: preset {preset} on the built-in synthetic phantom, which is no patient's data. For your own "
+            "slices: accelerate launch --quiet -m matchai.train --data DIR"
+        )
+    else:
+        display.say(f"matchai: preset {preset} on {config.input.data}")
+
+
+def _tell(display: Display, accelerator: Accelerator, config: TrainConfig, data: Data, precision: str) -> None:
+    """What the user should know before the first step."""
+    for note in data.notes:
+        display.say(f"data: {note}")
+    weights = slice_weights_of(config, data)
+    if weights.min() == weights.max():
+        targets = " or ".join(config.sampling.target_classes)
+        display.warn(
+            f"the sampler does nothing, as all training slices weigh the same (sampler_weight {weights[0]:g}, all or none "
+            f"show {targets}); choose other --target-classes."
+        )
+    display.say(
+        f"training on {len(data.train)} slices, validating on {len(data.val)}; {accelerator.device}, "
+        f"{accelerator.num_processes} process{'es' if accelerator.num_processes > 1 else ''}, "
+        f"{torch.get_num_threads()} threads, mixed precision {precision}"
+    )
+
+
+def _open_output(output: Path, config: TrainConfig, stack: ExitStack) -> list[str]:
+    """Makes and locks the run's folder; with --restart, moves the old run aside first. Returns what is wrong."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        lock = stack.enter_context(ExitStack())
+        lock.enter_context(checkpoint.lock_folder(output))
+        if config.run.restart and (output / "config.yaml").exists():
+            number = 1
+            while (aside := output.with_name(f"{output.name}-old-{number}")).exists():
+                number += 1
+            output.rename(aside)
+            output.mkdir()
+            lock.enter_context(checkpoint.lock_folder(output))
+    except InputError as error:
+        return list(error.problems)
+    except OSError as error:
+        return [f"The output folder {output} cannot be written ({error.strerror}); name another with --output."]
+    foreign = [path.name for path in output.iterdir() if path.name != "run.lock" and not path.name.endswith(".tmp")]
+    if foreign and not (output / "config.yaml").exists():
+        return [f"{output} holds {sorted(foreign)[0]} and is no matchai run; name another folder with --output."]
+    return []
+
+
+def _read(config: TrainConfig, cache: Path, display: Display) -> Data:
+    settings = config.input
+    folder = settings.data or built_in_phantom(cache, settings.phantom_slices)
+    if settings.background_class not in settings.class_names:
+        raise InputError  # told by the check of the settings
+    return read_data(
+        folder,
+        cache,
+        sets=settings.sets,
+        images_name=settings.images_name,
+        masks_name=settings.masks_name,
+        groups_name=settings.groups_name,
+        class_names=settings.class_names,
+        background_class=settings.class_names.index(settings.background_class),
+        hu_window=settings.hu_window,
+        image_size=settings.image_size,
+        val_fraction=settings.val_fraction,
+        folds=settings.folds,
+        fold=settings.fold,
+        seed=config.run.seed,
+        progress=lambda done, total: display.show("preparing slices", done, total),
+    )
+
+
+def _record(accelerator: Accelerator, data: Data, precision: str) -> dict[str, Any]:
+    packages = ("matchai", "torch", "segmentation-models-pytorch", "timm", "albumentations", "accelerate", "numpy")
+    return {
+        "data": data.digests,
+        "notes": data.notes,
+        "slices": {"train": len(data.train), "val": len(data.val)},
+        "precision": precision,
+        "num_processes": accelerator.num_processes,
+        "device": str(accelerator.device),
+        "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in packages}},
+    }
+
+
+def _claim_experiment(output: Path, config: TrainConfig, record: dict[str, Any]) -> list[str]:
+    """Writes config.yaml and split.json of a new run, or compares an old one's; returns the differences."""
+    path = output / "config.yaml"
+    if not path.exists():
+        write_whole(output / "config.yaml", parsing.dump(config, record).encode())
+        return []
+    old, recorded = parsing.load(path), parsing.load_recorded(path)
+    was = TrainConfig().updated(**old).flat()
+    now = config.flat()
+    differences = [
+        f"{name} was {was[name]} and is {now[name]}" for name in LEAVES if name not in FREE and was[name] != now[name]
+    ]
+    for name in sorted(recorded.get("data", {}).keys() | record["data"].keys()):
+        if recorded.get("data", {}).get(name) != record["data"].get(name):
+            differences.append(f"the content of {name} is another")
+    if not differences:
+        return []
+    return [
+        f"{output} holds another experiment: {'; '.join(differences)}. Name another folder with --output, or begin "
+        "afresh with --restart, which moves the old run aside."
+    ]
+
+
+def _write_split(output: Path, config: TrainConfig, data: Data) -> None:
+    split = {
+        "seed": config.run.seed,
+        "folds": config.input.folds,
+        "fold": config.input.fold,
+        "train": data.train,
+        "val": data.val,
+        "groups": data.groups.tolist(),
+    }
+    write_whole(output / "split.json", json.dumps(split).encode())
+
+
+def _on_main(accelerator: Accelerator, work: Callable[[], list[str]]) -> list[str]:
+    """Runs `work` on the main process and tells all processes its problems."""
+    told = [work() if accelerator.is_main_process else None]
+    if accelerator.num_processes > 1:
+        broadcast_object_list(told)
+    return told[0] or []
+
+
+def _on_main_first(accelerator: Accelerator, work: Callable[[], T]) -> T:
+    """Runs `work` on the main process, then, if it could be done, on all others, which find what it has made.
+
+    Raises:
+        InputError: The main process's, on all.
+    """
+    done: list[T] = []
+
+    def first() -> list[str]:
+        try:
+            done.append(work())
+        except InputError as error:
+            return list(error.problems) or ["the settings do not allow it"]
+        return []
+
+    problems = _on_main(accelerator, first)
+    if problems:
+        raise InputError(*problems)
+    return done[0] if done else work()
