@@ -1,8 +1,6 @@
 """A training run: builds every part from a `TrainConfig`, drives the epochs, keeps everything, goes on where it was."""
 
 import json
-import os
-import platform
 import signal
 import threading
 import time
@@ -11,34 +9,38 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from accelerate import Accelerator, PartialState
-from accelerate.state import AcceleratorState
-from accelerate.tracking import get_available_trackers
-from accelerate.utils import (
-    DistributedDataParallelKwargs,
-    GradScalerKwargs,
-    ProjectConfiguration,
-    broadcast_object_list,
-)
+from accelerate import Accelerator
 
-from matchai import checkpoint, machine, parsing
-from matchai.build import build_model_of, build_training, slice_weights_of, step_problems
-from matchai.config import FREE, LEAVES, TrainConfig, check, parse_interval
+from matchai import checkpoint, machine
+from matchai.build import build_model_of, build_training, step_problems
+from matchai.config import TrainConfig, check, parse_interval
 from matchai.console import Display, epoch_line
-from matchai.data import Data, built_in_phantom, read_data
+from matchai.data import Data
 from matchai.errors import InputError
 from matchai.files import write_whole
 from matchai.loop import DivergedError, Tally, Training, epoch_row, predict, train_epoch, validate
 from matchai.metrics import Counts, summarise
+from matchai.opening import (
+    claim_experiment,
+    greet,
+    make_accelerator,
+    make_record,
+    num_local_processes,
+    on_main,
+    on_main_first,
+    open_output,
+    read,
+    tell,
+    write_split,
+)
 from matchai.report import draw_figures
 from matchai.resume import Progress, collect, restore
 
 DRAW_EVERY = 30.0  # seconds between drawings of the figures, half a second each
 
-T = TypeVar("T")
 __all__ = ["DivergedError", "OnEpoch", "RunResult", "run"]
 
 OnEpoch = Callable[[dict[str, Any]], None]
@@ -116,33 +118,33 @@ def run(config: TrainConfig, on_epoch: OnEpoch | None = None) -> RunResult:
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=cuda))
         problems = check(config)
-        accelerator, precision_reason = _accelerator(config, output, problems)
-        machine.set_threads(_num_local_processes(accelerator))
+        accelerator, precision_reason = make_accelerator(config, output, problems)
+        machine.set_threads(num_local_processes(accelerator))
         display = Display(accelerator.is_main_process)
         stack.callback(display.close)
-        _greet(config, display)
-        problems += _on_main(accelerator, lambda: _open_output(output, config, stack))
+        greet(config, display)
+        problems += on_main(accelerator, lambda: open_output(output, config, stack))
         cache = config.input.cache or output.parent / "cache"
         data, model = None, None
         try:
-            data = _on_main_first(accelerator, lambda: _read(config, cache, display))
+            data = on_main_first(accelerator, lambda: read(config, cache, display))
             problems += step_problems(config, len(data.train), accelerator.num_processes)
         except InputError as error:
             problems += error.problems
         display.close()
         try:
-            model = _on_main_first(accelerator, lambda: build_model_of(config))
+            model = on_main_first(accelerator, lambda: build_model_of(config))
         except InputError as error:
             problems += error.problems
         if problems or data is None or model is None:
             raise InputError(*dict.fromkeys(problems))
-        record = _record(accelerator, data, precision_reason)
-        problems += _on_main(accelerator, lambda: _claim_experiment(output, config, record))
+        record = make_record(accelerator, data, precision_reason)
+        problems += on_main(accelerator, lambda: claim_experiment(output, config, record))
         if problems:
             raise InputError(*problems)
         if accelerator.is_main_process:
-            _write_split(output, config, data)
-        _tell(display, accelerator, config, data, precision_reason)
+            write_split(output, config, data)
+        tell(display, accelerator, config, data, precision_reason)
         stop = _StopSignal()
         training = build_training(config, accelerator, data, model, lambda: stop.received is not None)
         return _Run(config, accelerator, display, output, data, training, stop, on_epoch).go()
@@ -354,187 +356,3 @@ class _Run:
             len(history) >= self.config.optimisation.epochs,
             self.stop.received,
         )
-
-
-def _accelerator(config: TrainConfig, output: Path, problems: list[str]) -> tuple[Accelerator, str]:
-    """The accelerator, and why it has its precision; adds to `problems` what it cannot do."""
-    precision, reason = "no", "as nothing else was possible"
-    try:
-        precision, reason = machine.choose_precision(config.optimisation.mixed_precision, PartialState().device)
-    except InputError as error:
-        problems += error.problems
-    AcceleratorState._reset_state()  # a notebook's second run may take another precision
-    trackers = list(config.machine.tracker)
-    missing = sorted(set(trackers) - {str(one) for one in get_available_trackers()})
-    if missing:
-        problems.append(f"tracker {', '.join(missing)} is not installed; `pip install {' '.join(missing)}`.")
-        trackers = []
-    accelerator = Accelerator(
-        mixed_precision=precision,
-        log_with=trackers or None,
-        project_config=ProjectConfiguration(project_dir=str(output), logging_dir=str(output)),
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
-            # from torch's 65536 sixteen halvings may go before the first step, more than may be skipped in a row
-            GradScalerKwargs(init_scale=2.0**13),
-        ],
-    )
-    machine.check_launch(accelerator.num_processes)
-    return accelerator, f"{precision} ({reason})"
-
-
-def _num_local_processes(accelerator: Accelerator) -> int:
-    return int(os.environ.get("LOCAL_WORLD_SIZE") or accelerator.num_processes)
-
-
-def _greet(config: TrainConfig, display: Display) -> None:
-    preset = config.run.preset
-    if config.input.data is None:
-        display.say(
-            f"matchai: preset {preset} on the built-in synthetic phantom, which is no patient's data. For your own "
-            "slices: accelerate launch --quiet -m matchai.train --data DIR"
-        )
-    else:
-        display.say(f"matchai: preset {preset} on {config.input.data}")
-
-
-def _tell(display: Display, accelerator: Accelerator, config: TrainConfig, data: Data, precision: str) -> None:
-    """What the user should know before the first step."""
-    for note in data.notes:
-        display.say(f"data: {note}")
-    weights = slice_weights_of(config, data)
-    if weights.min() == weights.max():
-        targets = " or ".join(config.sampling.target_classes)
-        display.warn(
-            f"the sampler does nothing, as all training slices weigh the same (sampler_weight {weights[0]:g}, all or none "
-            f"show {targets}); choose other --target-classes."
-        )
-    display.say(
-        f"training on {len(data.train)} slices, validating on {len(data.val)}; {accelerator.device}, "
-        f"{accelerator.num_processes} process{'es' if accelerator.num_processes > 1 else ''}, "
-        f"{torch.get_num_threads()} threads, mixed precision {precision}"
-    )
-
-
-def _open_output(output: Path, config: TrainConfig, stack: ExitStack) -> list[str]:
-    """Makes and locks the run's folder; with --restart, moves the old run aside first. Returns what is wrong."""
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        lock = stack.enter_context(ExitStack())
-        lock.enter_context(checkpoint.lock_folder(output))
-        if config.run.restart and (output / "config.yaml").exists():
-            number = 1
-            while (aside := output.with_name(f"{output.name}-old-{number}")).exists():
-                number += 1
-            output.rename(aside)
-            output.mkdir()
-            lock.enter_context(checkpoint.lock_folder(output))
-    except InputError as error:
-        return list(error.problems)
-    except OSError as error:
-        return [f"The output folder {output} cannot be written ({error.strerror}); name another with --output."]
-    foreign = [path.name for path in output.iterdir() if path.name != "run.lock" and not path.name.endswith(".tmp")]
-    if foreign and not (output / "config.yaml").exists():
-        return [f"{output} holds {sorted(foreign)[0]} and is no matchai run; name another folder with --output."]
-    return []
-
-
-def _read(config: TrainConfig, cache: Path, display: Display) -> Data:
-    settings = config.input
-    folder = settings.data or built_in_phantom(cache, settings.phantom_slices)
-    if settings.background_class not in settings.class_names:
-        raise InputError  # told by the check of the settings
-    return read_data(
-        folder,
-        cache,
-        sets=settings.sets,
-        images_name=settings.images_name,
-        masks_name=settings.masks_name,
-        groups_name=settings.groups_name,
-        class_names=settings.class_names,
-        background_class=settings.class_names.index(settings.background_class),
-        hu_window=settings.hu_window,
-        image_size=settings.image_size,
-        val_fraction=settings.val_fraction,
-        folds=settings.folds,
-        fold=settings.fold,
-        seed=config.run.seed,
-        progress=lambda done, total: display.show("preparing slices", done, total),
-    )
-
-
-def _record(accelerator: Accelerator, data: Data, precision: str) -> dict[str, Any]:
-    packages = ("matchai", "torch", "segmentation-models-pytorch", "timm", "albumentations", "accelerate", "numpy")
-    return {
-        "data": data.digests,
-        "notes": data.notes,
-        "slices": {"train": len(data.train), "val": len(data.val)},
-        "precision": precision,
-        "num_processes": accelerator.num_processes,
-        "device": str(accelerator.device),
-        "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in packages}},
-    }
-
-
-def _claim_experiment(output: Path, config: TrainConfig, record: dict[str, Any]) -> list[str]:
-    """Writes config.yaml and split.json of a new run, or compares an old one's; returns the differences."""
-    path = output / "config.yaml"
-    if not path.exists():
-        write_whole(output / "config.yaml", parsing.dump(config, record).encode())
-        return []
-    old, recorded = parsing.load(path), parsing.load_recorded(path)
-    was = TrainConfig().updated(**old).flat()
-    now = config.flat()
-    differences = [
-        f"{name} was {was[name]} and is {now[name]}" for name in LEAVES if name not in FREE and was[name] != now[name]
-    ]
-    for name in sorted(recorded.get("data", {}).keys() | record["data"].keys()):
-        if recorded.get("data", {}).get(name) != record["data"].get(name):
-            differences.append(f"the content of {name} is another")
-    if not differences:
-        return []
-    return [
-        f"{output} holds another experiment: {'; '.join(differences)}. Name another folder with --output, or begin "
-        "afresh with --restart, which moves the old run aside."
-    ]
-
-
-def _write_split(output: Path, config: TrainConfig, data: Data) -> None:
-    split = {
-        "seed": config.run.seed,
-        "folds": config.input.folds,
-        "fold": config.input.fold,
-        "train": data.train,
-        "val": data.val,
-        "groups": data.groups.tolist(),
-    }
-    write_whole(output / "split.json", json.dumps(split).encode())
-
-
-def _on_main(accelerator: Accelerator, work: Callable[[], list[str]]) -> list[str]:
-    """Runs `work` on the main process and tells all processes its problems."""
-    told = [work() if accelerator.is_main_process else None]
-    if accelerator.num_processes > 1:
-        broadcast_object_list(told)
-    return told[0] or []
-
-
-def _on_main_first(accelerator: Accelerator, work: Callable[[], T]) -> T:
-    """Runs `work` on the main process, then, if it could be done, on all others, which find what it has made.
-
-    Raises:
-        InputError: The main process's, on all.
-    """
-    done: list[T] = []
-
-    def first() -> list[str]:
-        try:
-            done.append(work())
-        except InputError as error:
-            return list(error.problems) or ["the settings do not allow it"]
-        return []
-
-    problems = _on_main(accelerator, first)
-    if problems:
-        raise InputError(*problems)
-    return done[0] if done else work()
