@@ -139,6 +139,8 @@ def open_array(path: Path, what: str) -> NDArray[Any]:
             read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else _read_header_2_0
             shape, _, dtype = read_header(file)
             present = path.stat().st_size - file.tell()
+    except InputError:
+        raise
     except OSError as error:
         raise InputError(f"{path}: the {what} cannot be read ({error.strerror}); check its permissions.") from None
     except (ValueError, SyntaxError, TypeError, EOFError):

@@ -129,7 +129,7 @@ def _plain(value: Any) -> Any:
 
 
 def _yaml(values: dict[str, Any]) -> str:
-    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=110, default_flow_style=None)
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=110, default_flow_style=False)
 
 
 def command() -> str:

@@ -1,0 +1,72 @@
+"""The house of the design: imports go down, rooms stay small."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "matchai"
+
+FLOORS = [
+    {"config", "errors", "files", "parsing"},
+    {
+        "arrays",
+        "augmentation",
+        "checkpoint",
+        "console",
+        "figures",
+        "losses",
+        "machine",
+        "metrics",
+        "model",
+        "phantom",
+        "sampling",
+        "slices",
+        "split",
+        "data",
+    },
+    {"loop", "build", "resume", "report", "opening"},
+    {"runner"},
+    {"train"},
+]
+ROOMS = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
+
+
+def imports_of(room: str) -> set[str]:
+    tree = ast.parse((PACKAGE / f"{room}.py").read_text(encoding="utf-8"))
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module == "matchai":
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("matchai."):
+            found.add(str(node.module).split(".")[1])
+    return found
+
+
+def floor_of(room: str) -> int:
+    return next(number for number, rooms in enumerate(FLOORS) if room in rooms)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_imports_never_go_up(room: str) -> None:
+    assert all(floor_of(other) <= floor_of(room) for other in imports_of(room))
+
+
+def test_imports_never_go_in_a_circle() -> None:
+    done: set[str] = set()
+    rest = set(ROOMS)
+    while rest:
+        free = {room for room in rest if imports_of(room) <= done}
+        assert free, f"a circle among {sorted(rest)}"
+        done |= free
+        rest -= free
+
+
+@pytest.mark.parametrize("room", sorted(FLOORS[1]))
+def test_a_part_takes_plain_arguments_and_never_the_config(room: str) -> None:
+    assert "config" not in imports_of(room)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_no_room_is_above_400_lines(room: str) -> None:
+    assert len((PACKAGE / f"{room}.py").read_text(encoding="utf-8").splitlines()) <= 400
