@@ -84,7 +84,7 @@ def save_state(folder: Path, state: State) -> None:
     for name, content in contents.items():
         write_whole(beside / name, content)
     hashes = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
-    record = json.dumps({"hashes": hashes, "record": state.record}, sort_keys=True)
+    record = json.dumps({"hashes": hashes, "record": state.record})
     seal = hashlib.sha256(record.encode()).hexdigest()
     write_whole(beside / _RECORD, f"{record}\n{seal}\n".encode())
     sync_folder(beside)

@@ -18,6 +18,7 @@ from accelerate.utils import (
     GradScalerKwargs,
     ProjectConfiguration,
     broadcast_object_list,
+    parse_flag_from_env,
 )
 
 from matchai import checkpoint, machine, parsing
@@ -35,7 +36,8 @@ def make_accelerator(config: TrainConfig, output: Path, problems: list[str]) -> 
     """The accelerator, and why it has its precision; adds to `problems` what it cannot do."""
     precision, reason = "no", "as nothing else was possible"
     try:
-        precision, reason = machine.choose_precision(config.optimisation.mixed_precision, PartialState().device)
+        processes = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+        precision, reason = machine.choose_precision(config.optimisation.mixed_precision, processes.device)
     except InputError as error:
         problems += error.problems
     AcceleratorState._reset_state()  # a notebook's second run may take another precision

@@ -1,0 +1,246 @@
+"""The model: seeded weights, keyed drop path, and an encoder that is loaded or refused."""
+
+import copy
+import socket
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+import safetensors.torch
+import segmentation_models_pytorch as smp
+import torch
+from torch import Tensor, nn
+
+from matchai.errors import InputError
+from matchai.model import KeyedDropPath, build_model, set_drop_path
+
+RECIPE = "timm-efficientnet-b3"
+TOUCHED = "touched_by_a_pickle"
+
+
+@cache
+def _built(encoder: str, seed: int) -> nn.Module:
+    return build_model(encoder, 4, seed=seed)
+
+
+def built(encoder: str = "resnet18", seed: int = 0) -> nn.Module:
+    return copy.deepcopy(_built(encoder, seed))
+
+
+@cache
+def colour_weights(encoder: str) -> dict[str, Tensor]:
+    """A 3-channel encoder's state dict as smp names it, every tensor random."""
+    weights: dict[str, Tensor] = smp.encoders.get_encoder(encoder, in_channels=3, weights=None).state_dict()
+    generator = torch.Generator().manual_seed(1)
+    return {
+        name: torch.rand(weight.shape, generator=generator) if weight.is_floating_point() else weight
+        for name, weight in weights.items()
+    }
+
+
+def images(batch: int) -> Tensor:
+    return torch.randn(batch, 1, 64, 64, generator=torch.Generator().manual_seed(2))
+
+
+def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_the_same_seed_gives_the_same_weights() -> None:
+    torch.manual_seed(123)
+    assert same(build_model("resnet18", 4, seed=0).state_dict(), built().state_dict())
+
+
+def test_another_seed_gives_other_weights() -> None:
+    assert not same(built(seed=1).state_dict(), built(seed=0).state_dict())
+
+
+def test_the_global_random_state_is_left_as_it_was() -> None:
+    before = torch.get_rng_state()
+    model = build_model(RECIPE, 4, seed=5)
+    set_drop_path(model, 0, 0, [0])
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_images_become_logits_of_the_same_size() -> None:
+    assert built().eval()(images(2)).shape == (2, 4, 64, 64)
+
+
+@pytest.mark.parametrize("encoder", ["resnet18", RECIPE])
+def test_every_trained_parameter_gets_a_gradient_and_every_frozen_one_gets_none(encoder: str) -> None:
+    model = built(encoder).train()
+    set_drop_path(model, 0, 0, [0, 1])
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    model(images(2)).square().mean().backward()
+    assert {name for name, parameter in model.named_parameters() if parameter.grad is not None} == trained
+
+
+def test_the_recipes_unused_parameters_are_frozen() -> None:
+    frozen = {name for name, parameter in built(RECIPE).named_parameters() if not parameter.requires_grad}
+    assert "encoder.conv_head.weight" in frozen
+    assert all(name.startswith(("encoder.conv_head", "encoder.bn2")) for name in frozen)
+
+
+def test_a_built_model_holds_no_gradient_and_trains() -> None:
+    model = _built(RECIPE, 0)
+    assert model.training
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def drop_masks(model: nn.Module, epoch: int, positions: list[int], seed: int = 0) -> Tensor:
+    """(layers, B) what each drop-path layer multiplies each slice by."""
+    set_drop_path(model, seed, epoch, positions)
+    layers = [module for module in model.modules() if isinstance(module, KeyedDropPath)]
+    return torch.stack([layer.train()(torch.ones(len(positions), 2, 3, 3))[:, 0, 0, 0] for layer in layers])
+
+
+def test_a_slice_drops_the_same_paths_alone_as_in_any_batch() -> None:
+    model = built(RECIPE)
+    together = drop_masks(model, 3, [7, 1, 4])
+    assert torch.equal(together[:, [1]], drop_masks(model, 3, [1]))
+    assert torch.equal(together[:, [2, 0]], drop_masks(model, 3, [4, 7]))
+
+
+@pytest.mark.parametrize("other", [{"epoch": 1}, {"positions": list(range(50, 100))}, {"seed": 1}], ids=str)
+def test_another_seed_epoch_or_position_drops_other_paths(other: dict[str, Any]) -> None:
+    model = built(RECIPE)
+    usual: dict[str, Any] = {"epoch": 0, "positions": list(range(50)), "seed": 0}
+    assert not torch.equal(drop_masks(model, **usual), drop_masks(model, **{**usual, **other}))
+
+
+def test_paths_are_dropped_by_their_chance_and_the_rest_scaled_up() -> None:
+    layer = KeyedDropPath(0.25).train()
+    model = nn.Sequential(nn.Linear(1, 1), layer)
+    set_drop_path(model, 0, 0, list(range(4000)))
+    kept = layer(torch.ones(4000, 1))
+    assert set(kept.flatten().tolist()) == {0.0, float(torch.tensor(1.0) / 0.75)}
+    assert float((kept > 0).float().mean()) == pytest.approx(0.75, abs=4 * (0.25 * 0.75 / 4000) ** 0.5)
+
+
+def test_nothing_is_dropped_in_evaluation() -> None:
+    x = torch.randn(2, 3, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(KeyedDropPath(0.9).eval()(x), x)
+
+
+def test_no_drop_path_of_timm_is_left_in_the_recipes_model() -> None:
+    chances = [1 - m.keep_prob for m in _built(RECIPE, 0).modules() if isinstance(m, KeyedDropPath)]
+    assert max(chances) == pytest.approx(0.19, abs=0.01)
+    assert not any(type(module).__name__ == "DropPath" for module in _built(RECIPE, 0).modules())
+
+
+@pytest.mark.parametrize(("wrong", "nearest"), [("resnet81", "resnet18"), ("timm-efficientnet-b33", RECIPE)])
+def test_an_unknown_encoder_is_told_with_the_nearest(wrong: str, nearest: str) -> None:
+    with pytest.raises(InputError, match=f"{wrong}.*did you mean.*{nearest}"):
+        build_model(wrong, 4)
+
+
+def summed_over_colours(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What smp's rule makes of colour weights for one channel: the filters' sum (`patch_first_conv`)."""
+    return {n: w.sum(1, keepdim=True) if w.ndim == 4 and w.shape[1] == 3 else w for n, w in weights.items()}
+
+
+def assert_encoder_holds(model: nn.Module, expected: dict[str, Tensor]) -> None:
+    found: Any = model.get_submodule("encoder").state_dict()
+    for name, weight in expected.items():
+        if name in found:
+            assert torch.allclose(found[name], weight, rtol=1e-6, atol=0), name
+
+
+@pytest.mark.parametrize("prefix", ["", "encoder."])
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_a_file_of_colour_weights_is_loaded_and_its_first_filters_summed(
+    tmp_path: Path, suffix: str, prefix: str
+) -> None:
+    path = tmp_path / f"weights{suffix}"
+    named = {prefix + name: weight for name, weight in colour_weights("resnet18").items()}
+    if suffix == ".pth":
+        torch.save(named, path)
+    else:
+        safetensors.torch.save_file(named, path)
+    model = build_model("resnet18", 4, encoder_weights=str(path))
+    assert_encoder_holds(model, summed_over_colours(colour_weights("resnet18")))
+
+
+def test_a_file_of_one_channel_weights_is_loaded_as_it_is(tmp_path: Path) -> None:
+    weights = summed_over_colours(colour_weights("resnet18"))
+    safetensors.torch.save_file(weights, tmp_path / "weights.safetensors")
+    assert_encoder_holds(build_model("resnet18", 4, encoder_weights=str(tmp_path / "weights.safetensors")), weights)
+
+
+def test_the_recipes_encoder_is_loaded_from_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "weights.safetensors"
+    safetensors.torch.save_file(colour_weights(RECIPE), path)
+    model = build_model(RECIPE, 4, encoder_weights=str(path))
+    assert_encoder_holds(model, summed_over_colours(colour_weights(RECIPE)))
+
+
+def test_with_a_file_too_the_same_seed_gives_the_same_weights(tmp_path: Path) -> None:
+    path = tmp_path / "weights.safetensors"
+    safetensors.torch.save_file(colour_weights("resnet18"), path)
+    first, second = (build_model("resnet18", 4, encoder_weights=str(path), seed=3) for _ in range(2))
+    assert same(first.state_dict(), second.state_dict())
+
+
+def test_weights_of_another_encoder_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "weights.safetensors"
+    safetensors.torch.save_file(colour_weights("resnet18"), path)
+    with pytest.raises(InputError, match="does not hold the weights of encoder resnet34"):
+        build_model("resnet34", 4, encoder_weights=str(path))
+
+
+def test_weights_of_another_shape_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "weights.safetensors"
+    weights = {**colour_weights("resnet18"), "layer1.0.bn1.weight": torch.ones(7)}
+    safetensors.torch.save_file(weights, path)
+    with pytest.raises(InputError, match=r"layer1\.0\.bn1\.weight is \(7,\)"):
+        build_model("resnet18", 4, encoder_weights=str(path))
+
+
+@pytest.mark.parametrize("name", ["absent.safetensors", "absent.pth"])
+def test_a_missing_file_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(InputError, match="does not exist"):
+        build_model("resnet18", 4, encoder_weights=str(tmp_path / name))
+
+
+@pytest.mark.parametrize("name", ["text.safetensors", "text.pth"])
+def test_a_file_of_no_tensors_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("no weights")
+    with pytest.raises(InputError, match="no file of tensors"):
+        build_model("resnet18", 4, encoder_weights=str(tmp_path / name))
+
+
+class Bomb:
+    """Runs code when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+def test_a_pickle_in_a_pth_file_runs_no_code(tmp_path: Path) -> None:
+    torch.save({"weight": torch.ones(1), "bomb": Bomb(tmp_path / TOUCHED)}, tmp_path / "weights.pth")
+    with pytest.raises(InputError, match="no file of tensors"):
+        build_model("resnet18", 4, encoder_weights=str(tmp_path / "weights.pth"))
+    assert not (tmp_path / TOUCHED).exists()
+    torch.load(tmp_path / "weights.pth", weights_only=False)
+    assert (tmp_path / TOUCHED).exists()  # the bomb is a live one
+
+
+@pytest.mark.parametrize("encoder", [RECIPE, "resnet18"])
+def test_imagenet_weights_without_a_network_are_one_problem_with_the_way_out(
+    monkeypatch: pytest.MonkeyPatch, encoder: str
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
+    monkeypatch.setattr(socket, "create_connection", fail)
+    with pytest.raises(InputError, match="--encoder-weights") as caught:
+        build_model(encoder, 4, encoder_weights="imagenet")
+    assert len(caught.value.problems) == 1
