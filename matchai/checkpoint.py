@@ -113,11 +113,18 @@ def load_state(folder: Path) -> State | None:
     """
     last = folder / LAST
     names = _names(last) if last.is_dir() else []
+    damaged: list[str] = []
     for name in reversed(names):
         try:
-            return _read_state(last / name)
+            state = _read_state(last / name)
         except (OSError, ValueError, KeyError, SafetensorError) as error:
             warnings.warn(f"{last / name} is damaged ({error}); the state before it is taken.", stacklevel=2)
+            damaged.append(name)
+            continue
+        for one in damaged:  # out of the way, so that they never count as one of the states kept
+            with contextlib.suppress(OSError):
+                (last / one).rename(last / f".{one}.damaged")
+        return state
     if names:
         raise InputError(f"No state in {last} is whole; start afresh with --restart, which moves the old run aside.")
     return None

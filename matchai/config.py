@@ -212,7 +212,7 @@ class TrainConfig:
                 continue
             try:
                 changes[name] = _convert(value, _TYPES[name])
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OverflowError):
                 problems.append(f"{where}{name} is {value!r}, but must be {_describe(_TYPES[name])}.")
         if problems:
             raise InputError(*problems)
@@ -277,6 +277,8 @@ def check(config: TrainConfig) -> list[str]:
     names = config.input.class_names
     if len(names) < 2 or len(set(names)) < len(names) or "" in names:
         problems.append(f"class_names are {list(names)}, but must be two or more different names in channel order.")
+    if not config.input.lesion_classes:
+        problems.append("lesion_classes is empty, so there would be no lesion Dice: name one class or more.")
     chosen = [("background_class", config.input.background_class)]
     chosen += [("lesion_classes", name) for name in config.input.lesion_classes]
     chosen += [("target_classes", name) for name in config.sampling.target_classes]
@@ -299,7 +301,7 @@ def check(config: TrainConfig) -> list[str]:
         )
     if config.input.image_size % 32:
         size = config.input.image_size
-        near_sizes = sorted({max(32, size // 32 * 32), -(-size // 32) * 32})
+        near_sizes = sorted({min(max(32, near), 4096) for near in (size // 32 * 32, -(-size // 32) * 32)})
         problems.append(
             f"image_size is {size}, but the encoder halves it five times, so it must be a multiple of 32: "
             f"the nearest are {' and '.join(map(str, near_sizes))}."
@@ -317,7 +319,7 @@ def parse_interval(text: str) -> tuple[float, float]:
     Raises:
         InputError: For anything but a positive number of steps, or of seconds (`s`) or minutes (`min`).
     """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|min)|(\d+)", text.strip())
+    found = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)\s*(s|min)|([0-9]{1,9})", text.strip())
     if found and float(found[1] or found[3]) > 0:
         seconds = {"s": 1.0, "min": 60.0}.get(found[2])
         return (float(found[1]) * seconds, math.inf) if seconds else (math.inf, float(found[3]))
@@ -342,6 +344,8 @@ def _convert(value: Any, kind: Any) -> Any:
         accepted = isinstance(value, str | Path)
         value = Path(value).expanduser() if accepted else value
     elif kind in (str, bool):
+        # a bare `save_every: 200` is a number to YAML
+        value = str(value) if kind is str and isinstance(value, int) and not isinstance(value, bool) else value
         accepted = isinstance(value, kind)
     else:  # numbers; as text too, since PyYAML reads a bare 3e-4 as text
         accepted = not isinstance(value, bool) and (kind is float or float(value) == int(float(value)))

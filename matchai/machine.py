@@ -103,7 +103,8 @@ def check_launch(num_processes: int) -> None:
     Raises:
         InputError: If the environment names more processes than have joined.
     """
-    asked = int(os.environ.get("WORLD_SIZE", "1") or 1)
+    text = os.environ.get("WORLD_SIZE", "1")
+    asked = int(text) if text.isdecimal() else num_processes
     if asked != num_processes:
         raise InputError(
             f"The launcher started {asked} processes, but each believes to be alone; on CPUs start them with "

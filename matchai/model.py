@@ -48,6 +48,10 @@ class KeyedDropPath(nn.Module):
         """Keeps or zeroes each slice's path, and scales what is kept by 1 / its chance; x (B, ...)."""
         if not self.training:
             return x
+        if len(self.uniforms) != len(x):
+            raise RuntimeError(
+                f"drop path has numbers for {len(self.uniforms)} slices of {len(x)}; call set_drop_path."
+            )
         mask = (self.uniforms < self.keep_prob).to(x.dtype) / self.keep_prob
         return x * mask.view(-1, *[1] * (x.ndim - 1))
 
@@ -69,7 +73,7 @@ def build_model(encoder: str, num_classes: int, *, encoder_weights: str = "none"
         InputError: For an unknown encoder, or weights that cannot be had or do not fit. Never falls back to random
             weights.
     """
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`timm-` encoders are deprecated", DeprecationWarning)
         warnings.filterwarnings("ignore", "For 'tu-'", UserWarning)
         torch.manual_seed(seed)
@@ -106,8 +110,8 @@ def _unetplusplus(encoder: str, num_classes: int, encoder_weights: str) -> nn.Mo
     by_timm = encoder_weights == "imagenet" and "pretrained_settings" not in smp.encoders.encoders.get(encoder, {})
     pretrained = encoder_weights != "none" and not by_timm
     weights = _encoder_weights(encoder, encoder_weights) if pretrained else {}
-    first = next((weight for weight in weights.values() if weight.ndim == 4), None)
-    channels = 3 if first is not None and first.shape[1] == 3 else 1
+    # only the first convolution takes colours; by shape, as a safetensors file does not keep the order of its names
+    channels = 3 if any(weight.ndim == 4 and weight.shape[1] == 3 for weight in weights.values()) else 1
     try:
         model: Any = smp.UnetPlusPlus(
             encoder, encoder_weights="imagenet" if by_timm else None, in_channels=channels, classes=num_classes

@@ -31,7 +31,8 @@ def parse(argv: list[str], description: str, prog: str) -> TrainConfig:
         if not {"-h", "--help"} & set(argv)
         else argparse.Namespace(config=None, preset=None, data=None)
     )
-    base = preset_config(load(Path(known.config)) if known.config else {}, preset=known.preset, data=known.data)
+    data = None if known.data == "None" else known.data
+    base = preset_config(load(Path(known.config)) if known.config else {}, preset=known.preset, data=data)
     return tyro.cli(
         tyro.conf.configure(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)(TrainConfig),
         args=argv,
@@ -89,6 +90,8 @@ def load(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}{line}: {reason}; write one `name: value` a line, indented with spaces.") from None
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
+    except (ValueError, RecursionError):
+        raise InputError(f"{path} holds a value that YAML cannot read; write one `name: value` a line.") from None
     if content is None:
         return {}
     if not isinstance(content, dict):

@@ -73,7 +73,9 @@ class DistributedWeightedSampler(Sampler[list[int]]):
         process_index: int | None = None,
     ) -> None:
         grouped = torch.distributed.is_available() and torch.distributed.is_initialized()
-        self.num_processes = num_processes or (torch.distributed.get_world_size() if grouped else 1)
+        if num_processes is None:
+            running = torch.distributed.get_world_size() if grouped else 1
+        self.num_processes = running if num_processes is None else num_processes
         if process_index is None:
             process_index = torch.distributed.get_rank() if grouped and num_processes is None else 0
         self.process_index = process_index
@@ -189,6 +191,10 @@ def _block_sums(weights: NDArray[Any]) -> NDArray[np.float64]:
             raise ValueError(f"weight {start + bad} is {piece[bad]}, but weights must be finite and not negative.")
         piece = np.pad(piece, (0, -len(piece) % BLOCK)).reshape(-1, BLOCK).sum(axis=1)
         sums[start // BLOCK : start // BLOCK + len(piece)] = piece
+    if not np.isfinite(sums.sum()):
+        raise ValueError("the weights add up to infinity; scale them down.")
+    if 0 < sums.sum() < np.finfo(np.float64).tiny:
+        raise ValueError("the weights add up to less than a double can divide; scale them up.")
     if not sums.any():
         raise ValueError("all weights are 0, so there is nothing to draw.")
     return sums
