@@ -85,16 +85,30 @@ def test_an_altered_byte_in_the_newest_gives_the_one_before(tmp_path: Path, name
 
 
 @pytest.mark.parametrize("name", ["state.safetensors", "state.json", BEST])
-def test_a_lost_or_cut_file_in_the_newest_gives_the_one_before(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("is_lost", [False, True])
+def test_a_lost_or_cut_file_in_the_newest_gives_the_one_before(tmp_path: Path, name: str, is_lost: bool) -> None:
     for number in (1, 2, 3):
         save_state(tmp_path, state(number))
     path = tmp_path / LAST / "state-000003" / name
-    path.write_bytes(path.read_bytes()[:-5])
-    with pytest.warns(UserWarning, match="damaged"):
-        assert found(tmp_path) == 2
+    content = path.read_bytes()
     path.unlink()
+    if not is_lost:
+        path.write_bytes(content[:-5])
     with pytest.warns(UserWarning, match="damaged"):
         assert found(tmp_path) == 2
+
+
+def test_a_damaged_state_does_not_count_as_one_of_the_two_kept(tmp_path: Path) -> None:
+    for number in (1, 2):
+        save_state(tmp_path, state(number))
+    alter(tmp_path / LAST / "state-000002" / "state.safetensors", 0.9)
+    with pytest.warns(UserWarning, match="damaged"):
+        load_state(tmp_path)
+    save_state(tmp_path, state(3))
+    newest = sorted(path for path in (tmp_path / LAST).iterdir() if path.name.startswith("state-"))[-1]
+    alter(newest / "state.safetensors", 0.9)
+    with pytest.warns(UserWarning, match="damaged"):
+        assert found(tmp_path) == 1
 
 
 def test_only_damaged_states_are_refused(tmp_path: Path) -> None:

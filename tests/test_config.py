@@ -44,6 +44,7 @@ def test_every_preset_is_without_a_problem(preset: str) -> None:
         ("sets", ["a", "b"], ("a", "b")),
         ("hu_window", [-1000, "2e2"], (-1000.0, 200.0)),
         ("restart", True, True),
+        ("save_every", 200, "200"),
     ],
 )
 def test_a_value_is_taken_as_the_type_of_its_setting(name: str, given: Any, expected: Any) -> None:
@@ -64,12 +65,12 @@ def test_a_value_is_taken_as_the_type_of_its_setting(name: str, given: Any, expe
         ("epochs", "many"),
         ("restart", 1),
         ("restart", "yes"),
-        ("encoder", 5),
+        ("encoder", 5.5),
         ("sets", "medseg"),
         ("hu_window", [1]),
         ("hu_window", [1, 2, 3]),
         ("hu_window", 5),
-        ("class_names", [1, 2]),
+        ("class_names", [1.5, 2.5]),
         ("preset", "best"),
         ("data", 3),
         ("preset", ["quick"]),
