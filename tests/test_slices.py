@@ -1,0 +1,92 @@
+"""Prepared slices: exact sums, a cache that is verified, masks as they are."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from matchai.arrays import ArraySet, open_sets
+from matchai.slices import STEPS, Slices, fingerprint, prepare
+
+NAMES = ("ground glass", "consolidation", "lungs other", "background")
+
+
+def prepared(data: Path, cache: Path, **settings: Any) -> Slices:
+    sets = open_sets(data, (), "images_{set}.npy", "masks_{set}.npy", NAMES)
+    digests = fingerprint([path for one in sets for path in (one.image_path, one.mask_path)])
+    asked: dict[str, Any] = {
+        "hu_window": (-1500.0, 500.0),
+        "image_size": 64,
+        "class_names": NAMES,
+        "background_class": 3,
+    }
+    return prepare(sets, digests, cache, **(asked | settings))
+
+
+def test_rounding_is_far_below_the_noise_of_ct(data: Path, tmp_path: Path) -> None:
+    slices = prepared(data, tmp_path / "cache")
+    images = np.load(data / "images_medseg.npy")[..., 0]
+    assert np.abs(slices.images[:].astype(np.float64) / STEPS * 2000 - 1500 - images).max() < 0.02
+
+
+def test_statistics_are_those_of_the_chosen_slices_alone(data: Path, tmp_path: Path) -> None:
+    slices = prepared(data, tmp_path / "cache")
+    chosen = np.load(data / "images_medseg.npy")[[2, 5, 7]].astype(np.float64)
+    mean, std = slices.mean_std([2, 5, 7])
+    assert mean * 2000 - 1500 == pytest.approx(chosen.mean(), abs=0.01)
+    assert std * 2000 == pytest.approx(chosen.std(), abs=0.01)
+
+
+def test_every_dtype_and_layout_gives_the_same_slices(data: Path, tmp_path: Path) -> None:
+    images = np.rint(np.load(data / "images_medseg.npy"))
+    masks = np.load(data / "masks_medseg.npy")
+    np.save(data / "images_medseg.npy", images)
+    reference = prepared(data, tmp_path / "cache")
+    for dtype in ("<f8", ">f4", "<i2", ">i4", "<f2"):
+        np.save(data / "images_medseg.npy", images[..., 0].astype(dtype))
+        other = prepared(data, tmp_path / "cache")
+        assert np.abs(other.images[:].astype(int) - reference.images[:]).max() <= (17 if dtype == "<f2" else 0)
+    for layout in (masks.astype(np.int16), masks.astype("u1") * 255, masks.argmax(-1), masks.argmax(-1).astype(">f4")):
+        np.save(data / "masks_medseg.npy", layout)
+        assert np.array_equal(prepared(data, tmp_path / "cache").targets, reference.targets)
+
+
+def test_a_pixel_of_two_classes_takes_the_lower_and_of_none_the_background(data: Path, tmp_path: Path) -> None:
+    masks = np.load(data / "masks_medseg.npy")
+    masks[0, 0, 0], masks[0, 0, 1] = (False, True, True, False), False
+    np.save(data / "masks_medseg.npy", masks)
+    slices = prepared(data, tmp_path / "cache")
+    assert slices.targets[0, 0, :2].tolist() == [1, 3]
+    assert any("1 pixels carry several classes" in note for note in slices.notes)
+    assert any("1 pixels carry no class" in note for note in slices.notes)
+
+
+@pytest.mark.parametrize("name", ["images.npy", "targets.npy", "sums.npy", "meta.json"])
+def test_a_damaged_cache_is_rebuilt(name: str, data: Path, tmp_path: Path) -> None:
+    reference = np.array(prepared(data, tmp_path / "cache").images)
+    file = next((tmp_path / "cache").glob(f"*/{name}"))
+    content = bytearray(file.read_bytes())
+    content[-9] ^= 1
+    file.write_bytes(content)
+    slices = prepared(data, tmp_path / "cache")
+    assert np.array_equal(slices.images, reference)
+    assert slices.mean_std([0]) == prepared(data, tmp_path / "other").mean_std([0])
+
+
+def test_another_content_under_the_same_name_and_time_is_prepared_anew(data: Path, tmp_path: Path) -> None:
+    prepared(data, tmp_path / "cache")
+    images = np.load(data / "images_medseg.npy")
+    images[3, 4, 5] = 123
+    np.save(data / "images_medseg.npy", images)
+    assert round(prepared(data, tmp_path / "cache").images[3, 4, 5] / STEPS * 2000 - 1500) == 123
+
+
+def test_both_sets_are_used_together_and_one_can_be_chosen(data: Path) -> None:
+    for what in ("images", "masks"):
+        np.save(data / f"{what}_radiopedia.npy", np.load(data / f"{what}_medseg.npy")[:10])
+    both = open_sets(data, (), "images_{set}.npy", "masks_{set}.npy", NAMES)
+    one = open_sets(data, ("radiopedia",), "images_{set}.npy", "masks_{set}.npy", NAMES)
+    assert [len(found) for found in both] == [16, 10]
+    assert [found.name for found in one] == ["radiopedia"]
+    assert isinstance(one[0], ArraySet)
