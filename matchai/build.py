@@ -27,9 +27,9 @@ from matchai.slices import SliceDataset, collate
 AIR = -1000.0  # HU
 
 
-def build_model_of(config: TrainConfig) -> nn.Module:
-    """The model that the settings ask for; with `init`, random weights that the other run's will replace."""
-    weights = "none" if config.run.init else config.network.encoder_weights
+def build_model_of(config: TrainConfig, *, is_resuming: bool) -> nn.Module:
+    """The model that the settings ask for; with random weights where `init` or a stored state will replace them."""
+    weights = "none" if config.run.init or is_resuming else config.network.encoder_weights
     num_classes = len(config.input.class_names)
     return build_model(config.network.encoder, num_classes, encoder_weights=weights, seed=config.run.seed)
 

@@ -125,6 +125,7 @@ def run(config: TrainConfig, on_epoch: OnEpoch | None = None) -> RunResult:
         greet(config, display)
         problems += on_main(accelerator, lambda: open_output(output, config, stack))
         cache = config.input.cache or output.parent / "cache"
+        is_resuming = any((output / checkpoint.LAST).glob("state-*"))
         data, model = None, None
         try:
             data = on_main_first(accelerator, lambda: read(config, cache, display))
@@ -133,7 +134,7 @@ def run(config: TrainConfig, on_epoch: OnEpoch | None = None) -> RunResult:
             problems += error.problems
         display.close()
         try:
-            model = on_main_first(accelerator, lambda: build_model_of(config))
+            model = on_main_first(accelerator, lambda: build_model_of(config, is_resuming=is_resuming))
         except InputError as error:
             problems += error.problems
         if problems or data is None or model is None:
