@@ -119,21 +119,29 @@ def _unetplusplus(encoder: str, num_classes: int, encoder_weights: str) -> nn.Mo
     except Exception as error:
         raise InputError(_encoder_problem(encoder, by_timm, error)) from error
     if pretrained:
-        expected = model.encoder.state_dict()
-        missing = sorted(set(expected) - set(weights) - {k for k in expected if k.endswith("num_batches_tracked")})
-        wrong = [name for name in expected if name in weights and expected[name].shape != weights[name].shape]
-        if missing or wrong:
-            which = f"{missing[0]} is missing" if missing else f"{wrong[0]} is {tuple(weights[wrong[0]].shape)}"
-            raise InputError(
-                f"{encoder_weights} does not hold the weights of encoder {encoder}: {which} "
-                f"({len(missing)} missing and {len(wrong)} of another shape among {len(expected)}); "
-                "give the weights of that encoder, or another --encoder."
-            )
-        model.encoder.load_state_dict({**expected, **{k: v for k, v in weights.items() if k in expected}})
+        try:
+            # the encoder's own way first: it drops its classifier, and some rename what older files hold
+            model.encoder.load_state_dict(dict(weights))
+        except (RuntimeError, KeyError):
+            _load_fitting(model.encoder, weights, f"{encoder_weights} does not hold the weights of encoder {encoder}")
         if channels == 3:
             model.encoder.set_in_channels(1, pretrained=True)  # sums the filters over the colours
     built: nn.Module = model
     return built
+
+
+def _load_fitting(encoder: nn.Module, weights: dict[str, Tensor], problem: str) -> None:
+    """Loads a file that holds the encoder's weights among others; raises InputError, which begins with `problem`."""
+    expected = encoder.state_dict()
+    missing = sorted(set(expected) - set(weights) - {k for k in expected if k.endswith("num_batches_tracked")})
+    wrong = [name for name in expected if name in weights and expected[name].shape != weights[name].shape]
+    if missing or wrong:
+        which = f"{missing[0]} is missing" if missing else f"{wrong[0]} is {tuple(weights[wrong[0]].shape)}"
+        raise InputError(
+            f"{problem}: {which} ({len(missing)} missing and {len(wrong)} of another shape among {len(expected)}); "
+            "give the weights of that encoder, or another --encoder."
+        )
+    encoder.load_state_dict({**expected, **{k: v for k, v in weights.items() if k in expected}})
 
 
 def _encoder_weights(encoder: str, source: str) -> dict[str, Tensor]:

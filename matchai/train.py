@@ -27,6 +27,15 @@ def main(argv: list[str] | None = None) -> int:
         except DivergedError as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
+        except RuntimeError as error:
+            if "out of memory" not in str(error) and "not enough memory" not in str(error):
+                raise
+            print(
+                "error: A step needs more memory than there is; the last saved state is kept. Compute a batch in parts "
+                "with --accumulate 2 or more, or choose a smaller --image-size or --encoder.",
+                file=sys.stderr,
+            )
+            return 1
     except InputError as error:
         for problem in error.problems:
             print(f"error: {problem}", file=sys.stderr)
