@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -184,24 +185,33 @@ def test_init_starts_from_the_best_weights_of_another_run(
     assert history(tmp_path / "run")[0]["train_loss"] < history(finished)[0]["train_loss"]
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="gloo's launcher needs a POSIX system")
-def test_two_processes_train_one_run(phantom: Path, cache: Path, tmp_path: Path, finished: Path) -> None:
+def launch_two(arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    """Trains on two real gloo processes, by the README's command."""
     flags = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--main_process_port", "0"]
     command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", *flags, "-m", "matchai.train"]
-    output = tmp_path / "run"
-    done = subprocess.run(
-        [*command, *small(phantom, cache, output)],
+    return subprocess.run(
+        [*command, *arguments],
         env={**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=250,
         check=False,
     )
+
+
+def test_two_processes_train_one_run(phantom: Path, cache: Path, tmp_path: Path, finished: Path) -> None:
+    done = launch_two(small(phantom, cache, tmp_path / "run"))
     assert done.returncode == 0, done.stderr
-    rows, alone = history(output), history(finished)
-    assert [row["lr"] for row in rows] == [row["lr"] for row in alone]
+    assert [row["lr"] for row in history(tmp_path / "run")] == [row["lr"] for row in history(finished)]
     assert "2 processes" in done.stdout
     assert done.stdout.count("epoch 1/2") == 1
+
+
+def test_a_process_without_a_share_takes_part_in_the_step(phantom: Path, cache: Path, tmp_path: Path) -> None:
+    # 24 training slices are a batch of 23 and one of 1, of which the second process has none
+    done = launch_two([*small(phantom, cache, tmp_path / "run"), "--batch-size", "23"])
+    assert done.returncode == 0, done.stderr
+    assert [row["skipped_steps"] for row in history(tmp_path / "run")] == [0, 0]
 
 
 def spoil_images(change: Callable[[Any], Any]) -> Callable[[Path], None]:
@@ -301,3 +311,19 @@ def test_a_folder_that_is_no_run_is_not_written_into(
     (tmp_path / "run" / "thesis.tex").write_text("mine")
     assert main(small(data, tmp_path / "cache", tmp_path / "run")) == 2
     assert "thesis.tex" in capsys.readouterr().err
+
+
+def test_an_output_folder_that_cannot_be_written_is_told(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    assert main(small(data, tmp_path / "cache", tmp_path / "file" / "run")) == 2
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_too_little_disk_for_the_cache_is_told(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=10))
+    assert main(small(data, tmp_path / "cache", tmp_path / "run")) == 2
+    assert "make room" in capsys.readouterr().err
