@@ -19,7 +19,7 @@ from matchai.config import TrainConfig
 from matchai.data import Data
 from matchai.loop import Training
 from matchai.losses import SegmentationLoss, balanced_class_weights
-from matchai.machine import default_workers
+from matchai.machine import default_workers, num_local_processes
 from matchai.model import build_model
 from matchai.sampling import DistributedWeightedSampler, slice_weights
 from matchai.slices import SliceDataset, collate
@@ -101,7 +101,7 @@ def build_training(
     chances = {name: getattr(config.augmentation, name) for name in vars(config.augmentation)}
     air = min(max((AIR - low) / (high - low), 0.0), 1.0)
     augmentation = Augmentation(seed, air, names.index(config.input.background_class), **chances)
-    num_local = max(1, accelerator.num_processes)
+    num_local = num_local_processes(accelerator.num_processes)
     workers = config.machine.num_workers
     load = functools.partial(
         DataLoader,

@@ -63,6 +63,11 @@ def set_threads(num_local_processes: int) -> int:
     return torch.get_num_threads()
 
 
+def num_local_processes(num_processes: int) -> int:
+    """Training processes on this host, of `num_processes` over all hosts."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or num_processes)
+
+
 def num_cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

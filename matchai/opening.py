@@ -1,7 +1,6 @@
 """What happens before the first step: the processes, the output folder, the data, and what the user is told."""
 
 import json
-import os
 import platform
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -58,11 +57,6 @@ def make_accelerator(config: TrainConfig, output: Path, problems: list[str]) -> 
     )
     machine.check_launch(accelerator.num_processes)
     return accelerator, f"{precision} ({reason})"
-
-
-def num_local_processes(accelerator: Accelerator) -> int:
-    """Training processes on this host."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE") or accelerator.num_processes)
 
 
 def greet(config: TrainConfig, display: Display) -> None:

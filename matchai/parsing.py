@@ -6,7 +6,6 @@ Precedence: default < preset < `--config` file < flag; the last of a repeated fl
 
 import argparse
 import dataclasses
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -133,9 +132,3 @@ def _plain(value: Any) -> Any:
 
 def _yaml(values: dict[str, Any]) -> str:
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=110, default_flow_style=False)
-
-
-def command() -> str:
-    """The command that the user typed, as far as Python knows it, to be told again in hints."""
-    module = getattr(sys.modules.get("__main__"), "__spec__", None)
-    return f"python -m {module.name}" if module and module.name else Path(sys.argv[0]).name

@@ -28,7 +28,6 @@ from matchai.opening import (
     greet,
     make_accelerator,
     make_record,
-    num_local_processes,
     on_main,
     on_main_first,
     open_output,
@@ -119,7 +118,7 @@ def run(config: TrainConfig, on_epoch: OnEpoch | None = None) -> RunResult:
         stack.enter_context(torch.random.fork_rng(devices=cuda))
         problems = check(config)
         accelerator, precision_reason = make_accelerator(config, output, problems)
-        machine.set_threads(num_local_processes(accelerator))
+        machine.set_threads(machine.num_local_processes(accelerator.num_processes))
         display = Display(accelerator.is_main_process)
         stack.callback(display.close)
         greet(config, display)
@@ -186,7 +185,7 @@ class _Run:
             self._publish()
         if len(self.progress.history) >= epochs:
             self.display.say(f"{self.output} is finished ({epochs} epochs); there is nothing to do.")
-            if self.accelerator.is_main_process and not (self.output / "figures").is_dir():
+            if self.accelerator.is_main_process and not self._figures_are_final():
                 self._draw(final=True)
             return self._result()
         if state is not None:
@@ -296,6 +295,12 @@ class _Run:
             epoch=self.progress.best_epoch if final else len(self.progress.history),
         )
         self.drawn_at = time.monotonic()
+
+    def _figures_are_final(self) -> bool:
+        """Whether every figure is younger than the last state; not so if a kill came before they were drawn."""
+        drawn = [path.stat().st_mtime for path in (self.output / "figures").glob("*.png")]
+        kept = [path.stat().st_mtime for path in (self.output / checkpoint.LAST).glob("state-*")]
+        return bool(drawn) and min(drawn) >= max(kept)
 
     def _about(self, row: dict[str, Any]) -> dict[str, Any]:
         """What prediction needs beside the weights."""

@@ -80,6 +80,15 @@ def test_a_finished_run_is_left_as_it_is(finished: Path, phantom: Path, cache: P
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*.safetensors")} == before
 
 
+def test_figures_that_a_kill_kept_from_being_drawn_are_drawn_later(finished: Path, phantom: Path, cache: Path) -> None:
+    panels = finished / "figures" / "panels.png"
+    content = panels.read_bytes()
+    panels.write_bytes(b"of an earlier epoch")
+    os.utime(panels, (0, 0))
+    assert main([*small(phantom, cache, finished), "--save-every", "1"]) == 0
+    assert panels.read_bytes() == content
+
+
 @pytest.mark.parametrize("kills", [(1,), (2, 5), (9,)])
 def test_a_killed_run_ends_bit_for_bit_where_an_uninterrupted_one_does(
     kills: tuple[int, ...], finished: Path, phantom: Path, cache: Path, tmp_path: Path
