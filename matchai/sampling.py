@@ -1,4 +1,4 @@
-"""The weighted sampler: which slice is the t-th draw of an epoch, as a pure function of (seed, epoch, t).
+"""The weighted sampler: deals one stream of weighted draws to any number of processes, a pure function of the seed.
 
 Usable without the rest of matchai, as the batch sampler of anyone's DataLoader:
 
@@ -9,16 +9,16 @@ Usable without the rest of matchai, as the batch sampler of anyone's DataLoader:
 
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch.distributed
 from numpy.typing import ArrayLike, NDArray
-from torch.utils.data import Sampler
+from torch import Tensor
+from torch.utils.data import Sampler, default_collate, get_worker_info
 
-BLOCK = 64  # weights a block: the table of N = 10^8 then takes 12.5 MB, and a draw reads one cache line or four
-_STREAM = 0x5A3B  # keeps the sampler's random words apart from those of augmentation and drop path
+from matchai.laws import BalancedDraws, DistinctDraws, IndependentDraws, check_shape
 
 
 class Draw(int):
@@ -43,23 +43,34 @@ class Draw(int):
 
 
 class DistributedWeightedSampler(Sampler[list[int]]):
-    """Deals one stream of weighted draws, with replacement, to any number of processes in global batches.
+    """A batch sampler that deals one stream of weighted draws to any number of processes in global batches.
 
-    Draw t takes slice i with probability w_i / Σw. The words behind it come from the counter-based generator
-    Philox 4x64 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") with the key made of (seed,
-    epoch) and the counter t, so no process draws for another, and going on at any draw costs nothing. Its state is
-    three integers and holds for every number of processes and every batch size.
+    Iterating yields one list a step: this process's share of the step's global batch, which may be empty. Draw t of an
+    epoch is a pure function of (seed, epoch, t), so no process draws for another, and going on at any draw costs
+    nothing. The state is three integers and holds for every number of processes and every batch size. A loader that
+    prefetches is ahead of the loop that it feeds: there the loop knows what was consumed, `batch_size` draws a step.
+
+    It deals by process itself: a DataLoader over it must not be sharded again, so do not pass it to Accelerate's
+    `prepare`.
 
     Args:
         weights: (N,) non-negative numbers, not necessarily normalised; a memory-mapped array stays on disk.
         batch_size: Draws of one step over all processes.
-        num_samples: Draws of one epoch, D (default: N).
+        num_samples: Draws of one epoch, D (default: N; without replacement, the number of weights above 0).
+        replacement: Whether draws are independent of each other, draw t taking item i with probability w_i / Σw. If
+            not, each draw takes one of the items left, in proportion to their weights; an epoch then begins in O(N).
+        balanced: Whether the counts of an epoch are those expected, D w_i / Σw, as nearly as whole numbers allow
+            (see `matchai.laws.BalancedDraws`).
         seed: Non-negative integer.
         num_processes: Processes that share each step (default: those of the running process group, else 1).
         process_index: Which of them this is (default: the group's rank, else 0).
+        accumulate: Micro-batches of a step. The list then holds this process's share of the first, followed by that
+            of the second and so on (`micro_shares` tells the sizes), so that every micro-batch consists of the same
+            draws on any number of processes.
 
     Raises:
-        ValueError: For negative, non-finite or all-zero weights, a wrong shape, or an index out of range.
+        ValueError: For negative, non-finite or all-zero weights, a wrong shape, an index out of range, more draws than
+            items without replacement, or draws that are to be balanced and without replacement at once.
     """
 
     def __init__(
@@ -68,34 +79,52 @@ class DistributedWeightedSampler(Sampler[list[int]]):
         batch_size: int,
         num_samples: int | None = None,
         *,
+        replacement: bool = True,
+        balanced: bool = False,
         seed: int = 0,
         num_processes: int | None = None,
         process_index: int | None = None,
+        accumulate: int = 1,
     ) -> None:
         grouped = torch.distributed.is_available() and torch.distributed.is_initialized()
         if num_processes is None:
-            running = torch.distributed.get_world_size() if grouped else 1
-        self.num_processes = running if num_processes is None else num_processes
+            num_processes = torch.distributed.get_world_size() if grouped else 1
         if process_index is None:
-            process_index = torch.distributed.get_rank() if grouped and num_processes is None else 0
-        self.process_index = process_index
-        self.weights = np.asanyarray(weights)
-        self._block_ends = np.cumsum(_block_sums(self.weights))
-        self.batch_size = batch_size
-        self.num_samples = len(self.weights) if num_samples is None else num_samples
-        self.seed = seed
-        self.epoch = 0
-        self.consumed = 0
+            process_index = torch.distributed.get_rank() if grouped else 0
+        weights = check_shape(np.asanyarray(weights))
+        if balanced and not replacement:
+            raise ValueError("balanced draws repeat an item as often as is expected: they need replacement=True.")
+        self.law: IndependentDraws | DistinctDraws | BalancedDraws
+        if not replacement:
+            self.law = DistinctDraws(weights)
+            num_samples = self.law.num_items if num_samples is None else num_samples
+            if num_samples > self.law.num_items:
+                raise ValueError(
+                    f"num_samples is {num_samples}, but without replacement there are {self.law.num_items} draws at "
+                    "most, one for every weight above 0."
+                )
+        num_samples = len(weights) if num_samples is None else num_samples
         for name, value, low in (
             ("batch_size", batch_size, 1),
-            ("num_samples", self.num_samples, 1),
-            ("num_processes", self.num_processes, 1),
+            ("num_samples", num_samples, 1),
+            ("num_processes", num_processes, 1),
             ("seed", seed, 0),
+            ("accumulate", accumulate, 1),
         ):
             if value < low:
                 raise ValueError(f"{name} is {value}, but must be at least {low}.")
-        if not 0 <= process_index < self.num_processes:
-            raise ValueError(f"process_index is {process_index}, but must be 0 to {self.num_processes - 1}.")
+        if not 0 <= process_index < num_processes:
+            raise ValueError(f"process_index is {process_index}, but must be 0 to {num_processes - 1}.")
+        if replacement:
+            self.law = BalancedDraws(weights, num_samples) if balanced else IndependentDraws(weights)
+        self.batch_size = batch_size
+        self.num_samples = num_samples
+        self.num_processes = num_processes
+        self.process_index = process_index
+        self.accumulate = accumulate
+        self.seed = seed
+        self.epoch = 0
+        self.consumed = 0
         self._spent = False
 
     def __len__(self) -> int:
@@ -104,6 +133,8 @@ class DistributedWeightedSampler(Sampler[list[int]]):
 
     def set_epoch(self, epoch: int) -> None:
         """Goes to the start of another epoch; naming the current one changes nothing, so a loaded position stays."""
+        if epoch < 0:
+            raise ValueError(f"epoch is {epoch}, but must be at least 0.")
         if epoch != self.epoch:
             self.epoch, self.consumed, self._spent = epoch, 0, False
 
@@ -130,25 +161,13 @@ class DistributedWeightedSampler(Sampler[list[int]]):
             self._spent = True
         while self.consumed < self.num_samples:
             size = min(self.batch_size, self.num_samples - self.consumed)
-            start, stop = share(size, self.num_processes, self.process_index)
-            first = self.consumed + start
-            indices = self._draw(first, stop - start)
+            base = self.consumed
             self.consumed += size
-            yield [Draw(int(index), self.epoch, first + k) for k, index in enumerate(indices)]
-
-    def _draw(self, first: int, count: int) -> NDArray[np.int64]:
-        """The slices of draws `first` to `first + count`: a block by its sum, then a slice within the block."""
-        key = np.random.SeedSequence((_STREAM, self.seed, self.epoch)).generate_state(2, np.uint64)
-        words = np.random.Philox(key=key, counter=first).random_raw(4 * count).reshape(count, 4)
-        # 53 bits make a uniform double in [0, 1), so uniform * sum < sum: an item past the last is never met
-        uniform = (words[:, :2] >> np.uint64(11)) * 2.0**-53
-        block = np.searchsorted(self._block_ends, uniform[:, 0] * self._block_ends[-1], side="right")
-        places = block[:, None] * BLOCK + np.arange(BLOCK)
-        inside = places < len(self.weights)
-        weights = np.where(inside, self.weights[np.where(inside, places, 0)], 0).astype(np.float64)
-        ends = np.cumsum(weights, axis=1)
-        within = (ends <= (uniform[:, 1] * ends[:, -1])[:, None]).sum(axis=1)
-        return np.asarray(block * BLOCK + within, dtype=np.int64)
+            draws: list[int] = []
+            for start, stop in micro_shares(size, self.accumulate, self.num_processes, self.process_index):
+                items = self.law.items(self.seed, self.epoch, base + start, stop - start).tolist()
+                draws += [Draw(item, self.epoch, base + start + k) for k, item in enumerate(items)]
+            yield draws
 
 
 def share(size: int, num_processes: int, process_index: int) -> tuple[int, int]:
@@ -156,6 +175,70 @@ def share(size: int, num_processes: int, process_index: int) -> tuple[int, int]:
     each, rest = divmod(size, num_processes)
     start = process_index * each + min(process_index, rest)
     return start, start + each + (process_index < rest)
+
+
+def micro_shares(size: int, accumulate: int, num_processes: int, process_index: int) -> list[tuple[int, int]]:
+    """The parts (start, stop) of a batch that a process computes, one of each micro-batch of the whole batch.
+
+    The batch is cut into `accumulate` micro-batches, as even as it goes, and each of them is shared by the processes.
+    """
+    parts = []
+    for number in range(accumulate):
+        begin, end = share(size, accumulate, number)
+        start, stop = share(end - begin, num_processes, process_index)
+        parts.append((begin + start, begin + stop))
+    return parts
+
+
+class _Collate:
+    """See `collate`."""
+
+    def __init__(self) -> None:
+        self.like: Any = None
+
+    def __call__(self, items: Sequence[Any], like: Any = None) -> Any:
+        """Makes a batch of items as torch's `default_collate` does; of no items, one of the same structure with B = 0.
+
+        What an item looks like is told by `like`; without it, by the data set where a worker collates, else by the
+        items that this process collated last.
+
+        Args:
+            items: The items, in the structures that `default_collate` takes; may be empty.
+            like: An item, such as `dataset[0]`.
+
+        Raises:
+            ValueError: If there are no items, and nothing tells what one looks like.
+        """
+        if items:
+            self.like = items[-1]
+            return default_collate(list(items))
+        worker = get_worker_info()
+        if like is None and worker is not None:
+            like = worker.dataset[Draw(0, 0, 0)]
+        like = self.like if like is None else like
+        if like is None:
+            raise ValueError(
+                "an empty share came before any item: give one, collate_fn=functools.partial(collate, like=dataset[0])."
+            )
+        return _emptied(default_collate([like]))
+
+
+collate = _Collate()
+"""Collates a process's share of a step, which may be empty; for a DataLoader's `collate_fn`."""
+
+
+def _emptied(batch: Any) -> Any:
+    """The batch without its items: tensors (0, ...)."""
+    if isinstance(batch, Tensor):
+        return batch[:0].clone()
+    if isinstance(batch, Mapping):
+        return type(batch)({name: _emptied(value) for name, value in batch.items()})  # type: ignore[call-arg]
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*map(_emptied, batch))
+    if isinstance(batch, list | tuple):
+        # what is left of texts is a list of them, one an item
+        return type(batch)(_emptied(value) for value in batch if not isinstance(value, str | bytes))
+    return batch
 
 
 def slice_weights(
@@ -173,28 +256,3 @@ def slice_weights(
     """
     is_target = presence[:, list(target_classes)].any(axis=1)
     return np.where(is_target, float(sampler_weight), 1.0)
-
-
-def _block_sums(weights: NDArray[Any]) -> NDArray[np.float64]:
-    """(ceil(N / BLOCK),) float64 sums, read 2^20 weights (8 MB) at a time.
-
-    Raises:
-        ValueError: If the weights are no weights.
-    """
-    if weights.ndim != 1 or len(weights) == 0 or weights.dtype.kind not in "fiub":
-        raise ValueError(f"weights are {weights.dtype} of shape {weights.shape}, but must be numbers of shape (N,).")
-    sums = np.zeros(-(-len(weights) // BLOCK))
-    for start in range(0, len(weights), 1 << 20):
-        piece = weights[start : start + (1 << 20)].astype(np.float64)
-        if not (np.isfinite(piece).all() and (piece >= 0).all()):
-            bad = int(np.flatnonzero(~(np.isfinite(piece) & (piece >= 0)))[0])
-            raise ValueError(f"weight {start + bad} is {piece[bad]}, but weights must be finite and not negative.")
-        piece = np.pad(piece, (0, -len(piece) % BLOCK)).reshape(-1, BLOCK).sum(axis=1)
-        sums[start // BLOCK : start // BLOCK + len(piece)] = piece
-    if not np.isfinite(sums.sum()):
-        raise ValueError("the weights add up to infinity; scale them down.")
-    if 0 < sums.sum() < np.finfo(np.float64).tiny:
-        raise ValueError("the weights add up to less than a double can divide; scale them up.")
-    if not sums.any():
-        raise ValueError("all weights are 0, so there is nothing to draw.")
-    return sums

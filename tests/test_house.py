@@ -16,6 +16,7 @@ FLOORS = [
         "console",
         "figures",
         "losses",
+        "laws",
         "machine",
         "metrics",
         "model",

@@ -3,8 +3,12 @@
 import itertools
 import pickle
 import random
+import subprocess
+import sys
 import warnings
+from collections import namedtuple
 from collections.abc import Iterator
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +19,33 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy import stats  # type: ignore[import-untyped, unused-ignore]
+from torch.utils.data import DataLoader, Dataset
 
-from matchai.sampling import DistributedWeightedSampler, Draw, share, slice_weights
+from matchai.laws import permute
+from matchai.sampling import DistributedWeightedSampler, Draw, collate, micro_shares, share, slice_weights
 
 LENGTHS = st.sampled_from([160, 157, 1])
 WORLDS = st.sampled_from([1, 2, 3, 4, 8])
+KINDS: dict[str, dict[str, Any]] = {
+    "independent": {},
+    "distinct": {"replacement": False},
+    "balanced": {"balanced": True},
+}
+EVERY_KIND = st.sampled_from(list(KINDS))
 
 
 def weights_of(length: int) -> NDArray[np.float64]:
     return np.where(np.arange(length) % 3 == 0, 3.0, 1.0)
 
 
-def deal(length: int, batch_size: int, world: int, seed: int, epoch: int = 0) -> list[list[list[int]]]:
+def deal(
+    length: int, batch_size: int, world: int, seed: int, epoch: int = 0, **arguments: Any
+) -> list[list[list[int]]]:
     """Every step's lists, one a process."""
     samplers = [
-        DistributedWeightedSampler(weights_of(length), batch_size, seed=seed, num_processes=world, process_index=rank)
+        DistributedWeightedSampler(
+            weights_of(length), batch_size, seed=seed, num_processes=world, process_index=rank, **arguments
+        )
         for rank in range(world)
     ]
     for sampler in samplers:
@@ -37,14 +53,34 @@ def deal(length: int, batch_size: int, world: int, seed: int, epoch: int = 0) ->
     return [list(step) for step in zip(*samplers, strict=True)]
 
 
-@settings(deadline=None, max_examples=60)
-@given(length=LENGTHS, batch_size=st.integers(1, 200), world=WORLDS, seed=st.integers(0, 2**63 - 1))
+@settings(deadline=None, max_examples=100)
+@given(length=LENGTHS, batch_size=st.integers(1, 200), world=WORLDS, seed=st.integers(0, 2**63 - 1), kind=EVERY_KIND)
 def test_the_processes_together_draw_the_global_batches_of_one(
-    length: int, batch_size: int, world: int, seed: int
+    length: int, batch_size: int, world: int, seed: int, kind: str
 ) -> None:
-    alone = [step[0] for step in deal(length, batch_size, 1, seed)]
-    together = [list(itertools.chain(*step)) for step in deal(length, batch_size, world, seed)]
+    alone = [step[0] for step in deal(length, batch_size, 1, seed, **KINDS[kind])]
+    together = [list(itertools.chain(*step)) for step in deal(length, batch_size, world, seed, **KINDS[kind])]
     assert together == alone
+    assert sum(map(len, together)) == length
+
+
+@settings(deadline=None, max_examples=60)
+@given(batch_size=st.integers(1, 40), world=WORLDS, accumulate=st.integers(1, 8))
+def test_a_micro_batch_consists_of_the_same_draws_on_any_number_of_processes(
+    batch_size: int, world: int, accumulate: int
+) -> None:
+    steps = deal(157, batch_size, world, seed=3, accumulate=accumulate)
+    for step, (whole,) in zip(steps, deal(157, batch_size, 1, seed=3), strict=True):
+        dealt = [[], *([] for _ in range(accumulate - 1))]  # type: list[list[int]]
+        for rank, part in enumerate(step):
+            sizes = [stop - start for start, stop in micro_shares(len(whole), accumulate, world, rank)]
+            ends = [0, *itertools.accumulate(sizes)]
+            assert ends[-1] == len(part)
+            for number in range(accumulate):
+                dealt[number] += part[ends[number] : ends[number + 1]]
+        assert list(itertools.chain(*dealt)) == whole
+        lengths = [len(one) for one in dealt]
+        assert max(lengths) - min(lengths) <= 1
 
 
 @settings(deadline=None, max_examples=30)
@@ -70,8 +106,8 @@ def test_shares_tile_a_batch_and_differ_by_at_most_1(size: int, world: int) -> N
     assert max(sizes) - min(sizes) <= 1
 
 
-def drawn_over_epochs(weights: NDArray[np.float64], epochs: int) -> NDArray[np.int64]:
-    sampler = DistributedWeightedSampler(weights, len(weights), seed=11)
+def drawn_over_epochs(weights: NDArray[np.float64], epochs: int, **arguments: Any) -> NDArray[np.int64]:
+    sampler = DistributedWeightedSampler(weights, len(weights), seed=11, **arguments)
     counted = np.zeros(len(weights), dtype=np.int64)
     for epoch in range(epochs):
         sampler.set_epoch(epoch)
@@ -90,11 +126,110 @@ def test_slices_are_drawn_in_proportion_to_their_weights(spread: int) -> None:
     assert stats.chisquare(counted[weights > 0], expected[weights > 0]).pvalue > 1e-3
 
 
-def test_a_slice_of_weight_0_is_never_drawn() -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_slice_of_weight_0_is_never_drawn(kind: str) -> None:
     weights = np.ones(200)
     weights[[0, 63, 64, 127, 199]] = 0
     weights[128:192] = 0
-    assert drawn_over_epochs(weights, 100)[weights == 0].sum() == 0
+    assert drawn_over_epochs(weights, 100, **KINDS[kind])[weights == 0].sum() == 0
+
+
+def test_without_replacement_an_epoch_holds_every_item_once() -> None:
+    sampler = DistributedWeightedSampler(weights_of(157), 10, replacement=False, seed=5)
+    assert sorted(itertools.chain(*sampler)) == list(range(157))
+
+
+def test_without_replacement_the_draws_follow_the_law_of_what_is_left() -> None:
+    weights = np.array([4.0, 3.0, 2.0, 1.0])
+    pairs = np.zeros((4, 4))
+    for epoch in range(6000):
+        sampler = DistributedWeightedSampler(weights, 2, 2, replacement=False, seed=8)
+        sampler.set_epoch(epoch)
+        pairs[tuple(next(iter(sampler)))] += 1
+    first = weights / weights.sum()
+    expected = np.array([[first[i] * weights[j] / (10 - weights[i]) for j in range(4)] for i in range(4)])
+    apart = ~np.eye(4, dtype=bool)
+    assert pairs[~apart].sum() == 0
+    assert stats.chisquare(pairs[apart], 6000 * expected[apart]).pvalue > 1e-3
+
+
+def test_more_draws_than_items_without_replacement_are_refused() -> None:
+    with pytest.raises(ValueError, match="num_samples is 4, but without replacement there are 3 draws at most"):
+        DistributedWeightedSampler([1.0, 0.0, 2.0, 1.0], 2, 4, replacement=False)
+
+
+def test_balanced_draws_without_replacement_are_refused() -> None:
+    with pytest.raises(ValueError, match="replacement=True"):
+        DistributedWeightedSampler([1.0, 2.0], 2, replacement=False, balanced=True)
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    weights=st.lists(st.sampled_from([0.0, 0.1, 0.3, 1.0, 3.0, 1e-7, 19.0]), min_size=1, max_size=80).filter(any),
+    num_samples=st.integers(1, 200),
+    seed=st.integers(0, 1000),
+)
+def test_balanced_counts_are_those_expected_to_the_nearest_whole_numbers(
+    weights: list[float], num_samples: int, seed: int
+) -> None:
+    sampler = DistributedWeightedSampler(weights, 7, num_samples, balanced=True, seed=seed)
+    counts = np.bincount(list(itertools.chain(*sampler)), minlength=len(weights))
+    assert counts.sum() == num_samples
+    total = sum(map(Fraction, weights))
+    for value in set(weights):
+        of_class = counts[np.array(weights) == value]
+        expected = num_samples * len(of_class) * Fraction(value) / total
+        assert abs(int(of_class.sum()) - expected) < 1 + 1e-9
+        assert of_class.max() - of_class.min() <= 1
+        if num_samples * Fraction(value) >= total:
+            assert of_class.min() >= 1
+
+
+def test_balanced_draws_take_every_slice_as_often_as_its_weight_says_over_epochs() -> None:
+    weights = np.random.default_rng(1).uniform(0.2, 3, 50)  # all different: fractions decide
+    epochs = 2000
+    counted = drawn_over_epochs(weights, epochs, balanced=True)
+    probability = 50 * weights / weights.sum() % 1
+    allowed = 4.5 * np.sqrt(epochs * probability * (1 - probability))
+    assert (np.abs(counted - epochs * 50 * weights / weights.sum()) <= allowed).all()
+
+
+def test_balanced_draws_of_equal_weights_are_a_permutation() -> None:
+    sampler = DistributedWeightedSampler(np.full(157, 0.3), 10, balanced=True)
+    assert sorted(itertools.chain(*sampler)) == list(range(157))
+
+
+@pytest.mark.parametrize("jitter", [0.0, 0.01])  # classes of equal weight, or all weights different
+@pytest.mark.parametrize("period", [2, 4])
+def test_balanced_draws_do_not_resonate_with_a_period_in_the_data(period: int, jitter: float) -> None:
+    place = np.arange(80)
+    weights = np.where(place % 2 == 0, 3.0, 1.0) * (1 + jitter * place / 80)
+    marked = place % period == 1  # slices of weight 1, so those drawn once or not at all
+    shares = []
+    for epoch in range(300):
+        sampler = DistributedWeightedSampler(weights, 80, balanced=True, seed=2)
+        sampler.set_epoch(epoch)
+        shares.append(marked[next(iter(sampler))].mean())
+    # half of them are drawn in an epoch, by chance which: not more spread than independent choices
+    assert np.std(shares) <= np.sqrt(marked.sum() / 4) / 80 * 1.15
+    assert np.mean(shares) == pytest.approx(weights[marked].sum() / weights.sum(), abs=0.005)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 64, 65, 1000])
+def test_a_keyed_permutation_takes_every_value_once(size: int) -> None:
+    values = np.arange(size, dtype=np.uint64)
+    permuted = permute(values, np.uint64(size), np.uint64(size * 7))
+    assert sorted(permuted.tolist()) == values.tolist()
+
+
+@pytest.mark.parametrize("size", [3, 10, 70])
+def test_keyed_permutations_spread_pairs_evenly(size: int) -> None:
+    keys = np.arange(200_000, dtype=np.uint64)
+    first, second = (permute(np.full(len(keys), v, np.uint64), np.uint64(size), keys).astype(int) for v in (0, 1))
+    pairs = np.zeros((size, size))
+    np.add.at(pairs, (first, second), 1)
+    apart = ~np.eye(size, dtype=bool)
+    assert stats.chisquare(pairs[apart]).pvalue > 1e-3
 
 
 def test_neighbouring_draws_are_independent() -> None:
@@ -112,17 +247,18 @@ def test_the_global_random_states_are_neither_changed_nor_read() -> None:
         np.random.seed(seed)  # noqa: NPY002 the global state is what is tested
         torch.manual_seed(seed)
         before = (random.getstate(), pickle.dumps(np.random.get_state()), torch.get_rng_state().tolist())  # noqa: NPY002
-        results.append(deal(157, 6, 2, seed=0))
+        results.append([deal(157, 6, 2, seed=0, **arguments) for arguments in KINDS.values()])
         after = (random.getstate(), pickle.dumps(np.random.get_state()), torch.get_rng_state().tolist())  # noqa: NPY002
         assert before == after
     assert results[0] == results[1]
 
 
-def test_seed_0_epoch_1_and_seed_1_epoch_0_are_unrelated() -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_seed_0_epoch_1_and_seed_1_epoch_0_are_unrelated(kind: str) -> None:
     weights = np.ones(1000)
     streams = []
     for seed, epoch in ((0, 1), (1, 0)):
-        sampler = DistributedWeightedSampler(weights, 1000, seed=seed)
+        sampler = DistributedWeightedSampler(weights, 1000, seed=seed, **KINDS[kind])
         sampler.set_epoch(epoch)
         streams.append(np.array(next(iter(sampler))))
     same = int((streams[0] == streams[1]).sum())
@@ -130,25 +266,28 @@ def test_seed_0_epoch_1_and_seed_1_epoch_0_are_unrelated() -> None:
     assert abs(np.corrcoef(streams)[0, 1]) < 4 / np.sqrt(1000)
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("world", [1, 3])
-def test_the_state_after_the_kth_list_is_the_draws_dealt_over_all_processes(world: int) -> None:
-    sampler = DistributedWeightedSampler(weights_of(157), 10, seed=4, num_processes=world, process_index=world - 1)
+def test_the_state_after_the_kth_list_is_the_draws_dealt_over_all_processes(world: int, kind: str) -> None:
+    sampler = DistributedWeightedSampler(
+        weights_of(157), 10, seed=4, num_processes=world, process_index=world - 1, **KINDS[kind]
+    )
     for k, _ in enumerate(sampler, 1):
         assert sampler.state_dict() == {"seed": 4, "epoch": 0, "consumed": min(10 * k, 157)}
 
 
-@settings(deadline=None, max_examples=50)
-@given(legs=st.lists(st.tuples(st.integers(1, 8), st.integers(1, 40), st.integers(0, 5)), max_size=6))
+@settings(deadline=None, max_examples=100)
+@given(legs=st.lists(st.tuples(st.integers(1, 8), st.integers(1, 40), st.integers(0, 5)), max_size=6), kind=EVERY_KIND)
 def test_going_on_with_other_processes_and_batch_sizes_goes_on_with_the_same_stream(
-    legs: list[tuple[int, int, int]],
+    legs: list[tuple[int, int, int]], kind: str
 ) -> None:
     weights = weights_of(157)
-    whole = next(iter(DistributedWeightedSampler(weights, 157, seed=9)))
+    whole = next(iter(DistributedWeightedSampler(weights, 157, seed=9, **KINDS[kind])))
     state = DistributedWeightedSampler(weights, 1, seed=9).state_dict()
     drawn: list[int] = []
     for world, batch_size, steps in [*legs, (2, 16, 1000)]:
         samplers = [
-            DistributedWeightedSampler(weights, batch_size, num_processes=world, process_index=rank)
+            DistributedWeightedSampler(weights, batch_size, num_processes=world, process_index=rank, **KINDS[kind])
             for rank in range(world)
         ]
         for sampler in samplers:
@@ -195,9 +334,18 @@ def test_a_used_up_epoch_yields_nothing_and_warns() -> None:
     [[1.0, -1.0], [1.0, float("nan")], [float("inf"), 1.0], [0.0, 0.0], [], [[1.0, 2.0]], ["a"], 3.0, [1j]],
     ids=str,
 )
-def test_weights_that_are_none_are_refused(weights: Any) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_that_are_none_are_refused(weights: Any, kind: str) -> None:
     with pytest.raises(ValueError, match="weight"):
-        DistributedWeightedSampler(weights, 2)
+        DistributedWeightedSampler(weights, 2, **KINDS[kind])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_need_not_be_normalised(kind: str) -> None:
+    drawn = [
+        list(DistributedWeightedSampler(scale * weights_of(160), 16, seed=1, **KINDS[kind])) for scale in (1, 2.0**-40)
+    ]
+    assert drawn[0] == drawn[1]
 
 
 @pytest.mark.parametrize("place", [0, 70, 2**20 + 3])
@@ -243,3 +391,99 @@ def test_slice_weights_raise_slices_that_show_a_target_class() -> None:
     presence = np.array([[True, False, True], [False, True, True], [False, False, False]])
     assert slice_weights(presence, [1], 3.0).tolist() == [1.0, 3.0, 1.0]
     assert slice_weights(presence, [0, 1], 2.5).tolist() == [2.5, 2.5, 1.0]
+
+
+def memory_above(work: str) -> float:
+    """MB of anonymous memory that a fresh process takes at most for `work`, above that of its imports."""
+    program = f"""
+import re, threading, time
+import numpy as np
+from matchai.sampling import DistributedWeightedSampler
+def anonymous():
+    return int(re.search(r"Anonymous: +([0-9]+)", open("/proc/self/smaps_rollup").read())[1]) / 1024
+before, peak, done = anonymous(), [0.0], []
+def watch():
+    while not done:
+        peak[0] = max(peak[0], anonymous())
+        time.sleep(0.002)
+watcher = threading.Thread(target=watch)
+watcher.start()
+{work}
+done.append(True)
+watcher.join()
+print(max(peak[0], anonymous()) - before)
+"""
+    return float(subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout)
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="reads Linux's count of anonymous memory")
+def test_a_hundred_million_mapped_weights_take_under_100_mb_of_anonymous_memory(tmp_path: Path) -> None:
+    weights = np.lib.format.open_memmap(tmp_path / "w.npy", mode="w+", dtype=np.float32, shape=(10**8,))
+    weights[:] = 1
+    weights[::1000] = 3
+    del weights
+    work = f"""
+sampler = DistributedWeightedSampler(
+    np.load({str(tmp_path / "w.npy")!r}, mmap_mode="r"), 64, num_processes=8, process_index=5
+)
+steps = iter(sampler)
+assert all(0 <= draw < 10**8 for _ in range(10) for draw in next(steps))
+"""
+    assert memory_above(work) < 100
+
+
+def test_a_process_draws_its_own_share_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    sampler = DistributedWeightedSampler(np.ones(1000), 100, num_processes=10, process_index=3)
+    asked: list[tuple[int, ...]] = []
+    items = sampler.law.items
+
+    def remember(*place: int) -> NDArray[np.int64]:
+        asked.append(place)
+        return items(*place)
+
+    monkeypatch.setattr(sampler.law, "items", remember)
+    next(iter(sampler))
+    assert asked == [(0, 0, 30, 10)]
+
+
+Pair = namedtuple("Pair", ["image", "label"])
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        (torch.ones(1, 4, 4), 3),
+        {"image": np.ones((2, 2), np.float32), "name": "slice"},
+        Pair(torch.ones(2), torch.tensor(1)),
+        torch.zeros(3),
+    ],
+    ids=["tuple", "dict", "named tuple", "tensor"],
+)
+def test_an_empty_share_collates_to_the_structure_of_a_full_one_with_no_items(item: Any) -> None:
+    full, empty = collate([item, item]), collate([], like=item)
+    full_leaves, empty_leaves = torch.utils._pytree.tree_leaves(full), torch.utils._pytree.tree_leaves(empty)
+    tensors = [(a, b) for a, b in zip(full_leaves, empty_leaves, strict=False) if isinstance(a, torch.Tensor)]
+    assert type(full) is type(empty)
+    assert tensors
+    assert all(b.shape == (0, *a.shape[1:]) and a.dtype == b.dtype for a, b in tensors)
+
+
+class Squares(Dataset[tuple[torch.Tensor, int]]):
+    def __len__(self) -> int:
+        return 13
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return torch.full((1, 2, 2), float(index)), int(index)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_loader_makes_tensors_of_no_items_of_an_empty_share(num_workers: int) -> None:
+    sampler = DistributedWeightedSampler(np.ones(13), 4, num_processes=2, process_index=1)
+    loader = DataLoader(Squares(), batch_sampler=sampler, collate_fn=collate, num_workers=num_workers)
+    shapes = [tuple(images.shape) for images, _ in loader]
+    assert shapes == [(2, 1, 2, 2)] * 3 + [(0, 1, 2, 2)]
+
+
+def test_an_empty_share_that_comes_first_asks_for_an_item() -> None:
+    with pytest.raises(ValueError, match="like=dataset"):
+        type(collate)()([])
