@@ -1,6 +1,7 @@
 """From settings and data to the parts of the training loop."""
 
 import functools
+import math
 import signal
 from collections.abc import Callable
 from typing import Any
@@ -17,12 +18,15 @@ from torch.utils.data import DataLoader
 from matchai.augmentation import Augmentation
 from matchai.config import TrainConfig
 from matchai.data import Data
+from matchai.dropout import set_dropout
+from matchai.lockstep import Lockstep
 from matchai.loop import Training
 from matchai.losses import SegmentationLoss, balanced_class_weights
 from matchai.machine import default_workers, num_local_processes
-from matchai.model import build_model
-from matchai.sampling import DistributedWeightedSampler, slice_weights
-from matchai.slices import SliceDataset, collate
+from matchai.model import PROBE_SIZE, build_model
+from matchai.normalisation import synchronise_processes
+from matchai.sampling import DistributedWeightedSampler, collate, slice_weights
+from matchai.slices import SliceDataset
 
 AIR = -1000.0  # HU
 
@@ -40,35 +44,37 @@ def slice_weights_of(config: TrainConfig, data: Data) -> np.ndarray[Any, np.dtyp
     return slice_weights(data.presence()[data.train], targets, config.sampling.sampler_weight)
 
 
-def step_problems(config: TrainConfig, num_train: int, num_processes: int) -> list[str]:
+def step_problems(config: TrainConfig, num_train: int, num_processes: int, device: torch.device) -> list[str]:
     """What is wrong with the sizes of a step: a share, or a last short batch, that the model cannot take."""
-    batch_size, accumulate, size = (
-        config.sampling.batch_size,
-        config.sampling.accumulate,
-        config.input.image_size,
-    )
+    batch_size, accumulate = config.sampling.batch_size, config.sampling.accumulate
+    size = config.input.image_size
     if batch_size < num_processes:
         return [f"batch_size is {batch_size}, but {num_processes} processes share it: {num_processes} is the least."]
-    largest_share = -(-batch_size // num_processes)
-    if accumulate > largest_share:
-        return [
-            f"accumulate is {accumulate}, but a process's share of a batch is {largest_share} slices: "
-            f"{largest_share} is the most."
-        ]
-    smallest = min(
-        -(-rest // num_processes) // accumulate if rest >= num_processes * accumulate else 1
-        for rest in {num_train % batch_size or batch_size, min(batch_size, num_train)}
-    )
-    if smallest * (size // 32) ** 2 < 2:
-        # batch norm needs two values a channel, and the deepest map has (size / 32)² of each slice
-        fitting = [b for b in range(2, num_train + 1) if num_train % b != 1 and b >= 2 * num_processes * accumulate]
-        nearest = min(fitting, key=lambda b: abs(b - batch_size), default=None)
+    if accumulate > batch_size:
+        return [f"accumulate is {accumulate}, but a batch has {batch_size} slices: {batch_size} is the most."]
+    if accumulate > 1 and _in_lockstep(config, device):
+        return [f"accumulate is {accumulate}, but --deterministic computes slice by slice on a CPU: leave it at 1."]
+
+    def smallest(batch: int) -> int:
+        """Slices that the smallest batch norm of an epoch sees."""
+        sizes = {num_train % batch or batch, min(batch, num_train)}
+        least = min(one // min(accumulate, one) for one in sizes)
+        return least if config.network.sync_batch_norm else max(1, least // num_processes)
+
+    # batch norm needs two values a channel, and the deepest map has (size / 32)² of each slice
+    if smallest(batch_size) * (size // 32) ** 2 < 2:
+        fitting = [batch for batch in range(max(2, num_processes, accumulate), num_train + 1) if smallest(batch) > 1]
+        nearest = min(fitting, key=lambda batch: abs(batch - batch_size), default=None)
         remedy = "--image-size 64" + (f" or --batch-size {nearest}" if nearest else "")
         return [
             f"With batch_size {batch_size} and {num_train} training slices a batch of one slice comes up, which batch "
             f"norm cannot take at image_size {size}: the nearest that work are {remedy}."
         ]
     return []
+
+
+def _in_lockstep(config: TrainConfig, device: torch.device) -> bool:
+    return config.run.deterministic and device.type == "cpu"
 
 
 def build_training(
@@ -94,6 +100,7 @@ def build_training(
         seed=seed,
         num_processes=accelerator.num_processes,
         process_index=accelerator.process_index,
+        accumulate=config.sampling.accumulate,
     )
     total_steps = optimisation.epochs * len(sampler)
     scheduler = OneCycleLR(optimizer, max_lr=optimisation.max_lr, total_steps=total_steps)
@@ -103,18 +110,26 @@ def build_training(
     augmentation = Augmentation(seed, air, names.index(config.input.background_class), **chances)
     num_local = num_local_processes(accelerator.num_processes)
     workers = config.machine.num_workers
+    train_set = SliceDataset(data.slices, data.train, data.mean, data.std, augmentation)
+    val_set = SliceDataset(data.slices, data.val, data.mean, data.std)
     load = functools.partial(
         DataLoader,
         num_workers=default_workers(device, num_local) if workers is None else workers,
-        collate_fn=collate,
+        collate_fn=functools.partial(collate, like=val_set[0]),
         pin_memory=device.type == "cuda",
         worker_init_fn=_init_worker,
         generator=torch.Generator(),  # else every pass would draw from the global one
     )
-    train_set = SliceDataset(data.slices, data.train, data.mean, data.std, augmentation)
-    val_set = SliceDataset(data.slices, data.val, data.mean, data.std)
+    lockstep = None
+    if _in_lockstep(config, device):
+        torch.set_num_threads(1)
+        lockstep = Lockstep(model, batch_size, accelerator.num_processes, accelerator.process_index)
+    elif accelerator.num_processes > 1 and config.network.sync_batch_norm:
+        model = synchronise_processes(model)
+    # kernels round differently for batches of other sizes, so in lockstep every slice is predicted alone
+    val_batch_size = 1 if lockstep else batch_size
     mine = range(accelerator.process_index, len(data.val), accelerator.num_processes)
-    val_batches = [list(mine[k : k + batch_size]) for k in range(0, len(mine), batch_size)]
+    val_batches = [list(mine[k : k + val_batch_size]) for k in range(0, len(mine), val_batch_size)]
     pixels = torch.from_numpy(np.asarray(data.slices.pixels)[data.train].sum(axis=0))
     loss = SegmentationLoss(
         balanced_class_weights(pixels),
@@ -123,22 +138,43 @@ def build_training(
         focal_weight=config.loss.focal_weight,
         focal_gamma=config.loss.focal_gamma,
     )
-    prepared_model, prepared_optimizer = accelerator.prepare(model, optimizer)
+    if accelerator.num_processes > 1 and lockstep is None:
+        model = accelerator.prepare(model)
+        _settle_buckets(model, seed)
     return Training(
         accelerator=accelerator,
-        model=prepared_model,
+        model=model,
         loss=loss.to(device),
-        optimizer=prepared_optimizer,
+        optimizer=accelerator.prepare(optimizer),
         scheduler=scheduler,
         sampler=sampler,
         loader=load(train_set, batch_sampler=sampler),
         val_loader=load(val_set, batch_sampler=val_batches),
+        num_val_batches=math.ceil(math.ceil(len(data.val) / accelerator.num_processes) / val_batch_size),
+        lockstep=lockstep,
         ema=ema,
         seed=seed,
-        accumulate=config.sampling.accumulate,
         clip_grad_norm=optimisation.clip_grad_norm,
         is_asked_to_stop=is_asked_to_stop,
     )
+
+
+def _settle_buckets(model: nn.Module, seed: int) -> None:
+    """Two throw-away backward passes, after which DistributedDataParallel has its gradients in their final buckets.
+
+    It reorders them after the first pass. The order of a sum of three or more processes' numbers hangs on their place
+    in a bucket, so a resumed run would else begin with other sums than the uninterrupted one had.
+    """
+    kept = [buffer.clone() for buffer in model.buffers()]
+    blank = next(model.parameters()).new_zeros(2, 1, PROBE_SIZE, PROBE_SIZE)
+    model.train()
+    for _ in range(2):
+        set_dropout(model, seed, 0, [0, 1])
+        model(blank).sum().backward()
+        model.zero_grad(set_to_none=True)
+    with torch.no_grad():
+        for buffer, value in zip(model.buffers(), kept, strict=True):
+            buffer.copy_(value)
 
 
 def _init_worker(_: int) -> None:

@@ -38,6 +38,8 @@ class RunSettings:
     """Start from the best weights of another run: its folder, or a best.safetensors file."""
     seed: int = _number(0, 0, 2**63 - 1)
     """Seed of everything random: initial weights, split, order of slices, augmentation, drop path."""
+    deterministic: bool = False
+    """The same bits, more slowly: on CPUs for any number of processes, on CUDA for one and the same number."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,8 @@ class NetworkSettings:
     """Any encoder of segmentation-models-pytorch, by name."""
     encoder_weights: str = "imagenet"
     """Pretrained encoder weights: imagenet, none, or a local file (.safetensors or .pth)."""
+    sync_batch_norm: bool = True
+    """With several processes, batch norm takes its statistics over the whole batch, as one process would."""
 
 
 @dataclass(frozen=True)
@@ -168,6 +172,8 @@ class MachineSettings:
     """Loader processes of each training process (default: by cores and device)."""
     save_every: str = "60s"
     """Between epochs' ends, keep the resumable state this often: seconds (60s), minutes (5min) or steps (200)."""
+    collective_timeout: float = _number(600.0, above=0.0)
+    """Seconds that processes wait for each other before they give one up for lost."""
     tracker: tuple[str, ...] = ()
     """Trackers of Accelerate to report to, such as tensorboard."""
 
@@ -237,7 +243,7 @@ _TYPES: dict[str, Any] = {name: leaf.type for name, (_, leaf) in LEAVES.items()}
 PLACE = ("config", "output", "restart")
 """Settings that say where a run goes, not what it is: not saved with it."""
 
-FREE = (*PLACE, "data", "cache", "num_workers", "save_every", "tracker", "preset")
+FREE = (*PLACE, "data", "cache", "num_workers", "save_every", "collective_timeout", "tracker", "preset")
 """Settings that may differ when a run goes on; the content of the data may not."""
 
 PRESETS: dict[str, dict[str, Any]] = {

@@ -17,13 +17,14 @@ from torch.optim.lr_scheduler import OneCycleLR
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
+from matchai.dropout import set_dropout
+from matchai.lockstep import Lockstep
 from matchai.losses import SegmentationLoss
 from matchai.metrics import Counts, confusion_counts
-from matchai.model import PROBE_SIZE, set_drop_path
-from matchai.sampling import DistributedWeightedSampler
+from matchai.sampling import DistributedWeightedSampler, micro_shares
 
 MAX_SKIPPED = 10  # steps in a row without a finite gradient before the run ends
-_STREAM = 0xD20  # keeps dropout's random numbers apart from all others
+_STREAM = 0xD20  # keeps these random numbers apart from all others
 
 
 class DivergedError(RuntimeError):
@@ -66,9 +67,10 @@ class Training:
         sampler: Deals the draws.
         loader: Loads them, a process's share of a step at a time.
         val_loader: This process's validation slices.
+        num_val_batches: Batches of the process that has most of them.
+        lockstep: Computes gradients slice by slice where their bits must not depend on the processes, else None.
         ema: Moving average of the weights, or None.
         seed: Seed of the run.
-        accumulate: Micro-batches of a process's share.
         clip_grad_norm: Largest gradient norm; 0 for none.
         is_asked_to_stop: Whether a signal came.
         step: Optimiser steps done or skipped.
@@ -83,9 +85,10 @@ class Training:
     sampler: DistributedWeightedSampler
     loader: DataLoader[Any]
     val_loader: DataLoader[Any]
+    num_val_batches: int
+    lockstep: Lockstep | None
     ema: AveragedModel | None
     seed: int
-    accumulate: int
     clip_grad_norm: float
     is_asked_to_stop: Callable[[], bool]
     step: int = 0
@@ -131,7 +134,7 @@ def train_epoch(training: Training, epoch: int, tally: Tally, after_step: Callab
         waited = time.perf_counter() - last
         num_draws = min(sampler.batch_size, sampler.num_samples - tally.consumed)
         tally.lr = float(training.scheduler.get_last_lr()[0])
-        loss, is_done, is_stopping = train_step(training, epoch, images, target, positions)
+        loss, is_done, is_stopping = train_step(training, epoch, num_draws, images, target, positions.tolist())
         training.scheduler.step()
         training.step += 1
         training.skipped_in_row = 0 if is_done else training.skipped_in_row + 1
@@ -155,17 +158,14 @@ def train_epoch(training: Training, epoch: int, tally: Tally, after_step: Callab
 
 
 def train_step(
-    training: Training, epoch: int, images: Tensor, target: Tensor, positions: list[int]
+    training: Training, epoch: int, num_draws: int, images: Tensor, target: Tensor, positions: list[int]
 ) -> tuple[float, bool, bool]:
     """One optimiser step on this process's share of a global batch.
-
-    The gradient is that of the whole batch's loss, whatever processes and micro-batches it is spread over: the sums
-    behind the loss are added up first, and every part then goes backward through its own sums. (Batch norm sees
-    a micro-batch at a time; with several micro-batches a forward pass without gradient comes first.)
 
     Args:
         training: The parts.
         epoch: The epoch.
+        num_draws: Slices of the global batch.
         images: (B, 1, S, S) this process's share; B may be 0.
         target: (B, S, S).
         positions: (B,) places of the draws in the epoch.
@@ -174,35 +174,24 @@ def train_step(
         The loss of the global batch, whether the weights were updated (a non-finite loss or gradient skips the step
         on all processes), and whether all processes agree to stop.
     """
-    accelerator, loss = training.accelerator, training.loss
+    accelerator = training.accelerator
     kept_buffers = [buffer.clone() for buffer in training.buffers]
-    parts = _micro_batches(training, images, target, positions)
-
-    def forward(part: tuple[Tensor, Tensor, list[int], float]) -> Tensor:
-        part_images, part_target, part_positions, is_real = part
-        set_drop_path(training.model, training.seed, epoch, part_positions)
-        _seed_dropout(training.seed, epoch, part_positions[0])
-        with accelerator.autocast():
-            logits = training.model(part_images)
-        return loss.sums(logits, part_target) * is_real
-
-    if len(parts) == 1:
-        sums = [forward(parts[0])]
-        local = sums[0].detach()
+    _seed_torch(training.seed, epoch, positions)
+    images, target = _to_device(images, accelerator.device), target.to(accelerator.device, non_blocking=True)
+    if training.lockstep:
+        value = training.lockstep.gradient(
+            training.loss,
+            images,
+            target,
+            positions,
+            num_draws=num_draws,
+            seed=training.seed,
+            epoch=epoch,
+            autocast=accelerator.autocast,
+        )
+        is_stopping = agree_to_stop(training)
     else:
-        sums = []
-        with torch.no_grad():
-            local = torch.stack([forward(part) for part in parts]).sum(0)
-        _restore(training.buffers, kept_buffers)
-    stop = local.new_tensor([float(training.is_asked_to_stop())])
-    total = accelerator.reduce(torch.cat((local, stop)), "sum")
-    value, slopes = loss.value_and_slopes(total[:-1])
-    for number, part in enumerate(parts):
-        # DDP averages gradients over the processes, so each hands in num_processes times its part of the sum
-        is_last = number == len(parts) - 1
-        with contextlib.nullcontext() if is_last else accelerator.no_sync(training.model):
-            part_sums = sums[number] if sums else forward(part)
-            accelerator.backward((slopes * part_sums).sum() * accelerator.num_processes)
+        value, is_stopping = _gradient(training, epoch, num_draws, images, target, positions)
     accelerator.unscale_gradients(training.optimizer)
     grads = [p.grad for p in training.parameters if p.grad is not None]
     norm = get_total_norm(grads)
@@ -216,11 +205,62 @@ def train_step(
     if not is_finite:
         _restore(training.buffers, kept_buffers)
     training.optimizer.zero_grad(set_to_none=True)
-    return loss_value, is_finite, bool(total[-1] > 0)
+    return loss_value, is_finite, is_stopping
+
+
+def _gradient(
+    training: Training, epoch: int, num_draws: int, images: Tensor, target: Tensor, positions: list[int]
+) -> tuple[Tensor, bool]:
+    """Accumulates the gradient of the whole batch's loss, whatever processes and micro-batches it is spread over.
+
+    The sums behind the loss are added up first, and every part then goes backward through its own sums. Batch norm
+    sees a micro-batch at a time; with several, a forward pass without gradient comes first.
+
+    Returns:
+        The loss of the global batch, and whether all processes agree to stop.
+    """
+    accelerator, loss, sampler = training.accelerator, training.loss, training.sampler
+    shares = micro_shares(num_draws, sampler.accumulate, accelerator.num_processes, accelerator.process_index)
+    ends = [0, *itertools.accumulate(stop - start for start, stop in shares[:-1]), len(images)]
+    parts = [(images[a:b], target[a:b], positions[a:b]) for a, b in itertools.pairwise(ends)]
+
+    def forward(part_images: Tensor, part_target: Tensor, part_positions: list[int]) -> Tensor:
+        set_dropout(training.model, training.seed, epoch, part_positions)
+        with accelerator.autocast():
+            logits = training.model(part_images)
+        return loss.sums(logits, part_target)
+
+    if len(parts) == 1:
+        sums = [forward(*parts[0])]
+        local = sums[0].detach()
+    else:
+        sums, kept = [], [buffer.clone() for buffer in training.buffers]
+        with torch.no_grad():
+            local = torch.stack([forward(*part) for part in parts]).sum(0)
+        _restore(training.buffers, kept)
+    stop = local.new_tensor([float(training.is_asked_to_stop())])
+    total = accelerator.reduce(torch.cat((local, stop)), "sum")
+    value, slopes = loss.value_and_slopes(total[:-1])
+    for number, part in enumerate(parts):
+        # DDP averages gradients over the processes, so each hands in num_processes times its part of the sum
+        is_last = number == len(parts) - 1
+        with contextlib.nullcontext() if is_last else accelerator.no_sync(training.model):
+            part_sums = sums[number] if sums else forward(*part)
+            accelerator.backward((slopes * part_sums).sum() * accelerator.num_processes)
+    return value, bool(total[-1] > 0)
+
+
+def agree_to_stop(training: Training) -> bool:
+    """Whether any process was asked to stop; all of them must ask together."""
+    asked = training.is_asked_to_stop()
+    if training.accelerator.num_processes == 1:
+        return asked
+    flag = torch.tensor(float(asked), device=training.accelerator.device)
+    return bool(training.accelerator.reduce(flag, "sum") > 0)
 
 
 def validate(
-    training: Training, num_slices: int, num_classes: int, after_batch: Callable[[], None]
+    training: Training, num_slices: int, num_classes: int, after_batch: Callable[[bool], None]
 ) -> tuple[float, Counts]:
     """Counts the whole validation set, every slice once, on whatever number of processes.
 
@@ -228,25 +268,32 @@ def validate(
         training: The parts; `val_loader` yields this process's slices with their places in the validation set.
         num_slices: Slices of the validation set, N.
         num_classes: C.
-        after_batch: Called after every batch; may raise to leave.
+        after_batch: Called after every batch, with whether all processes have agreed to stop; may raise to leave.
 
     Returns:
         The loss of the whole set, from sums divided once, and (N, C, C) confusion counts of every slice.
     """
     accelerator, device = training.accelerator, training.accelerator.device
     model = training.validated_model.eval()
+    if accelerator.num_processes > 1:
+        # where batch norm is not synchronised, each process has its own statistics: the main one's are kept and saved
+        for buffer in model.buffers():
+            torch.distributed.broadcast(buffer, 0)
     counts = torch.zeros(num_slices, num_classes, num_classes, dtype=torch.int64, device=device)
-    sums = torch.zeros(4 + 3 * num_classes, dtype=torch.float64, device=device)
+    # a row for each batch, so that the order in which they are added up does not depend on the processes
+    sums = torch.zeros(num_slices, 4 + 3 * num_classes, dtype=torch.float64, device=device)
+    batches = iter(training.val_loader)
     with torch.no_grad():
-        for images, labels, positions in training.val_loader:
-            target = labels.to(device, non_blocking=True)
-            with accelerator.autocast():
-                logits = model(_to_device(images, device))
-            sums += training.loss.sums(logits, target).double()
-            counts[positions] = confusion_counts(logits.argmax(1), target, num_classes)
-            after_batch()
+        for _ in range(training.num_val_batches):
+            for images, labels, positions in itertools.islice(batches, 1):
+                target = labels.to(device, non_blocking=True)
+                with accelerator.autocast():
+                    logits = model(_to_device(images, device))
+                sums[positions[0]] = training.loss.sums(logits, target).double()
+                counts[positions] = confusion_counts(logits.argmax(1), target, num_classes)
+            after_batch(agree_to_stop(training))
     sums, counts = accelerator.reduce(sums, "sum"), accelerator.reduce(counts, "sum")
-    return float(training.loss.value(sums)), counts.cpu().numpy()
+    return float(training.loss.value(sums.sum(0))), counts.cpu().numpy()
 
 
 def predict(training: Training, images: Tensor) -> Tensor:
@@ -257,27 +304,14 @@ def predict(training: Training, images: Tensor) -> Tensor:
     return logits.argmax(1).cpu()
 
 
-def _micro_batches(
-    training: Training, images: Tensor, target: Tensor, positions: list[int]
-) -> list[tuple[Tensor, Tensor, list[int], float]]:
-    """The share in `accumulate` parts on the device, with 1.0; an empty share as one blank slice that counts 0.0."""
-    device = training.accelerator.device
-    if not len(images):
-        blank = torch.zeros(2, 1, PROBE_SIZE, PROBE_SIZE)
-        return [(_to_device(blank, device), blank[:, 0].long().to(device), [0, 0], 0.0)]
-    target = target.to(device, non_blocking=True)
-    num_parts = min(training.accumulate, len(images))
-    bounds = np.linspace(0, len(images), num_parts + 1).round().astype(int)
-    return [(_to_device(images[a:b], device), target[a:b], positions[a:b], 1.0) for a, b in itertools.pairwise(bounds)]
-
-
 def _to_device(images: Tensor, device: torch.device) -> Tensor:
     return images.to(device, non_blocking=True).to(memory_format=torch.channels_last)
 
 
-def _seed_dropout(seed: int, epoch: int, position: int) -> None:
-    """Keys what other encoders than the recipe's draw from torch's own generator, such as dropout."""
-    torch.manual_seed(int(np.random.SeedSequence((_STREAM, seed, epoch, position)).generate_state(1, np.uint64)[0]))
+def _seed_torch(seed: int, epoch: int, positions: list[int]) -> None:
+    """Seeds what a model may draw from torch's own generator (none of smp's does), so that a resumed run repeats it."""
+    key = np.random.SeedSequence((_STREAM, seed, epoch, *positions[:1]))
+    torch.manual_seed(int(key.generate_state(1, np.uint64)[0]))
 
 
 def _restore(buffers: list[Tensor], kept: list[Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""The UNet++ of segmentation-models-pytorch: its weights seeded, its drop path keyed, its encoder loaded or refused."""
+"""The UNet++ of segmentation-models-pytorch: its weights seeded, its dropout keyed, its encoder loaded or refused."""
 
 import difflib
 import socket
@@ -8,17 +8,16 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from matchai.dropout import key_dropout
 from matchai.errors import InputError
 
 try:
     import segmentation_models_pytorch as smp
     import timm
-    from timm.layers import DropPath
 except (RuntimeError, OSError, ImportError) as error:
     # a CPU build of torch beside the registry's torchvision: "operator torchvision::nms does not exist"
     raise InputError(
@@ -27,33 +26,7 @@ except (RuntimeError, OSError, ImportError) as error:
         "`pip install --force-reinstall torch torchvision`."
     ) from error
 
-_STREAM = 0xD209  # keeps drop path's random numbers apart from the sampler's and the augmentation's
 PROBE_SIZE = 64  # pixels; enough for five halvings
-
-
-class KeyedDropPath(nn.Module):
-    """Stochastic depth (Huang et al. 2016) whose mask is given from outside, slice by slice.
-
-    Attributes:
-        uniforms: (B,) numbers in [0, 1) of the batch to come; a slice keeps the path where its number is below the
-            chance of keeping it. Set by `set_drop_path`.
-    """
-
-    def __init__(self, drop_prob: float) -> None:
-        super().__init__()
-        self.keep_prob = 1.0 - drop_prob
-        self.uniforms = torch.zeros(0)  # no buffer: it is neither saved nor averaged
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Keeps or zeroes each slice's path, and scales what is kept by 1 / its chance; x (B, ...)."""
-        if not self.training:
-            return x
-        if len(self.uniforms) != len(x):
-            raise RuntimeError(
-                f"drop path has numbers for {len(self.uniforms)} slices of {len(x)}; call set_drop_path."
-            )
-        mask = (self.uniforms < self.keep_prob).to(x.dtype) / self.keep_prob
-        return x * mask.view(-1, *[1] * (x.ndim - 1))
 
 
 def build_model(encoder: str, num_classes: int, *, encoder_weights: str = "none", seed: int = 0) -> nn.Module:
@@ -78,31 +51,9 @@ def build_model(encoder: str, num_classes: int, *, encoder_weights: str = "none"
         warnings.filterwarnings("ignore", "For 'tu-'", UserWarning)
         torch.manual_seed(seed)
         model = _unetplusplus(encoder, num_classes, encoder_weights)
-    for module in list(model.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, DropPath):
-                setattr(module, name, KeyedDropPath(child.drop_prob))
+    key_dropout(model)
     _freeze_unused(model)
     return model
-
-
-def set_drop_path(model: nn.Module, seed: int, epoch: int, positions: list[int]) -> None:
-    """Gives every drop-path layer the numbers of the batch to come, a pure function of (seed, epoch, position, layer).
-
-    Args:
-        model: A model of `build_model`, possibly wrapped.
-        seed: Seed of the run.
-        epoch: The epoch.
-        positions: (B,) places of the batch's draws in the epoch.
-    """
-    layers = [module for module in model.modules() if isinstance(module, KeyedDropPath)]
-    if not layers:
-        return
-    keys = [np.random.default_rng((_STREAM, seed, epoch, position)).random(len(layers)) for position in positions]
-    uniforms = torch.tensor(np.array(keys, dtype=np.float32).reshape(len(positions), -1).T)
-    uniforms = uniforms.to(next(model.parameters()).device, non_blocking=True)
-    for layer, row in zip(layers, uniforms, strict=True):
-        layer.uniforms = row
 
 
 def _unetplusplus(encoder: str, num_classes: int, encoder_weights: str) -> nn.Module:

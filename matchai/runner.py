@@ -128,7 +128,7 @@ def run(config: TrainConfig, on_epoch: OnEpoch | None = None) -> RunResult:
         data, model = None, None
         try:
             data = on_main_first(accelerator, lambda: read(config, cache, display))
-            problems += step_problems(config, len(data.train), accelerator.num_processes)
+            problems += step_problems(config, len(data.train), accelerator.num_processes, accelerator.device)
         except InputError as error:
             problems += error.problems
         display.close()
@@ -257,8 +257,8 @@ class _Run:
         if is_stopping:
             raise _StoppedError
 
-    def _after_val_batch(self) -> None:
-        if self.accelerator.num_processes == 1 and self.stop.received:
+    def _after_val_batch(self, is_stopping: bool) -> None:
+        if is_stopping:
             self._save()
             raise _StoppedError
 

@@ -102,14 +102,6 @@ class SliceDataset(Dataset[tuple[Tensor, Tensor, int]]):
         return torch.from_numpy(image)[None], torch.from_numpy(np.ascontiguousarray(target)), position
 
 
-def collate(items: Sequence[tuple[Tensor, Tensor, int]]) -> tuple[Tensor, Tensor, list[int]]:
-    """Stacks items into images (B, 1, S, S), target (B, S, S) and B positions; B may be 0, for an empty share."""
-    if not items:
-        return torch.zeros(0, 1, 1, 1), torch.zeros(0, 1, 1, dtype=torch.uint8), []
-    images, targets, positions = zip(*items, strict=True)
-    return torch.stack(images), torch.stack(targets), list(positions)
-
-
 def fingerprint(paths: Sequence[Path]) -> dict[str, str]:
     """SHA-256 of whole files, by name; about 1 GB a second and core."""
 

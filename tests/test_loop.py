@@ -2,94 +2,27 @@
 
 import copy
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from torch import nn
 
-from matchai.build import build_training
-from matchai.config import TrainConfig
-from matchai.data import Data, read_data
-from matchai.loop import MAX_SKIPPED, DivergedError, Tally, Training, train_epoch, train_step, validate
-
-SMALL = TrainConfig().updated(image_size=64, batch_size=6, epochs=2, mixed_precision="no", max_lr=1e-2)
-
-
-class TinyNet(nn.Module):
-    """No batch norm, so that micro-batches do not differ by their statistics."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 3, padding=1))
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = self.layers(images)
-        return logits
-
-
-class NormedNet(TinyNet):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers.insert(1, nn.BatchNorm2d(8))
+from matchai.data import Data
+from matchai.loop import MAX_SKIPPED, DivergedError, Tally, train_epoch, train_step, validate
+from tests.steps import NormedNet, TinyNet, first_batch, model_of, read_small, step, training_of
 
 
 @pytest.fixture(scope="module")
 def data(phantom: Path, cache: Path) -> Data:
-    settings = SMALL.input
-    return read_data(
-        phantom,
-        cache,
-        sets=(),
-        images_name=settings.images_name,
-        masks_name=settings.masks_name,
-        groups_name=settings.groups_name,
-        class_names=settings.class_names,
-        background_class=3,
-        hu_window=settings.hu_window,
-        image_size=64,
-        val_fraction=0.25,
-        folds=0,
-        fold=0,
-        seed=0,
-    )
-
-
-def training_of(model: nn.Module, data: Data, **settings: Any) -> Training:
-    AcceleratorState._reset_state()
-    config = SMALL.updated(**settings)
-    return build_training(config, Accelerator(cpu=True, mixed_precision="no"), data, model, lambda: False)
-
-
-def first_batch(training: Training) -> Any:
-    training.sampler.load_state_dict({"seed": 0, "epoch": 1, "consumed": 0})
-    return next(iter(training.loader))
-
-
-def weights_after_a_step(model: nn.Module, data: Data, **settings: Any) -> tuple[float, dict[str, torch.Tensor]]:
-    training = training_of(copy.deepcopy(model).double(), data, **settings)
-    training.loss.double()
-    images, target, positions = first_batch(training)
-    loss, is_done, _ = train_step(training, 1, images.double(), target, positions)
-    assert is_done
-    moments = {
-        name: training.optimizer.optimizer.state[parameter]["exp_avg"]
-        for name, parameter in training.raw_model.named_parameters()
-    }
-    return loss, moments
+    return read_small(phantom, cache)
 
 
 @pytest.mark.parametrize("accumulate", [2, 3, 4, 6])
 def test_micro_batches_give_the_loss_and_gradient_of_the_whole_batch(accumulate: int, data: Data) -> None:
-    torch.manual_seed(0)
-    model = TinyNet()
-    loss, gradient = weights_after_a_step(model, data)
-    loss_in_parts, gradient_in_parts = weights_after_a_step(model, data, accumulate=accumulate)
-    assert loss_in_parts == pytest.approx(loss, rel=1e-12)
-    for name, value in gradient.items():
-        torch.testing.assert_close(gradient_in_parts[name], value, rtol=1e-9, atol=1e-14)
+    whole = step(model_of("tiny"), data)
+    in_parts = step(model_of("tiny"), data, accumulate=accumulate)
+    assert in_parts["loss"] == pytest.approx(whole["loss"], rel=1e-12)
+    for name, value in whole["moments"].items():
+        torch.testing.assert_close(in_parts["moments"][name], value, rtol=1e-9, atol=1e-14)
 
 
 def test_a_non_finite_step_changes_neither_weights_nor_statistics(data: Data) -> None:
@@ -98,7 +31,7 @@ def test_a_non_finite_step_changes_neither_weights_nor_statistics(data: Data) ->
     before = copy.deepcopy(training.raw_model.state_dict())
     images, target, positions = first_batch(training)
     images[2, 0, 3, 3] = float("nan")
-    _, is_done, _ = train_step(training, 1, images, target, positions)
+    _, is_done, _ = train_step(training, 1, 6, images, target, positions)
     assert not is_done
     for name, value in training.raw_model.state_dict().items():
         assert torch.equal(value, before[name]), name
@@ -116,10 +49,8 @@ def test_skipped_steps_are_counted_and_end_the_run_after_ten_in_a_row(
 
 
 def test_the_gradient_norm_is_clipped_where_asked(data: Data) -> None:
-    torch.manual_seed(0)
-    model = TinyNet()
-    _, free = weights_after_a_step(model, data)
-    _, clipped = weights_after_a_step(model, data, clip_grad_norm=1e-3)
+    free = step(model_of("tiny"), data)["moments"]
+    clipped = step(model_of("tiny"), data, clip_grad_norm=1e-3)["moments"]
     # AdamW's first moment after one step is 1 - β1 of the gradient, and the one-cycle schedule starts with β1 = 0.95
     norm = torch.stack([value.norm() for value in clipped.values()]).norm()
     assert norm.item() == pytest.approx(0.05 * 1e-3, rel=1e-3)
@@ -132,7 +63,7 @@ def test_validation_does_not_depend_on_the_batch_size(data: Data) -> None:
     losses, counts = [], []
     for batch_size in (1, 4, 6):
         training = training_of(copy.deepcopy(model), data, batch_size=batch_size)
-        loss, confusions = validate(training, len(data.val), 4, lambda: None)
+        loss, confusions = validate(training, len(data.val), 4, lambda is_stopping: None)
         losses.append(loss)
         counts.append(confusions)
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-6)
@@ -145,7 +76,7 @@ def test_the_moving_average_follows_the_weights_and_is_what_is_validated(data: D
     training = training_of(TinyNet(), data, ema_decay=0.5)
     images, target, positions = first_batch(training)
     for _ in range(3):
-        train_step(training, 1, images, target, positions)
+        train_step(training, 1, 6, images, target, positions)
     assert training.ema is not None
     assert training.validated_model is training.ema.module
     own = dict(training.raw_model.named_parameters())

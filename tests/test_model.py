@@ -1,4 +1,4 @@
-"""The model: seeded weights, keyed drop path, and an encoder that is loaded or refused."""
+"""The model: seeded weights, and an encoder that is loaded or refused."""
 
 import copy
 import socket
@@ -13,8 +13,9 @@ import segmentation_models_pytorch as smp
 import torch
 from torch import Tensor, nn
 
+from matchai.dropout import set_dropout
 from matchai.errors import InputError
-from matchai.model import KeyedDropPath, build_model, set_drop_path
+from matchai.model import build_model
 
 RECIPE = "timm-efficientnet-b3"
 TOUCHED = "touched_by_a_pickle"
@@ -60,7 +61,7 @@ def test_another_seed_gives_other_weights() -> None:
 def test_the_global_random_state_is_left_as_it_was() -> None:
     before = torch.get_rng_state()
     model = build_model(RECIPE, 4, seed=5)
-    set_drop_path(model, 0, 0, [0])
+    set_dropout(model, 0, 0, [0])
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -71,7 +72,7 @@ def test_images_become_logits_of_the_same_size() -> None:
 @pytest.mark.parametrize("encoder", ["resnet18", RECIPE])
 def test_every_trained_parameter_gets_a_gradient_and_every_frozen_one_gets_none(encoder: str) -> None:
     model = built(encoder).train()
-    set_drop_path(model, 0, 0, [0, 1])
+    set_dropout(model, 0, 0, [0, 1])
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     for parameter in model.parameters():
         parameter.requires_grad_(True)
@@ -89,47 +90,6 @@ def test_a_built_model_holds_no_gradient_and_trains() -> None:
     model = _built(RECIPE, 0)
     assert model.training
     assert all(parameter.grad is None for parameter in model.parameters())
-
-
-def drop_masks(model: nn.Module, epoch: int, positions: list[int], seed: int = 0) -> Tensor:
-    """(layers, B) what each drop-path layer multiplies each slice by."""
-    set_drop_path(model, seed, epoch, positions)
-    layers = [module for module in model.modules() if isinstance(module, KeyedDropPath)]
-    return torch.stack([layer.train()(torch.ones(len(positions), 2, 3, 3))[:, 0, 0, 0] for layer in layers])
-
-
-def test_a_slice_drops_the_same_paths_alone_as_in_any_batch() -> None:
-    model = built(RECIPE)
-    together = drop_masks(model, 3, [7, 1, 4])
-    assert torch.equal(together[:, [1]], drop_masks(model, 3, [1]))
-    assert torch.equal(together[:, [2, 0]], drop_masks(model, 3, [4, 7]))
-
-
-@pytest.mark.parametrize("other", [{"epoch": 1}, {"positions": list(range(50, 100))}, {"seed": 1}], ids=str)
-def test_another_seed_epoch_or_position_drops_other_paths(other: dict[str, Any]) -> None:
-    model = built(RECIPE)
-    usual: dict[str, Any] = {"epoch": 0, "positions": list(range(50)), "seed": 0}
-    assert not torch.equal(drop_masks(model, **usual), drop_masks(model, **{**usual, **other}))
-
-
-def test_paths_are_dropped_by_their_chance_and_the_rest_scaled_up() -> None:
-    layer = KeyedDropPath(0.25).train()
-    model = nn.Sequential(nn.Linear(1, 1), layer)
-    set_drop_path(model, 0, 0, list(range(4000)))
-    kept = layer(torch.ones(4000, 1))
-    assert set(kept.flatten().tolist()) == {0.0, float(torch.tensor(1.0) / 0.75)}
-    assert float((kept > 0).float().mean()) == pytest.approx(0.75, abs=4 * (0.25 * 0.75 / 4000) ** 0.5)
-
-
-def test_nothing_is_dropped_in_evaluation() -> None:
-    x = torch.randn(2, 3, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(KeyedDropPath(0.9).eval()(x), x)
-
-
-def test_no_drop_path_of_timm_is_left_in_the_recipes_model() -> None:
-    chances = [1 - m.keep_prob for m in _built(RECIPE, 0).modules() if isinstance(m, KeyedDropPath)]
-    assert max(chances) == pytest.approx(0.19, abs=0.01)
-    assert not any(type(module).__name__ == "DropPath" for module in _built(RECIPE, 0).modules())
 
 
 @pytest.mark.parametrize(("wrong", "nearest"), [("resnet81", "resnet18"), ("timm-efficientnet-b33", RECIPE)])

@@ -1,0 +1,173 @@
+"""Single training steps on small models, in this process or, run as a program, in one of several."""
+
+import copy
+import itertools
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch import Tensor, nn
+
+from matchai.build import build_training
+from matchai.config import TrainConfig
+from matchai.data import Data, read_data
+from matchai.dropout import key_dropout
+from matchai.loop import Training, train_step
+from matchai.model import build_model
+from matchai.opening import make_accelerator
+
+SMALL = TrainConfig().updated(image_size=64, batch_size=6, epochs=2, mixed_precision="no", max_lr=1e-2)
+
+
+class TinyNet(nn.Module):
+    """No batch norm, so that micro-batches do not differ by their statistics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 3, padding=1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.layers(images)
+        return logits
+
+
+class NormedNet(TinyNet):
+    """With batch norm and both kinds of dropout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers.insert(1, nn.BatchNorm2d(8))
+        self.layers.insert(3, nn.Dropout2d(0.2))
+        self.layers.insert(4, nn.Dropout(0.1))
+        key_dropout(self)
+
+
+def model_of(name: str) -> nn.Module:
+    """`tiny`, `normed`, or the UNet++ with an encoder of that name; float64."""
+    torch.manual_seed(0)
+    model = {"tiny": TinyNet, "normed": NormedNet}.get(name, lambda: build_model(name, 4))()
+    return model.double()
+
+
+def read_small(folder: Path, cache: Path) -> Data:
+    settings = SMALL.input
+    return read_data(
+        folder,
+        cache,
+        sets=(),
+        images_name=settings.images_name,
+        masks_name=settings.masks_name,
+        groups_name=settings.groups_name,
+        class_names=settings.class_names,
+        background_class=3,
+        hu_window=settings.hu_window,
+        image_size=64,
+        val_fraction=0.25,
+        folds=0,
+        fold=0,
+        seed=0,
+    )
+
+
+def training_of(model: nn.Module, data: Data, **settings: Any) -> Training:
+    """The parts of a training on CPU, in the running process group if there is one."""
+    AcceleratorState._reset_state()
+    config = SMALL.updated(**settings)
+    if "WORLD_SIZE" in os.environ:
+        accelerator = make_accelerator(config, Path("runs"), [])[0]
+    else:
+        accelerator = Accelerator(cpu=True, mixed_precision="no")
+    return build_training(config, accelerator, data, model, lambda: False)
+
+
+def first_batch(training: Training) -> Any:
+    """This process's share of the first step: images, target, positions."""
+    training.sampler.load_state_dict({"seed": 0, "epoch": 1, "consumed": 0})
+    images, target, positions = next(iter(training.loader))
+    return images, target, positions.tolist()
+
+
+def step(
+    model: nn.Module, data: Data, split: Sequence[int] = (), poison: bool = False, **settings: Any
+) -> dict[str, Any]:
+    """What a step comes to: loss, whether it was done, AdamW's first moments and batch norm's statistics.
+
+    Args:
+        model: Trained in float64; not changed.
+        data: The slices.
+        split: How many slices each process computes, where not those that the sampler deals.
+        poison: Puts a NaN into the last slice of the last process.
+        settings: As of a TrainConfig.
+    """
+    training = training_of(copy.deepcopy(model).double(), data, **settings)
+    training.loss.double()
+    images, target, positions = first_batch(training)
+    rank, world = training.accelerator.process_index, training.accelerator.num_processes
+    if split:
+        training.sampler.num_processes, training.sampler.process_index = 1, 0
+        images, target, positions = first_batch(training)
+        end = list(itertools.accumulate(split))[rank]
+        part = slice(end - split[rank], end)
+        images, target, positions = images[part], target[part], positions[part]
+    if poison and rank == world - 1:
+        images[-1, 0, 3, 3] = torch.nan
+    num_draws = min(training.sampler.batch_size, training.sampler.num_samples)
+    loss, is_done, _ = train_step(training, 1, num_draws, images.double(), target, positions)
+    raw = training.raw_model
+    moments = {
+        name: training.optimizer.optimizer.state[parameter]["exp_avg"]
+        for name, parameter in raw.named_parameters()
+        if is_done and parameter.requires_grad
+    }
+    return {"loss": loss, "is_done": is_done, "moments": moments, "state": dict(raw.state_dict())}
+
+
+def run_in_processes(
+    world: int, cases: dict[str, dict[str, Any]], folder: Path, cache: Path, output: Path, timeout: float = 200
+) -> list[dict[str, dict[str, Any]]]:
+    """Computes cases of `step` in a group of gloo processes; returns each process's results."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.save(cases, output / "cases.pt")
+    group = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    group |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.steps", str(folder), str(cache), str(output)],
+            env={**os.environ, **group, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(world)
+    ]
+    try:
+        said = [process.communicate(timeout=timeout)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert all(process.returncode == 0 for process in processes), "\n".join(said)
+    return [torch.load(output / f"results-{rank}.pt") for rank in range(world)]
+
+
+def main() -> None:
+    """Computes the cases in the folder `output` as one process of a group."""
+    folder, cache, output = map(Path, sys.argv[1:])
+    cases: dict[str, dict[str, Any]] = torch.load(output / "cases.pt")
+    data = read_small(folder, cache)
+    results = {}
+    for name, case in cases.items():
+        results[name] = step(model_of(case.pop("model")), data, **case)
+    torch.save(results, output / f"results-{os.environ['RANK']}.pt")
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
