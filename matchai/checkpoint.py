@@ -6,8 +6,9 @@ import json
 import os
 import shutil
 import socket
+import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -21,6 +22,8 @@ from matchai.files import sync_folder, write_whole
 
 BEST = "best.safetensors"
 LAST = "last"
+PARENT = ", started by process "  # in the lock, after who holds it
+PATIENCE = 60.0  # seconds for an orphan to finish its step, or its validation batch, and to save
 KEPT = 2  # states; the one before the newest is the way out if the newest is damaged
 _STATE, _RECORD = "state.safetensors", "state.json"
 
@@ -149,25 +152,54 @@ def _names(last: Path) -> list[str]:
 
 
 @contextlib.contextmanager
-def lock_folder(folder: Path) -> Iterator[None]:
+def lock_folder(folder: Path, say: Callable[[str], None] = print) -> Iterator[None]:
     """Holds a run's folder for this process; the system lets go of it when the process ends, however it ends.
+
+    A holder whose launcher was killed is saving and about to end, so it is waited for.
+
+    Args:
+        folder: The folder.
+        say: Told that it waits.
 
     Raises:
         InputError: If another process holds it.
     """
     with (folder / "run.lock").open("a+") as file:
-        try:
-            _lock(file)
-        except OSError:
+        until = None
+        while not _is_locked_by(file):
             file.seek(0)
-            holder = file.read().strip() or "another process"
+            holder, _, parent = file.read().partition(PARENT)
+            if holder.endswith(f" on {socket.gethostname()}") and parent.isdecimal() and not _lives(int(parent)):
+                if until is None:
+                    until = time.monotonic() + PATIENCE
+                    say(f"waiting for {holder}, whose launcher is gone, to save and end")
+                if time.monotonic() < until:
+                    time.sleep(0.2)
+                    continue
             raise InputError(
-                f"{folder} is in use by {holder}; wait for it, stop it, or name another folder with --output."
-            ) from None
+                f"{folder} is in use by {holder or 'another process'}; wait for it, stop it, or name another folder "
+                "with --output."
+            )
         file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.write(f"process {os.getpid()} on {socket.gethostname()}{PARENT}{os.getppid()}")
         file.flush()
         yield
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except OSError as error:
+        return isinstance(error, PermissionError)
+    return True
+
+
+def _is_locked_by(file: IO[str]) -> bool:
+    try:
+        _lock(file)
+    except OSError:
+        return False
+    return True
 
 
 def _lock(file: IO[str]) -> None:

@@ -1,14 +1,14 @@
-"""What the machine can do: precision, threads, memory, and whether the launcher started what was asked for."""
+"""What the machine can do: precision, threads, memory."""
 
 import ctypes
 import os
 import sys
-from pathlib import Path
 
 import cv2
 import torch
 
 from matchai.errors import InputError
+from matchai.processes import is_set_by_launcher
 
 
 def choose_precision(asked: str, device: torch.device) -> tuple[str, str]:
@@ -57,7 +57,7 @@ def set_threads(num_local_processes: int) -> int:
     """
     # cv2's threads fight the loader's workers and torch's own
     cv2.setNumThreads(0)
-    if "OMP_NUM_THREADS" in os.environ and not _set_by_launcher("OMP_NUM_THREADS"):
+    if "OMP_NUM_THREADS" in os.environ and not is_set_by_launcher("OMP_NUM_THREADS"):
         return torch.get_num_threads()
     torch.set_num_threads(max(1, num_cores() // num_local_processes))
     return torch.get_num_threads()
@@ -73,17 +73,6 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _set_by_launcher(name: str) -> bool:
-    launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
-    if not launched:
-        return False
-    try:
-        environment = Path(f"/proc/{os.getppid()}/environ").read_bytes()
-    except OSError:  # no Linux: the launchers' value for "nobody chose" is 1
-        return os.environ[name] == "1"
-    return not any(entry.startswith(f"{name}=".encode()) for entry in environment.split(b"\0"))
-
-
 def keep_heap() -> None:
     """Lets glibc keep freed activations instead of handing them back to the system after every step.
 
@@ -97,24 +86,6 @@ def keep_heap() -> None:
         m_trim_threshold, m_mmap_threshold = -1, -3
         mallopt(m_mmap_threshold, 2**30)
         mallopt(m_trim_threshold, 2**31 - 1)
-
-
-def check_launch(num_processes: int) -> None:
-    """Refuses a launch that started other processes than the launcher was asked for.
-
-    Args:
-        num_processes: As Accelerate counts them.
-
-    Raises:
-        InputError: If the environment names more processes than have joined.
-    """
-    text = os.environ.get("WORLD_SIZE", "1")
-    asked = int(text) if text.isdecimal() else num_processes
-    if asked != num_processes:
-        raise InputError(
-            f"The launcher started {asked} processes, but each believes to be alone; on CPUs start them with "
-            f"`ACCELERATE_USE_CPU=1 accelerate launch --multi_gpu --num_processes {asked} -m matchai.train`."
-        )
 
 
 def default_workers(device: torch.device, num_local_processes: int) -> int:

@@ -1,9 +1,11 @@
 """What happens before the first step: the processes, the output folder, the data, and what the user is told."""
 
 import json
+import os
 import platform
 from collections.abc import Callable
 from contextlib import ExitStack
+from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,6 +29,7 @@ from matchai.console import Display
 from matchai.data import Data, built_in_phantom, read_data
 from matchai.errors import InputError
 from matchai.files import write_whole
+from matchai.processes import check_launch
 
 T = TypeVar("T")
 
@@ -34,8 +37,8 @@ T = TypeVar("T")
 def make_accelerator(config: TrainConfig, output: Path, problems: list[str]) -> tuple[Accelerator, str]:
     """The accelerator, and why it has its precision; adds to `problems` what it cannot do."""
     precision, reason = "no", "as nothing else was possible"
+    processes = join_group(config.machine.collective_timeout)
     try:
-        processes = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
         precision, reason = machine.choose_precision(config.optimisation.mixed_precision, processes.device)
     except InputError as error:
         problems += error.problems
@@ -50,15 +53,31 @@ def make_accelerator(config: TrainConfig, output: Path, problems: list[str]) -> 
         log_with=trackers or None,
         project_config=ProjectConfiguration(project_dir=str(output), logging_dir=str(output)),
         kwargs_handlers=[
-            DistributedDataParallelKwargs(
-                gradient_as_bucket_view=True, broadcast_buffers=not config.network.sync_batch_norm
-            ),
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
             # from torch's 65536 sixteen halvings may go before the first step, more than may be skipped in a row
             GradScalerKwargs(init_scale=2.0**13),
         ],
     )
-    machine.check_launch(accelerator.num_processes)
+    check_launch(accelerator.num_processes)
     return accelerator, f"{precision} ({reason})"
+
+
+def join_group(timeout: float) -> PartialState:
+    """Joins the process group that the launcher names, if there is one; `timeout` in seconds.
+
+    Raises:
+        InputError: If it cannot be formed.
+    """
+    seconds = timedelta(seconds=timeout if 0 < timeout < 1e9 else 600)  # what is wrong with it is told by the check
+    try:
+        return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=seconds)
+    except (ValueError, RuntimeError) as error:
+        PartialState._reset_state()
+        raise InputError(
+            f"The group of {os.environ.get('WORLD_SIZE', '?')} processes could not be formed "
+            f"({str(error).splitlines()[0]}); start all of them with one launcher, such as `ACCELERATE_USE_CPU=1 "
+            "accelerate launch --multi_gpu --num_processes 2 -m matchai.train` or torchrun."
+        ) from error
 
 
 def greet(config: TrainConfig, display: Display) -> None:
@@ -91,19 +110,19 @@ def tell(display: Display, accelerator: Accelerator, config: TrainConfig, data: 
     )
 
 
-def open_output(output: Path, config: TrainConfig, stack: ExitStack) -> list[str]:
+def open_output(output: Path, config: TrainConfig, stack: ExitStack, display: Display) -> list[str]:
     """Makes and locks the run's folder; with --restart, moves the old run aside first. Returns what is wrong."""
     try:
         output.mkdir(parents=True, exist_ok=True)
         lock = stack.enter_context(ExitStack())
-        lock.enter_context(checkpoint.lock_folder(output))
+        lock.enter_context(checkpoint.lock_folder(output, display.say))
         if config.run.restart and (output / "config.yaml").exists():
             number = 1
             while (aside := output.with_name(f"{output.name}-old-{number}")).exists():
                 number += 1
             output.rename(aside)
             output.mkdir()
-            lock.enter_context(checkpoint.lock_folder(output))
+            lock.enter_context(checkpoint.lock_folder(output, display.say))
     except InputError as error:
         return list(error.problems)
     except OSError as error:

@@ -35,6 +35,7 @@ from matchai.opening import (
     tell,
     write_split,
 )
+from matchai.processes import check_agreement, end_with_launcher
 from matchai.report import draw_figures
 from matchai.resume import Progress, collect, restore
 
@@ -111,6 +112,7 @@ def run(config: TrainConfig, on_epoch: OnEpoch | None = None) -> RunResult:
         InputError: For whatever is wrong with settings, data or output folder, before the first step.
         DivergedError: If the loss stays non-finite; the last good state is kept.
     """
+    end_with_launcher()
     machine.keep_heap()
     output = config.run.output or Path("runs") / config.run.preset
     cuda = [torch.cuda.current_device()] if torch.cuda.is_available() else []
@@ -122,7 +124,7 @@ def run(config: TrainConfig, on_epoch: OnEpoch | None = None) -> RunResult:
         display = Display(accelerator.is_main_process)
         stack.callback(display.close)
         greet(config, display)
-        problems += on_main(accelerator, lambda: open_output(output, config, stack))
+        problems += on_main(accelerator, lambda: open_output(output, config, stack, display))
         cache = config.input.cache or output.parent / "cache"
         is_resuming = any((output / checkpoint.LAST).glob("state-*"))
         data, model = None, None
@@ -174,12 +176,7 @@ class _Run:
         self.shown_at = 0.0
 
     def go(self) -> RunResult:
-        state = checkpoint.load_state(self.output)
-        if state is not None:
-            self.progress = restore(self.training, state)
-            self.saved_step = self.training.step
-        elif self.config.run.init is not None:
-            self._start_from(self.config.run.init)
+        is_resumed = self._resume()
         epochs = self.config.optimisation.epochs
         if self.accelerator.is_main_process:
             self._publish()
@@ -188,7 +185,7 @@ class _Run:
             if self.accelerator.is_main_process and not self._figures_are_final():
                 self._draw(final=True)
             return self._result()
-        if state is not None:
+        if is_resumed:
             done = self.progress.tally.consumed
             self.display.say(
                 f"Going on with {self.output} at epoch {len(self.progress.history) + 1} of {epochs}, draw {done}."
@@ -208,6 +205,17 @@ class _Run:
             tracker.finish()
         self._say_how_it_ended()
         return self._result()
+
+    def _resume(self) -> bool:
+        """Goes to where the run was; returns whether it had begun."""
+        state = on_main_first(self.accelerator, lambda: checkpoint.load_state(self.output))
+        check_agreement({"a state of step": state.record["step"] if state else None}, self.output)
+        if state is not None:
+            self.progress = restore(self.training, state)
+            self.saved_step = self.training.step
+        elif self.config.run.init is not None:
+            self._start_from(self.config.run.init)
+        return state is not None
 
     def _epoch(self, epoch: int) -> None:
         tally = self.progress.tally

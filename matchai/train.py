@@ -20,7 +20,9 @@ def main(argv: list[str] | None = None) -> int:
     """Trains as the command line says; returns the exit status: 0, 1 diverged, 2 the user's mistake, 130 Ctrl-C."""
     try:
         config = parse(sys.argv[1:] if argv is None else argv, DESCRIPTION, "python -m matchai.train")
-        from matchai.runner import DivergedError, run  # noqa: PLC0415 seconds of imports that --help does not need
+        # seconds of imports that --help does not need
+        from matchai.processes import is_lost_process, leave_group, lost_process_message  # noqa: PLC0415
+        from matchai.runner import DivergedError, run  # noqa: PLC0415
 
         try:
             result = run(config)
@@ -28,6 +30,9 @@ def main(argv: list[str] | None = None) -> int:
             print(f"error: {error}", file=sys.stderr)
             return 1
         except RuntimeError as error:
+            if is_lost_process(error):
+                print(f"error: {lost_process_message()}", file=sys.stderr)
+                return 1
             if "out of memory" not in str(error) and "not enough memory" not in str(error):
                 raise
             print(
@@ -36,6 +41,8 @@ def main(argv: list[str] | None = None) -> int:
                 file=sys.stderr,
             )
             return 1
+        finally:
+            leave_group()
     except InputError as error:
         for problem in error.problems:
             print(f"error: {problem}", file=sys.stderr)

@@ -24,6 +24,7 @@ FLOORS = [
         "model",
         "normalisation",
         "phantom",
+        "processes",
         "sampling",
         "slices",
         "split",

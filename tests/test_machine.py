@@ -1,11 +1,11 @@
-"""What the machine can do, and whether the launcher started what was asked for."""
+"""What the machine can do."""
 
 import pytest
 import torch
 
 from matchai import machine
 from matchai.errors import InputError
-from matchai.machine import check_launch, choose_precision, default_workers
+from matchai.machine import choose_precision, default_workers
 
 CPU, CUDA, MPS = torch.device("cpu"), torch.device("cuda"), torch.device("mps")
 
@@ -69,22 +69,6 @@ def test_a_torch_without_capabilities_counts_as_without_bf16(monkeypatch: pytest
     pretend(monkeypatch, native=True)
     monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
     assert choose_precision("auto", CPU)[0] == "no"
-
-
-@pytest.mark.parametrize(("world", "num_processes"), [(None, 1), ("", 1), ("1", 1), ("4", 4)])
-def test_a_launch_that_joined_is_accepted(
-    monkeypatch: pytest.MonkeyPatch, world: str | None, num_processes: int
-) -> None:
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    if world is not None:
-        monkeypatch.setenv("WORLD_SIZE", world)
-    check_launch(num_processes)
-
-
-def test_processes_that_each_believe_to_be_alone_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(InputError, match="ACCELERATE_USE_CPU=1 accelerate launch --multi_gpu --num_processes 2"):
-        check_launch(1)
 
 
 def test_a_cpu_has_no_loader_workers() -> None:
