@@ -37,7 +37,7 @@ def start(arguments: list[str]) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def wait_for_state(output: Path, number: int, process: subprocess.Popen[str], seconds: float = 120) -> None:
+def wait_for_state(output: Path, number: int, process: subprocess.Popen[Any], seconds: float = 120) -> None:
     """Returns once the run has committed its state `number`, or has ended."""
     until = time.monotonic() + seconds
     while time.monotonic() < until and process.poll() is None:
