@@ -1,0 +1,33 @@
+"""The benchmarks run and report; their figures are nobody's test."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_sampler_benchmark_tabulates_and_stores_every_measurement(tmp_path: Path) -> None:
+    output = tmp_path / "results" / "sampler.json"
+    done = subprocess.run(
+        [sys.executable, "benchmarks/sampler.py", "--sizes", "1000", "--repeats", "1", "--output", str(output)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines() if "| 1,000 |" in line
+    ]
+    assert {"matchai", "torch", "accelerate"} <= {row[1] for row in rows}
+    measurements = json.loads(output.read_text(encoding="utf-8"))["measurements"]
+    assert len(measurements) == 2 * len(rows)
+    for one in measurements:
+        assert "error" not in one
+        assert one["first_s"] > 0
+        assert one["memory_mb"] >= 0
+        assert one["kind"] == "resume" or one["further"] == 14
