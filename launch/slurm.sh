@@ -2,8 +2,10 @@
 # For: training under Slurm, on one node or several. Two minutes before the job's time is up it saves, ends and is
 # queued again, and then goes on by the same command; so it does after a pre-emption or the failure of a node.
 # On: nodes with the same number of GPUs that see one file system; one torchrun a node, through launch/multi_node.sh.
-# NOT TRIED on a Slurm cluster. Tried without one, on CPUs: this script with stand-ins for srun and scontrol, and
-# SIGUSR1 and SIGTERM to torchrun with two processes; each time the state was saved and the same command went on.
+# NOT TRIED on a Slurm cluster. Tried without one, on CPUs: this script with stand-ins for srun and scontrol, on one
+# host and on two network namespaces, and SIGUSR1 and SIGTERM to torchrun with two processes. Each time the state was
+# saved and the same command went on; but with loader workers (--num-workers above 0, as on a GPU) only SIGUSR1, which
+# this script asks for, saves: SIGTERM ends the workers too, and the run goes on from the last state kept before.
 # How long: as many jobs as it takes. A validation must take less than the notice, here 120 s, as nothing stops in it.
 # Usage, in this folder and with the Python environment active; what stands before the script wins over its #SBATCH:
 #   sbatch --nodes 2 --gpus-per-node 4 --cpus-per-task 32 --time 4:00:00 launch/slurm.sh --data DIR --output DIR [...]
