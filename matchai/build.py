@@ -2,6 +2,7 @@
 
 import functools
 import math
+import os
 import signal
 from collections.abc import Callable
 from typing import Any
@@ -179,6 +180,7 @@ def _settle_buckets(model: nn.Module, seed: int) -> None:
 
 def _init_worker(_: int) -> None:
     """A loader worker leaves signals to the training process, and its cores to the others."""
+    os.setpgid(0, 0)  # torchrun signals the training process's whole group, and a worker's death would lose the state
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     cv2.setNumThreads(0)

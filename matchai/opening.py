@@ -1,17 +1,15 @@
 """What happens before the first step: the processes, the output folder, the data, and what the user is told."""
 
 import json
-import os
 import platform
 from collections.abc import Callable
 from contextlib import ExitStack
-from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import (
@@ -19,7 +17,6 @@ from accelerate.utils import (
     GradScalerKwargs,
     ProjectConfiguration,
     broadcast_object_list,
-    parse_flag_from_env,
 )
 
 from matchai import checkpoint, machine, parsing
@@ -29,7 +26,7 @@ from matchai.console import Display
 from matchai.data import Data, built_in_phantom, read_data
 from matchai.errors import InputError
 from matchai.files import write_whole
-from matchai.processes import check_launch
+from matchai.processes import check_launch, join_group, num_restarts
 
 T = TypeVar("T")
 
@@ -60,24 +57,6 @@ def make_accelerator(config: TrainConfig, output: Path, problems: list[str]) -> 
     )
     check_launch(accelerator.num_processes)
     return accelerator, f"{precision} ({reason})"
-
-
-def join_group(timeout: float) -> PartialState:
-    """Joins the process group that the launcher names, if there is one; `timeout` in seconds.
-
-    Raises:
-        InputError: If it cannot be formed.
-    """
-    seconds = timedelta(seconds=timeout if 0 < timeout < 1e9 else 600)  # what is wrong with it is told by the check
-    try:
-        return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=seconds)
-    except (ValueError, RuntimeError) as error:
-        PartialState._reset_state()
-        raise InputError(
-            f"The group of {os.environ.get('WORLD_SIZE', '?')} processes could not be formed "
-            f"({str(error).splitlines()[0]}); start all of them with one launcher, such as `ACCELERATE_USE_CPU=1 "
-            "accelerate launch --multi_gpu --num_processes 2 -m matchai.train` or torchrun."
-        ) from error
 
 
 def greet(config: TrainConfig, display: Display) -> None:
@@ -116,7 +95,7 @@ def open_output(output: Path, config: TrainConfig, stack: ExitStack, display: Di
         output.mkdir(parents=True, exist_ok=True)
         lock = stack.enter_context(ExitStack())
         lock.enter_context(checkpoint.lock_folder(output, display.say))
-        if config.run.restart and (output / "config.yaml").exists():
+        if config.run.restart and not num_restarts() and (output / "config.yaml").exists():
             number = 1
             while (aside := output.with_name(f"{output.name}-old-{number}")).exists():
                 number += 1

@@ -6,10 +6,14 @@ import os
 import signal
 import socket
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 
 from matchai.errors import InputError
 
@@ -73,10 +77,59 @@ def check_launch(num_processes: int) -> None:
         )
 
 
+def num_restarts() -> int:
+    """How many times torchrun, or Slurm, has started this very command anew."""
+    return sum(int(os.environ.get(name) or 0) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+
+
+def join_group(timeout: float) -> PartialState:
+    """Joins the process group that the launcher names, if there is one; `timeout` in seconds.
+
+    Raises:
+        InputError: If it cannot be formed.
+    """
+    seconds = timedelta(seconds=timeout if 0 < timeout < 1e9 else 600)  # what is wrong with it is told by the check
+    use_cpu = parse_flag_from_env("ACCELERATE_USE_CPU")
+    try:
+        if _is_store_stale():
+            address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            tcp = dist.TCPStore(*address, timeout=seconds)  # type: ignore[attr-defined]
+            store = dist.PrefixStore(f"restart-{num_restarts()}", tcp)  # type: ignore[attr-defined]
+            rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+            backend = "nccl" if torch.cuda.is_available() and not use_cpu else "gloo"
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=seconds)
+        return PartialState(cpu=use_cpu, timeout=seconds)
+    except (ValueError, RuntimeError) as error:
+        PartialState._reset_state()
+        raise InputError(
+            f"The group of {os.environ.get('WORLD_SIZE', '?')} processes could not be formed "
+            f"({str(error).splitlines()[0]}); start all of them with one launcher, such as `ACCELERATE_USE_CPU=1 "
+            "accelerate launch --multi_gpu --num_processes 2 -m matchai.train` or torchrun."
+        ) from error
+
+
+def _is_store_stale() -> bool:
+    """Whether the store that torchrun hands on still holds the addresses of the processes before a restart.
+
+    It does since torch 2.5, and new ones may wait for the old ones for good (pytorch issue 135712; seen in 3 of 10
+    restarts). With agents on several hosts, which count restarts each for itself, TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+    is the remedy; launch/multi_node.sh sets it.
+    """
+    return (
+        os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        and os.environ.get("GROUP_WORLD_SIZE") == "1"
+        and int(os.environ.get("WORLD_SIZE") or 1) > 1
+        and int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0) > 0
+    )
+
+
 def end_with_launcher() -> None:
     """Asks the kernel for a SIGTERM when the launcher dies, so that a killed launcher leaves no process training on.
 
     Linux only; elsewhere nothing happens.
+
+    Raises:
+        InputError: If the launcher is gone already.
     """
     if launcher() is None or not sys.platform.startswith("linux"):
         return
@@ -84,6 +137,10 @@ def end_with_launcher() -> None:
     if prctl is not None:
         pr_set_pdeathsig = 1
         prctl(pr_set_pdeathsig, int(signal.SIGTERM))
+        with contextlib.suppress(OSError):
+            # whoever adopts orphans is no Python program; a launcher that is a container's first process is one
+            if os.getppid() == 1 and b"python" not in Path("/proc/1/cmdline").read_bytes():
+                raise InputError("The launcher has ended before this process began; start anew.")
 
 
 def is_lost_process(error: BaseException) -> bool:
@@ -98,7 +155,7 @@ def is_lost_process(error: BaseException) -> bool:
 def lost_process_message() -> str:
     """One sentence for the process that lost another."""
     return (
-        f"Process {dist.get_rank()} of {dist.get_world_size()} on {socket.gethostname()} lost another: it has ended, or "
+        f"Process {dist.get_rank()} of {dist.get_world_size()} on {socket.gethostname()} lost another: it has ended or "
         "did not answer within --collective-timeout. Nothing else is lost: the same command goes on from the last "
         "saved state, on as many processes as you like."
     )

@@ -72,11 +72,11 @@ class _StoppedError(Exception):
 
 
 class _StopSignal:
-    """Remembers the first stop signal; the second one acts at once. The handler only sets a field."""
+    """Remembers the first stop signal; a second Ctrl-C acts at once. The handler only sets a field."""
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
-        self._before: dict[signal.Signals, Any] = {}
+        self._before: dict[int, Any] = {}
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -91,13 +91,13 @@ class _StopSignal:
             self._restore()
 
     def _handle(self, number: int, frame: Any) -> None:
-        self.received = signal.Signals(number)
-        self._restore()
+        self.received = self.received or signal.Signals(number)
+        if number == signal.SIGINT:
+            signal.signal(number, self._before[number])
 
     def _restore(self) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        self._before = {}
 
 
 def run(config: TrainConfig, on_epoch: OnEpoch | None = None) -> RunResult:

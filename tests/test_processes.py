@@ -197,19 +197,10 @@ def test_under_torchrun_a_killed_process_is_started_again_and_the_run_ends_as_if
     finished: Path, phantom: Path, cache: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "run"
-    torchrun = [
-        "--nproc_per_node",
-        "2",
-        "--max-restarts",
-        "2",
-        "--rdzv-backend",
-        "c10d",
-        "--rdzv-endpoint",
-        "localhost:0",
-    ]
+    flags = ["--nproc_per_node", "2", "--max-restarts", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+    command = [sys.executable, "-m", "torch.distributed.run", *flags, "-m", "matchai.train"]
     launcher = subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", *torchrun]
-        + ["-m", "matchai.train", *small(phantom, cache, output), *EVERY_STEP],
+        [*command, *small(phantom, cache, output), *EVERY_STEP],
         env={**os.environ, "ACCELERATE_USE_CPU": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -233,10 +224,9 @@ def test_no_process_outlives_a_killed_launcher_and_the_next_run_waits_for_their_
     finished: Path, phantom: Path, cache: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "run"
-    flags = ["--quiet", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
+    flags = ["--quiet", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0", "-m", "matchai.train"]
     launcher = subprocess.Popen(
-        [sys.executable, "-m", "accelerate.commands.launch", *flags]
-        + ["-m", "matchai.train", *small(phantom, cache, output), *EVERY_STEP],
+        [sys.executable, "-m", "accelerate.commands.launch", *flags, *small(phantom, cache, output), *EVERY_STEP],
         env={**os.environ, "ACCELERATE_USE_CPU": "1"},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
