@@ -4,9 +4,8 @@
 # On: nodes with the same number of GPUs that see one file system; one torchrun a node, through launch/multi_node.sh.
 # NOT TRIED on a Slurm cluster. Tried without one, on CPUs: this script with stand-ins for srun and scontrol, on one
 # host and on two network namespaces, and SIGUSR1 and SIGTERM to torchrun with two processes. Each time the state was
-# saved and the same command went on; but with loader workers (--num-workers above 0, as on a GPU) only SIGUSR1, which
-# this script asks for, saves: SIGTERM ends the workers too, and the run goes on from the last state kept before.
-# How long: as many jobs as it takes. A validation must take less than the notice, here 120 s, as nothing stops in it.
+# saved and the same command went on.
+# How long: as many jobs as it takes.
 # Usage, in this folder and with the Python environment active; what stands before the script wins over its #SBATCH:
 #   sbatch --nodes 2 --gpus-per-node 4 --cpus-per-task 32 --time 4:00:00 launch/slurm.sh --data DIR --output DIR [...]
 #SBATCH --job-name=matchai
@@ -23,7 +22,6 @@ fail() {
 }
 
 [ -f launch/multi_node.sh ] || fail "submit this in the folder that holds launch/, not in $PWD."
-[[ " $* " != *" --restart "* ]] || fail "leave --restart out: each time the job is queued again would begin afresh."
 torchrun --help | grep -e --signals-to-handle >/dev/null || fail "this torchrun dies of SIGUSR1; update torch."
 read -r first_node < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 gpus=${SLURM_GPUS_PER_NODE:-} # as in 4 or a100:4
@@ -33,7 +31,7 @@ export NUM_HOSTS=$SLURM_JOB_NUM_NODES PROCESSES_PER_HOST="${PROCESSES_PER_HOST:-
 export RENDEZVOUS=$first_node:$((20000 + SLURM_JOB_ID % 10000)) RUN_ID=$SLURM_JOB_ID
 # srun takes it from here alone
 [ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
-# 30 s, torchrun's own choice, may be less than a validation takes
+# 30 s, torchrun's own choice, may be less than a step and the save after it take
 export PET_SHUTDOWN_TIMEOUT="${PET_SHUTDOWN_TIMEOUT:-110}"
 
 is_noticed=false

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 BLOCK = 64  # weights a block: the table of N = 10^8 then takes 12.5 MB, and a draw reads one cache line or four
 PIECE = 1 << 20  # weights read at a time, 8 MB in double precision
 ROUNDS = 8  # of the Feistel network (Luby and Rackoff 1988); 2 bits a half show in 20,000 keys, 4 do not in 400,000
+CHUNK = 4096  # balanced draws made at a time, as one of them costs nearly what a thousand do
 SMALL = 64  # items that are permuted by sorting
 _STREAM = 0x5A3B  # keeps the sampler's random words apart from those of augmentation and drop path
 
@@ -101,7 +102,7 @@ class BalancedDraws:
     class get one more, are permutations keyed by (seed, epoch): nothing is tied to the order of the data, where a plain
     systematic draw would resonate with a period in it.
 
-    An epoch begins in O(K log K) time for K different weights; a draw costs O(1).
+    Made in O(N log N) time and O(N) memory; an epoch begins in O(K log K) for K different weights, a draw costs O(1).
 
     Args:
         weights: (N,) as of `check_shape`; finite, not negative, not all 0.
@@ -128,14 +129,28 @@ class BalancedDraws:
         near = np.rint(expected)
         self.expected = np.where(np.abs(expected - near) <= 1e-12 * np.maximum(expected, 1), near, expected)
         self._epoch: tuple[tuple[int, int], NDArray[np.int64], NDArray[np.uint64]] | None = None
+        self._last: tuple[tuple[int, int, int], NDArray[np.int64]] | None = None
 
     def items(self, seed: int, epoch: int, first: int, count: int) -> NDArray[np.int64]:
         """The items of draws `first` to `first + count`, (count,)."""
+        chunks = range(first // CHUNK, -(-(first + count) // CHUNK))
+        drawn = [self._chunk(seed, epoch, number) for number in chunks] or [np.zeros(0, dtype=np.int64)]
+        start = first - chunks.start * CHUNK
+        return np.concatenate(drawn)[start : start + count]
+
+    def _chunk(self, seed: int, epoch: int, number: int) -> NDArray[np.int64]:
+        """Draws number · CHUNK up to the next chunk; the last one is kept, as consecutive steps lie in it."""
+        if self._last is None or self._last[0] != (seed, epoch, number):
+            stop = min((number + 1) * CHUNK, self.num_draws)
+            self._last = (seed, epoch, number), self._drawn(seed, epoch, number * CHUNK, stop)
+        return self._last[1]
+
+    def _drawn(self, seed: int, epoch: int, start: int, stop: int) -> NDArray[np.int64]:
         if self._epoch is None or self._epoch[0] != (seed, epoch):
             keys = _words(seed, epoch, 0, 2)
             self._epoch = (seed, epoch), np.cumsum(self._totals(seed, epoch)), keys
         _, ends, keys = self._epoch
-        draws = np.arange(first, first + count, dtype=np.uint64)
+        draws = np.arange(start, stop, dtype=np.uint64)
         slots = permute(draws, np.uint64(self.num_draws), keys[0]).astype(np.int64)
         group = np.searchsorted(ends, slots, side="right")
         within = slots - np.where(group, ends[group - 1], 0)

@@ -88,6 +88,16 @@ def keep_heap() -> None:
         mallopt(m_trim_threshold, 2**31 - 1)
 
 
+def prefer_repeatable_kernels() -> None:
+    """Makes CUDA's kernels repeat their bits where torch has such; the others warn, by name.
+
+    On a CPU they do anyway, for equal shapes and threads. To be called before the first CUDA kernel.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.backends.cudnn.benchmark = False
+
+
 def default_workers(device: torch.device, num_local_processes: int) -> int:
     """Loader processes for each training process.
 

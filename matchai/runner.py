@@ -114,6 +114,8 @@ def run(config: TrainConfig, on_epoch: OnEpoch | None = None) -> RunResult:
     """
     end_with_launcher()
     machine.keep_heap()
+    if config.run.deterministic and torch.cuda.is_available():
+        machine.prefer_repeatable_kernels()
     output = config.run.output or Path("runs") / config.run.preset
     cuda = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with ExitStack() as stack:
