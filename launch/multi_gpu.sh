@@ -2,7 +2,6 @@
 # For: training on your own slices on several GPUs of one host, one process for each.
 # On: one host; all its visible GPUs, or NUM_PROCESSES of them.
 # How long: depends on the slices, the settings and the GPUs. A step still takes `batch_size` slices over all GPUs.
-# In this version batch norm sees each process's share alone, so the result is not that of one process.
 # Usage: [NUM_PROCESSES=N] launch/multi_gpu.sh --data DIR [any other setting]
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -180,7 +180,8 @@ def _settle_buckets(model: nn.Module, seed: int) -> None:
 
 def _init_worker(_: int) -> None:
     """A loader worker leaves signals to the training process, and its cores to the others."""
-    os.setpgid(0, 0)  # torchrun signals the training process's whole group, and a worker's death would lose the state
+    if hasattr(os, "setpgid"):  # torchrun signals the training process's whole group; a worker's death loses the state
+        os.setpgid(0, 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     cv2.setNumThreads(0)

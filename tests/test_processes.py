@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 
@@ -131,6 +132,24 @@ def test_killed_processes_end_bit_for_bit_where_uninterrupted_ones_do(
     finish(world, arguments)
     assert history(tmp_path / "run") == history(reference)
     assert weights(tmp_path / "run") == weights(reference)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_fifty_kills_of_random_processes_at_random_moments_change_nothing(
+    finished: Path, phantom: Path, cache: Path, tmp_path: Path
+) -> None:
+    generator = np.random.default_rng(1)
+    arguments = [*small(phantom, cache, tmp_path / "run"), *EVERY_STEP]
+    for _ in range(50):
+        with group(2, arguments) as processes:
+            time.sleep(generator.uniform(4, 14))
+            processes[generator.integers(2)].kill()
+            for process in processes:
+                process.communicate(timeout=60)
+    finish(2, arguments)
+    assert history(tmp_path / "run") == history(finished)
+    assert weights(tmp_path / "run") == weights(finished)
 
 
 @pytest.mark.timeout(400)
