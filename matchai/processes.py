@@ -124,9 +124,10 @@ def _is_store_stale() -> bool:
 
 
 def end_with_launcher() -> None:
-    """Asks the kernel for a SIGTERM when the launcher dies, so that a killed launcher leaves no process training on.
+    """Asks the kernel for a signal when the launcher dies, so that a killed launcher leaves no process training on.
 
-    Linux only; elsewhere nothing happens.
+    SIGTERM, at which all processes save and end. Where other hosts have launchers of their own it is SIGKILL, as theirs
+    are to go on, not to be asked to stop. Linux only; elsewhere nothing happens.
 
     Raises:
         InputError: If the launcher is gone already.
@@ -136,7 +137,8 @@ def end_with_launcher() -> None:
     prctl = getattr(ctypes.CDLL(None), "prctl", None)
     if prctl is not None:
         pr_set_pdeathsig = 1
-        prctl(pr_set_pdeathsig, int(signal.SIGTERM))
+        has_others = int(os.environ.get("GROUP_WORLD_SIZE") or 1) > 1
+        prctl(pr_set_pdeathsig, int(signal.SIGKILL if has_others else signal.SIGTERM))
         with contextlib.suppress(OSError):
             # whoever adopts orphans is no Python program; a launcher that is a container's first process is one
             if os.getppid() == 1 and b"python" not in Path("/proc/1/cmdline").read_bytes():

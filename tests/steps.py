@@ -19,7 +19,7 @@ from matchai.build import build_training
 from matchai.config import TrainConfig
 from matchai.data import Data, read_data
 from matchai.dropout import key_dropout
-from matchai.loop import Training, train_step
+from matchai.loop import Training, train_step, validate
 from matchai.model import build_model
 from matchai.opening import make_accelerator
 
@@ -38,6 +38,15 @@ class TinyNet(nn.Module):
         return logits
 
 
+class Thresholds(TinyNet):
+    """Predicts by the pixel's value alone, so alike in every batch."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        steps = torch.cat([images < -0.5, images < 0, images < 0.5, images >= 0.5], dim=1)
+        nothing = torch.stack([0 * parameter.sum() for parameter in self.parameters()]).sum()  # DDP waits for all
+        return steps.to(images.dtype) + nothing
+
+
 class NormedNet(TinyNet):
     """With batch norm and both kinds of dropout."""
 
@@ -50,9 +59,9 @@ class NormedNet(TinyNet):
 
 
 def model_of(name: str) -> nn.Module:
-    """`tiny`, `normed`, or the UNet++ with an encoder of that name; float64."""
+    """`tiny`, `normed`, `thresholds`, or the UNet++ with an encoder of that name; float64."""
     torch.manual_seed(0)
-    model = {"tiny": TinyNet, "normed": NormedNet}.get(name, lambda: build_model(name, 4))()
+    model = {"tiny": TinyNet, "normed": NormedNet, "thresholds": Thresholds}.get(name, lambda: build_model(name, 4))()
     return model.double()
 
 
@@ -129,10 +138,17 @@ def step(
     return {"loss": loss, "is_done": is_done, "moments": moments, "state": dict(raw.state_dict())}
 
 
+def validation(data: Data, **settings: Any) -> dict[str, Any]:
+    """What a validation of the `thresholds` comes to, in float32."""
+    training = training_of(model_of("thresholds").float(), data, **settings)
+    loss, counts = validate(training, len(data.val), 4, lambda is_stopping: None)
+    return {"loss": loss, "counts": torch.from_numpy(counts)}
+
+
 def run_in_processes(
     world: int, cases: dict[str, dict[str, Any]], folder: Path, cache: Path, output: Path, timeout: float = 200
 ) -> list[dict[str, dict[str, Any]]]:
-    """Computes cases of `step` in a group of gloo processes; returns each process's results."""
+    """Computes cases of `step`, or of `validation` without a model, on gloo processes; returns each one's results."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -164,7 +180,8 @@ def main() -> None:
     data = read_small(folder, cache)
     results = {}
     for name, case in cases.items():
-        results[name] = step(model_of(case.pop("model")), data, **case)
+        model = case.pop("model", None)
+        results[name] = step(model_of(model), data, **case) if model else validation(data, **case)
     torch.save(results, output / f"results-{os.environ['RANK']}.pt")
     torch.distributed.destroy_process_group()
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from matchai.data import Data
-from tests.steps import model_of, read_small, run_in_processes, step
+from matchai.metrics import dice_per_class
+from tests.steps import model_of, read_small, run_in_processes, step, validation
 
 RECIPE = "timm-efficientnet-b3"
 SMALLEST = "tu-test_efficientnet"  # a UNet++ all the same, in a tenth of the time
@@ -23,12 +24,14 @@ CASES: dict[int, dict[str, dict[str, Any]]] = {
         "tiny micro-batches": {"model": "tiny", "accumulate": 6},
         "own batch norm": {"model": "normed", "sync_batch_norm": False},
         "NaN": {"model": "normed", "poison": True},
+        "validation": {"batch_size": 5},
         "lockstep": {"model": "normed", "deterministic": True},
         "lockstep recipe": {"model": RECIPE, "deterministic": True, "batch_size": 5},
     },
     3: {
         "2+2+2": {"model": SMALLEST},
         "4+1+1": {"model": "normed", "split": [4, 1, 1]},
+        "validation": {"batch_size": 3},
         "lockstep": {"model": "normed", "deterministic": True, "batch_size": 4},
         "lockstep with an empty share": {"model": "normed", "deterministic": True, "batch_size": 2, "split": [1, 1, 0]},
     },
@@ -79,6 +82,18 @@ def test_loss_gradient_and_statistics_are_those_of_one_process(
         buffers = {key: value for key, value in floats(expected["state"]).items() if "running" in key}
         if buffers:
             assert relative_error(results[name]["state"], buffers) < 1e-12
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_validation_counts_equal_predictions_alike_in_every_bit(
+    world: int, together: dict[int, list[dict[str, dict[str, Any]]]], data: Data
+) -> None:
+    expected = validation(data, batch_size=6)
+    dice = dice_per_class(expected["counts"].sum(0).numpy())
+    for results in together[world]:
+        assert torch.equal(results["validation"]["counts"], expected["counts"])
+        assert (dice_per_class(results["validation"]["counts"].sum(0).numpy()) == dice).all()
+        assert results["validation"]["loss"] == pytest.approx(expected["loss"], rel=1e-6)
 
 
 def test_without_synchronised_batch_norm_the_gradient_is_another(

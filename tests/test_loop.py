@@ -25,6 +25,21 @@ def test_micro_batches_give_the_loss_and_gradient_of_the_whole_batch(accumulate:
         torch.testing.assert_close(in_parts["moments"][name], value, rtol=1e-9, atol=1e-14)
 
 
+def test_neither_steps_nor_learning_rates_depend_on_the_micro_batches(data: Data) -> None:
+    paths = []
+    for accumulate in (1, 4):
+        training, tally = training_of(TinyNet(), data, accumulate=accumulate), Tally()
+        rates: list[float] = []
+
+        def note(is_stopping: bool, tally: Tally = tally, rates: list[float] = rates) -> None:
+            rates.append(tally.lr)
+
+        train_epoch(training, 1, tally, note)
+        paths.append(rates)
+    assert paths[0] == paths[1]
+    assert len(paths[0]) == 4
+
+
 def test_a_non_finite_step_changes_neither_weights_nor_statistics(data: Data) -> None:
     torch.manual_seed(0)
     training = training_of(NormedNet(), data)

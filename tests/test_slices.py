@@ -5,9 +5,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from torch.utils.data import DataLoader
 
 from matchai.arrays import ArraySet, open_sets
-from matchai.slices import STEPS, Slices, fingerprint, prepare
+from matchai.augmentation import Augmentation
+from matchai.sampling import DistributedWeightedSampler, collate
+from matchai.slices import STEPS, SliceDataset, Slices, fingerprint, prepare
+from tests.steps import read_small
 
 NAMES = ("ground glass", "consolidation", "lungs other", "background")
 
@@ -90,3 +94,28 @@ def test_both_sets_are_used_together_and_one_can_be_chosen(data: Path) -> None:
     assert [len(found) for found in both] == [16, 10]
     assert [found.name for found in one] == ["radiopedia"]
     assert isinstance(one[0], ArraySet)
+
+
+@pytest.mark.parametrize(("num_processes", "num_workers"), [(1, 2), (2, 0), (3, 2)])
+def test_a_draws_augmented_bytes_depend_on_neither_processes_nor_workers(
+    num_processes: int, num_workers: int, phantom: Path, cache: Path
+) -> None:
+    data = read_small(phantom, cache)
+    augmentation = Augmentation(3, 0.25, 3, affine=1.0)
+    dataset = SliceDataset(data.slices, data.train, data.mean, data.std, augmentation)
+
+    def loaded(num_processes: int, num_workers: int) -> dict[int, tuple[bytes, bytes]]:
+        found = {}
+        for rank in range(num_processes):
+            sampler = DistributedWeightedSampler(
+                [1.0] * 3, 6, 23, num_processes=num_processes, process_index=rank, seed=3
+            )
+            loader = DataLoader(dataset, batch_sampler=sampler, num_workers=num_workers, collate_fn=collate)
+            for images, targets, positions in loader:
+                for image, target, position in zip(images, targets, positions.tolist(), strict=True):
+                    found[position] = image.numpy().tobytes(), target.numpy().tobytes()
+        return found
+
+    alone = loaded(1, 0)
+    assert loaded(num_processes, num_workers) == alone
+    assert len(set(alone.values())) == 23  # three slices, but no two draws alike
