@@ -8,20 +8,19 @@ import argparse
 import dataclasses
 import gc
 import json
+import multiprocessing
+import multiprocessing.connection
 import os
 import shlex
 import signal
 import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -114,9 +113,6 @@ def cost_cases(encoder: str, size: int, num_steps: int) -> list[Case]:
 
 def main() -> None:
     options = parse(sys.argv[1:])
-    if options.worker:
-        work(options.worker)
-        return
     # turned into an exit that passes through every `finally`, so that no worker is left behind
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     gradients = [
@@ -163,7 +159,6 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=8, help="timed steps of every variant in a round")
     parser.add_argument("--rounds", type=int, default=2, help="rounds over all timed variants")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "distributed.json")
-    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if any(size < 64 or size % 32 for size in options.sizes) or min(options.steps, options.rounds) < 1:
         parser.error("sizes must be multiples of 32 from 64 on, steps and rounds at least 1.")
@@ -173,72 +168,67 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 def run_group(world: int, cases: Sequence[Case], folder: Path) -> list[Record]:
     """Measures those cases that are for `world` processes, in a gloo group of that many.
 
+    The processes are forked from a server that has done nothing but import, which spares each the seconds of it.
+
     Returns:
         A record for each case: of the process whose gradient is farthest off, or the first process's seconds.
 
     Raises:
-        RuntimeError: If a process fails or the group takes too long; the others are killed.
+        RuntimeError: If a process fails, or the group takes longer than `TIME_LIMIT`; the others are killed.
     """
-    mine = [dataclasses.asdict(case) for case in cases if case.num_processes == world]
-    (folder / "cases.json").write_text(json.dumps(mine), encoding="utf-8")
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
-    # as `python -m matchai.train` sets it: spinning threads of several processes starve each other
-    environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    mine = [case for case in cases if case.num_processes == world]
+    environment = {}
     if world > 1:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
-            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-        environment["WORLD_SIZE"] = str(world)
+            environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        # as torchrun tells it; Accelerate would take each process to be its host's only one
+        environment |= {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+    context = multiprocessing.get_context("forkserver")
+    processes = []
     deadline = time.monotonic() + TIME_LIMIT
-    with ExitStack() as stack:
-        processes = []
+    try:
         for rank in range(world):
-            log = stack.enter_context((folder / f"log-{rank}").open("wb"))
             place = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if world > 1 else {}
-            process = subprocess.Popen(
-                [sys.executable, __file__, "--worker", str(folder)],
-                env=environment | place,
-                stdout=log,
-                stderr=log,
-            )
-            stack.callback(process.wait)
-            stack.callback(process.kill)
+            process = context.Process(target=work, args=(rank, mine, folder, environment | place), daemon=True)
+            process.start()
             processes.append(process)
-        while (codes := [process.poll() for process in processes]) != [0] * world:
+        while (codes := [process.exitcode for process in processes]) != [0] * world:
             if any(codes) or time.monotonic() > deadline:
-                said = "\n".join((folder / f"log-{rank}").read_text(encoding="utf-8") for rank in range(world))
-                raise RuntimeError(
-                    f"{world} processes ended with {codes} (None: killed, as too slow or left over):\n{said}"
-                )
-            time.sleep(0.1)
+                raise RuntimeError(f"A group of {world} processes failed; exit codes {codes}, None for a killed one.")
+            multiprocessing.connection.wait([one.sentinel for one in processes if one.exitcode is None], timeout=1)
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
     found = [json.loads((folder / f"records-{rank}.json").read_text(encoding="utf-8")) for rank in range(world)]
     return [max(records, key=lambda record: float(record.get("error", 0))) for records in zip(*found, strict=True)]
 
 
-def work(folder: Path) -> None:
-    """Measures the cases in `cases.json` as one process of a group, and writes its records beside it."""
+def work(rank: int, cases: Sequence[Case], folder: Path, environment: dict[str, str]) -> None:
+    """Measures cases as one process of a group, and writes their records into the folder."""
+    os.environ.update(environment)
     keep_heap()
     records = []
-    for one in json.loads((folder / "cases.json").read_text(encoding="utf-8")):
-        case = Case(**one)
+    for case in cases:
         training, batch = prepare(case, folder)
-        record = {"label": case.label, **one, "threads": torch.get_num_threads()}
+        record: Record = {"label": case.label, **dataclasses.asdict(case), "threads": torch.get_num_threads()}
         record["mixed_precision"] = training.accelerator.mixed_precision
         if case.num_steps:
             seconds = [timed_step(training, batch) for _ in range(WARM_UP + case.num_steps)]
             record["seconds"] = seconds[WARM_UP:]
         else:
             moments = first_moments(training, batch)
-            if case == Case(case.encoder, case.size, 1, case.precision, deterministic=case.deterministic):
+            if case.num_processes == 1 and not case.permutation:
                 torch.save(moments, folder / case.reference)
             record["error"] = relative_error(moments, torch.load(folder / case.reference))
         records.append(record)
-        print(json.dumps(record), file=sys.stderr)
-        # DistributedDataParallel refers to itself; gone before the next model comes
+        if rank == 0:
+            print(json.dumps(record), file=sys.stderr)
+        # DistributedDataParallel refers to itself: gone before the next model comes
         del training
         gc.collect()
-    target = folder / f"records-{os.environ.get('RANK', '0')}.json"
-    target.write_text(json.dumps(records), encoding="utf-8")
+    (folder / f"records-{rank}.json").write_text(json.dumps(records), encoding="utf-8")
     leave_group()
 
 
@@ -275,7 +265,7 @@ def prepare(case: Case, folder: Path) -> tuple[Training, tuple[Tensor, Tensor, l
     accelerator, _ = make_accelerator(config, folder, problems)
     if problems:
         raise InputError(*problems)
-    # before every case, as deterministic ones leave one thread
+    # anew for every case, as deterministic ones leave one thread
     set_threads(num_local_processes(accelerator.num_processes))
     is_double = case.precision == "float64"
     model = build_model(case.encoder, len(config.input.class_names))
@@ -377,9 +367,9 @@ def report(about: Record, exactness: Sequence[Record], cost: Sequence[Record], o
         *(f"- {verdict(check)}" for check in about["checks"]),
         f"- Batch permuted: the same slices in {NUM_PERMUTATIONS} other orders on one process, median (largest).",
         "",
-        f"A training step of {BATCH_SIZE} slices at {max(options.sizes)} px, mixed precision {precisions}, data loading "
-        f"left out: median of {options.rounds} rounds of {options.steps} steps (smallest–largest), and its ratio to "
-        "W = 1.",
+        f"A training step of {BATCH_SIZE} slices at {max(options.sizes)} px, mixed precision {precisions}, data "
+        f"loading left out: median of {options.rounds} rounds of {options.steps} steps (smallest–largest), and its "
+        "ratio to W = 1.",
         "",
         f"| step | threads a process | {' | '.join(f'{encoder} | ratio' for encoder in encoders)} |",
         f"|---|---|{'---|---|' * len(encoders)}",
@@ -420,4 +410,9 @@ def verdict(check: Record) -> str:
 
 
 if __name__ == "__main__":
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    # as `python -m matchai.train` sets it: spinning threads of several processes starve each other
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # the server imports this file
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["__main__"])
     main()
