@@ -413,6 +413,6 @@ if __name__ == "__main__":
     os.environ["ACCELERATE_USE_CPU"] = "true"
     # as `python -m matchai.train` sets it: spinning threads of several processes starve each other
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # the server imports this file
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["__main__"])
+    # by name, as Python before 3.13 passes over `__main__` here
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["matchai.build", "matchai.opening"])
     main()
