@@ -31,3 +31,27 @@ def test_the_sampler_benchmark_tabulates_and_stores_every_measurement(tmp_path: 
         assert one["first_s"] > 0
         assert one["memory_mb"] >= 0
         assert one["kind"] == "resume" or one["further"] == 14
+
+
+def test_the_benchmark_of_several_processes_tabulates_and_stores_exactness_and_cost(tmp_path: Path) -> None:
+    output = tmp_path / "results" / "distributed.json"
+    flags = ["--encoders", "tu-test_efficientnet", "--sizes", "64", "--steps", "1", "--rounds", "1"]
+    done = subprocess.run(
+        [sys.executable, "benchmarks/distributed.py", *flags, "--output", str(output)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [line for line in done.stdout.splitlines() if line.startswith("| ") and "W = " in line]
+    found = json.loads(output.read_text(encoding="utf-8"))
+    several = [one for one in found["exactness"] if one["num_processes"] > 1]
+    assert {one["label"] for one in several + found["cost"]} <= {row.split(" | ")[0].removeprefix("| ") for row in rows}
+    double = {one["num_processes"]: max(one["errors"]) for one in several if one["precision"] == "float64"}
+    assert set(double) == {2, 3}
+    assert max(double.values()) < 1e-10
+    assert {one["num_processes"]: max(one["errors"]) for one in several if one["deterministic"]} == {2: 0, 3: 0}
+    assert len(found["cost"]) == 5
+    assert all(min(one["seconds"]) > 0 for one in found["cost"])
