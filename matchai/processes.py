@@ -90,6 +90,9 @@ def join_group(timeout: float) -> PartialState:
     """
     seconds = timedelta(seconds=timeout if 0 < timeout < 1e9 else 600)  # what is wrong with it is told by the check
     use_cpu = parse_flag_from_env("ACCELERATE_USE_CPU")
+    if os.environ.get("WORLD_SIZE", "").isdecimal():
+        # where nobody says how many are on this host, Accelerate would say one, and each would take all cores
+        os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"])
     try:
         if _is_store_stale():
             address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
