@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # it asks the network for a newer version at import
 import albumentations as A
 
+from matchai.keys import seed_sequence
+
 _STREAM = 0xA09  # keeps these random numbers apart from the sampler's and drop path's
 
 
@@ -87,7 +89,7 @@ class Augmentation:
         Returns:
             Image and target, of the same shapes and types.
         """
-        generator = np.random.default_rng((_STREAM, self.seed, epoch, position))
+        generator = np.random.default_rng(seed_sequence(_STREAM, self.seed, epoch, position))
         # one pair of generators shared by all transforms: set_random_seed would give each the same numbers
         self.transform.set_random_state(generator, random.Random(int(generator.integers(2**63))))
         out = self.transform(image=image, mask=target)

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import socket
 import time
@@ -148,7 +149,8 @@ def _read_state(folder: Path) -> State:
 
 
 def _names(last: Path) -> list[str]:
-    return sorted(path.name for path in last.iterdir() if path.name.startswith("state-"))
+    names = [path.name for path in last.iterdir() if re.fullmatch(r"state-[0-9]+", path.name)]
+    return sorted(names, key=lambda name: int(name.removeprefix("state-")))
 
 
 @contextlib.contextmanager

@@ -4,6 +4,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from matchai.keys import seed_sequence
+
 _STREAM = 0xD209  # keeps these random numbers apart from the sampler's and the augmentation's
 
 
@@ -82,7 +84,7 @@ def set_dropout(model: nn.Module, seed: int, epoch: int, positions: list[int]) -
     drops = [module for module in model.modules() if isinstance(module, KeyedDropout)]
     if not paths and not drops:
         return
-    keyed = [np.random.default_rng((_STREAM, seed, epoch, position)) for position in positions]
+    keyed = [np.random.default_rng(seed_sequence(_STREAM, seed, epoch, position)) for position in positions]
     numbers = np.array([generator.random(len(paths)) for generator in keyed], dtype=np.float32)
     uniforms = torch.from_numpy(numbers.reshape(len(positions), len(paths)).T.copy())
     uniforms = uniforms.to(next(model.parameters()).device, non_blocking=True)

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from matchai.keys import seed_sequence
+
 BLOCK = 64  # weights a block: the table of N = 10^8 then takes 12.5 MB, and a draw reads one cache line or four
 PIECE = 1 << 20  # weights read at a time, 8 MB in double precision
 ROUNDS = 8  # of the Feistel network (Luby and Rackoff 1988); 2 bits a half show in 20,000 keys, 4 do not in 400,000
@@ -86,7 +88,7 @@ class DistinctDraws:
         keys = np.empty(len(self.weights))
         for start, piece in _pieces(self.weights):
             # half a step above 0 keeps both logarithms finite; logarithms, as a variate over a tiny weight overflows
-            uniform = _uniform(_words(seed, epoch, start // 4, len(piece))) + 2.0**-54
+            uniform = np.minimum(_uniform(_words(seed, epoch, start // 4, len(piece))) + 2.0**-54, 1 - 2.0**-53)
             with np.errstate(divide="ignore"):
                 keys[start : start + len(piece)] = np.log(-np.log1p(-uniform)) - np.log(piece)
         order: NDArray[np.int64] = np.argsort(keys, kind="stable")
@@ -223,7 +225,7 @@ def _mix(words: Any) -> Any:
 
 def _words(seed: int, epoch: int, counter: int, count: int) -> NDArray[np.uint64]:
     """Random words of (seed, epoch) from a counter on, four a count."""
-    key = np.random.SeedSequence((_STREAM, seed, epoch)).generate_state(2, np.uint64)
+    key = seed_sequence(_STREAM, seed, epoch).generate_state(2, np.uint64)
     return np.asarray(np.random.Philox(key=key, counter=counter).random_raw(count), dtype=np.uint64)
 
 

@@ -18,6 +18,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
 from matchai.dropout import set_dropout
+from matchai.keys import seed_sequence
 from matchai.lockstep import Lockstep
 from matchai.losses import SegmentationLoss
 from matchai.metrics import Counts, confusion_counts
@@ -280,7 +281,7 @@ def validate(
         for buffer in model.buffers():
             torch.distributed.broadcast(buffer, 0)
     counts = torch.zeros(num_slices, num_classes, num_classes, dtype=torch.int64, device=device)
-    # a row for each batch, so that the order in which they are added up does not depend on the processes
+    # a row for each batch: where each slice is a batch, the order of adding up does not depend on the processes
     sums = torch.zeros(num_slices, 4 + 3 * num_classes, dtype=torch.float64, device=device)
     batches = iter(training.val_loader)
     with torch.no_grad():
@@ -310,7 +311,7 @@ def _to_device(images: Tensor, device: torch.device) -> Tensor:
 
 def _seed_torch(seed: int, epoch: int, positions: list[int]) -> None:
     """Seeds what a model may draw from torch's own generator (none of smp's does), so that a resumed run repeats it."""
-    key = np.random.SeedSequence((_STREAM, seed, epoch, *positions[:1]))
+    key = seed_sequence(_STREAM, seed, epoch, *positions[:1])
     torch.manual_seed(int(key.generate_state(1, np.uint64)[0]))
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import gc
 import os
 import signal
 import socket
@@ -17,21 +18,8 @@ from accelerate.utils import parse_flag_from_env
 
 from matchai.errors import InputError
 
-# what gloo, the store and torch's collectives say where another process does not answer any more
-_LOST = (
-    "Connection closed by peer",
-    "Connection reset by peer",
-    "Connection refused",
-    "Broken pipe",
-    "Timed out waiting",
-    "timed out",
-    "Socket Timeout",
-    "Read timeout",
-    "Write timeout",
-    "wait timeout",
-    "Gloo",
-    "gloo",
-)
+# what gloo, NCCL and the store say, among other words, where another process does not answer any more
+_LOST = ("gloo", "nccl", "connection", "pair closure", "broken pipe", "socket", "timed out", "timeout")
 
 
 def launcher() -> str | None:
@@ -154,7 +142,7 @@ def is_lost_process(error: BaseException) -> bool:
         return False
     if isinstance(error, dist.DistError):
         return True
-    return isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in _LOST)
+    return isinstance(error, RuntimeError) and any(phrase in str(error).lower() for phrase in _LOST)
 
 
 def lost_process_message() -> str:
@@ -169,19 +157,20 @@ def lost_process_message() -> str:
 def leave_group() -> None:
     """Closes the process group, without which the end of a process may abort it."""
     if dist.is_available() and dist.is_initialized():
+        gc.collect()  # a DistributedDataParallel that outlives its group may abort the process too
         with contextlib.suppress(RuntimeError):
             dist.destroy_process_group()
 
 
-def check_agreement(values: dict[str, Any], where: Path) -> None:
-    """Refuses to go on where processes have found different things in what should be one folder.
+def check_agreement(values: dict[str, Any], remedy: str) -> None:
+    """Refuses to go on where processes disagree on what must be one.
 
     Args:
-        values: What this process found.
-        where: The folder.
+        values: What this process has, by name; the same names on all.
+        remedy: What to do about it, the end of the sentence.
 
     Raises:
-        InputError: On all processes, if one of them found something else than the main one.
+        InputError: On all processes, if one of them has something else than the main one.
     """
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return
@@ -189,8 +178,6 @@ def check_agreement(values: dict[str, Any], where: Path) -> None:
     dist.all_gather_object(found, (socket.gethostname(), values))
     for rank, (host, other) in enumerate(found):
         for name, value in found[0][1].items():
-            if other[name] != value:
-                raise InputError(
-                    f"Process {rank} on {host} finds {name} {other[name]}, process 0 on {found[0][0]} {value}: "
-                    f"all hosts must see the same {where}; put it on storage that they share."
-                )
+            if other.get(name) != value:
+                odd, main = f"Process {rank} on {host}", f"process 0 on {found[0][0]}"
+                raise InputError(f"{odd} has {name} {other.get(name)}, {main} {value}: {remedy}")

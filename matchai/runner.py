@@ -16,7 +16,7 @@ from accelerate import Accelerator
 
 from matchai import checkpoint, machine
 from matchai.build import build_model_of, build_training, step_problems
-from matchai.config import TrainConfig, check, parse_interval
+from matchai.config import FREE, TrainConfig, check, parse_interval
 from matchai.console import Display, epoch_line
 from matchai.data import Data
 from matchai.errors import InputError
@@ -123,6 +123,11 @@ def run(config: TrainConfig, on_epoch: OnEpoch | None = None) -> RunResult:
         problems = check(config)
         accelerator, precision_reason = make_accelerator(config, output, problems)
         machine.set_threads(machine.num_local_processes(accelerator.num_processes))
+        check_agreement(
+            {name: value for name, value in config.flat().items() if name not in FREE}
+            | {"precision": precision_reason.split()[0], "torch": torch.__version__},
+            "start all of them by the same command, with the same packages.",
+        )
         display = Display(accelerator.is_main_process)
         stack.callback(display.close)
         greet(config, display)
@@ -142,6 +147,7 @@ def run(config: TrainConfig, on_epoch: OnEpoch | None = None) -> RunResult:
             problems += error.problems
         if problems or data is None or model is None:
             raise InputError(*dict.fromkeys(problems))
+        check_agreement(data.digests, "all of them must read the same slices.")
         record = make_record(accelerator, data, precision_reason)
         problems += on_main(accelerator, lambda: claim_experiment(output, config, record))
         if problems:
@@ -211,7 +217,8 @@ class _Run:
     def _resume(self) -> bool:
         """Goes to where the run was; returns whether it had begun."""
         state = on_main_first(self.accelerator, lambda: checkpoint.load_state(self.output))
-        check_agreement({"a state of step": state.record["step"] if state else None}, self.output)
+        step = state.record["step"] if state else None
+        check_agreement({"a state of step": step}, f"all hosts must see the same {self.output}.")
         if state is not None:
             self.progress = restore(self.training, state)
             self.saved_step = self.training.step
@@ -283,9 +290,12 @@ class _Run:
     def _publish(self) -> None:
         """Makes history.jsonl and best.safetensors those of the state, whatever a killed process left."""
         lines = "".join(json.dumps(row) + "\n" for row in self.progress.history)
-        write_whole(self.output / "history.jsonl", lines.encode())
-        if self.progress.best is not None:
-            checkpoint.publish_best(self.output, self.progress.best)
+        try:
+            write_whole(self.output / "history.jsonl", lines.encode())
+            if self.progress.best is not None:
+                checkpoint.publish_best(self.output, self.progress.best)
+        except OSError as error:
+            self.display.warn(f"the history could not be written ({error.strerror}); the next start makes it anew.")
 
     def _draw(self, *, final: bool, confusions: Counts | None = None) -> None:
         """Draws the figures, of the best weights at the end, of the current ones on the way."""
@@ -295,15 +305,18 @@ class _Run:
             confusions = self.progress.best_confusions.numpy()
             model.load_state_dict(checkpoint.load_weights(self.output)[0])
         assert confusions is not None
-        draw_figures(
-            self.output / "figures",
-            self.progress.history,
-            confusions,
-            self.data,
-            self.config,
-            lambda rows: predict(self.training, rows),
-            epoch=self.progress.best_epoch if final else len(self.progress.history),
-        )
+        try:
+            draw_figures(
+                self.output / "figures",
+                self.progress.history,
+                confusions,
+                self.data,
+                self.config,
+                lambda rows: predict(self.training, rows),
+                epoch=self.progress.best_epoch if final else len(self.progress.history),
+            )
+        except OSError as error:
+            self.display.warn(f"the figures could not be written ({error.strerror}).")
         self.drawn_at = time.monotonic()
 
     def _figures_are_final(self) -> bool:
@@ -344,9 +357,9 @@ class _Run:
     def _say_how_it_ended(self) -> None:
         history, epochs = self.progress.history, self.config.optimisation.epochs
         if len(history) < epochs:
-            name = self.stop.received.name if self.stop.received else "a stop"
+            reason = f"by {self.stop.received.name}" if self.stop.received else "as another process was asked to,"
             self.display.say(
-                f"Stopped by {name} at step {self.training.step}, all saved in {self.output}; "
+                f"Stopped {reason} at step {self.training.step}, all saved in {self.output}; "
                 "the same command goes on from there."
             )
             return

@@ -7,12 +7,15 @@ Usable without the rest of matchai, as the batch sampler of anyone's DataLoader:
 (2, True)
 """
 
+import copy
 import math
+import operator
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 import torch.distributed
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
@@ -91,7 +94,14 @@ class DistributedWeightedSampler(Sampler[list[int]]):
             num_processes = torch.distributed.get_world_size() if grouped else 1
         if process_index is None:
             process_index = torch.distributed.get_rank() if grouped else 0
+        if isinstance(weights, Tensor):
+            weights = weights.detach().cpu()
+            weights = weights.float() if weights.dtype == torch.bfloat16 else weights  # which numpy does not have
         weights = check_shape(np.asanyarray(weights))
+        batch_size, seed = _whole("batch_size", batch_size), _whole("seed", seed)
+        num_processes, process_index = _whole("num_processes", num_processes), _whole("process_index", process_index)
+        accumulate = _whole("accumulate", accumulate)
+        num_samples = None if num_samples is None else _whole("num_samples", num_samples)
         if balanced and not replacement:
             raise ValueError("balanced draws repeat an item as often as is expected: they need replacement=True.")
         self.law: IndependentDraws | DistinctDraws | BalancedDraws
@@ -133,6 +143,7 @@ class DistributedWeightedSampler(Sampler[list[int]]):
 
     def set_epoch(self, epoch: int) -> None:
         """Goes to the start of another epoch; naming the current one changes nothing, so a loaded position stays."""
+        epoch = _whole("epoch", epoch)
         if epoch < 0:
             raise ValueError(f"epoch is {epoch}, but must be at least 0.")
         if epoch != self.epoch:
@@ -146,11 +157,17 @@ class DistributedWeightedSampler(Sampler[list[int]]):
         """Goes on from a position, on whatever number of processes or batch size it was stored.
 
         Raises:
-            ValueError: If `consumed` is not a count of this epoch's draws.
+            ValueError: If `consumed` is not a count of this epoch's draws, or the state is no sampler's.
         """
-        if not 0 <= state["consumed"] <= self.num_samples:
-            raise ValueError(f"consumed is {state['consumed']}, but an epoch has {self.num_samples} draws.")
-        self.seed, self.epoch, self.consumed = state["seed"], state["epoch"], state["consumed"]
+        missing = [name for name in ("seed", "epoch", "consumed") if name not in state]
+        if missing:
+            raise ValueError(f"the state has no {missing[0]}, but a sampler's has seed, epoch and consumed.")
+        seed, epoch, consumed = (_whole(name, state[name]) for name in ("seed", "epoch", "consumed"))
+        if min(seed, epoch) < 0:
+            raise ValueError(f"seed and epoch are {seed} and {epoch}, but must be at least 0.")
+        if not 0 <= consumed <= self.num_samples:
+            raise ValueError(f"consumed is {consumed}, but an epoch has {self.num_samples} draws.")
+        self.seed, self.epoch, self.consumed = seed, epoch, consumed
         self._spent = False
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -170,6 +187,14 @@ class DistributedWeightedSampler(Sampler[list[int]]):
             yield draws
 
 
+def _whole(name: str, value: Any) -> int:
+    """A whole number of any integer type, as int."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} is {value!r}, but must be a whole number.") from None
+
+
 def share(size: int, num_processes: int, process_index: int) -> tuple[int, int]:
     """The part (start, stop) of a batch that a process computes, as even as it goes: 6 on 4 is 2 + 2 + 1 + 1."""
     each, rest = divmod(size, num_processes)
@@ -180,11 +205,13 @@ def share(size: int, num_processes: int, process_index: int) -> tuple[int, int]:
 def micro_shares(size: int, accumulate: int, num_processes: int, process_index: int) -> list[tuple[int, int]]:
     """The parts (start, stop) of a batch that a process computes, one of each micro-batch of the whole batch.
 
-    The batch is cut into `accumulate` micro-batches, as even as it goes, and each of them is shared by the processes.
+    The batch is cut into `accumulate` micro-batches, as even as it goes and none of them empty, and each of these is
+    shared by the processes.
     """
     parts = []
-    for number in range(accumulate):
-        begin, end = share(size, accumulate, number)
+    num_parts = min(accumulate, size)
+    for number in range(num_parts):
+        begin, end = share(size, num_parts, number)
         start, stop = share(end - begin, num_processes, process_index)
         parts.append((begin + start, begin + stop))
     return parts
@@ -230,9 +257,11 @@ collate = _Collate()
 def _emptied(batch: Any) -> Any:
     """The batch without its items: tensors (0, ...)."""
     if isinstance(batch, Tensor):
-        return batch[:0].clone()
-    if isinstance(batch, Mapping):
-        return type(batch)({name: _emptied(value) for name, value in batch.items()})  # type: ignore[call-arg]
+        return batch[:0].detach().clone()
+    if isinstance(batch, MutableMapping):
+        emptied = copy.copy(batch)
+        emptied.update({name: _emptied(value) for name, value in batch.items()})
+        return emptied
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
         return type(batch)(*map(_emptied, batch))
     if isinstance(batch, list | tuple):

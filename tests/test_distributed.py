@@ -21,6 +21,7 @@ CASES: dict[int, dict[str, dict[str, Any]]] = {
         "recipe": {"model": RECIPE, "batch_size": 5},
         "dropout": {"model": "normed", "split": [5, 1]},
         "micro-batches": {"model": SMALLEST, "batch_size": 7, "accumulate": 3},
+        "more micro-batches than slices": {"model": "normed", "batch_size": 25, "accumulate": 25},
         "tiny micro-batches": {"model": "tiny", "accumulate": 6},
         "own batch norm": {"model": "normed", "sync_batch_norm": False},
         "NaN": {"model": "normed", "poison": True},
@@ -37,6 +38,7 @@ CASES: dict[int, dict[str, dict[str, Any]]] = {
     },
 }
 EXACT = [(2, name) for name in ("3+3", "4+2", "5+1", "6+0", "recipe", "dropout", "micro-batches", "tiny micro-batches")]
+EXACT += [(2, "more micro-batches than slices")]
 EXACT += [(3, "2+2+2"), (3, "4+1+1")]
 
 

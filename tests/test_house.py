@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "matchai"
 
 FLOORS = [
-    {"config", "errors", "files", "parsing"},
+    {"config", "errors", "files", "keys", "parsing"},
     {
         "arrays",
         "augmentation",

@@ -6,7 +6,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -65,7 +65,9 @@ def test_a_group_that_cannot_be_formed_is_told_in_a_sentence(phantom: Path, cach
 
 
 @contextmanager
-def group(world: int, arguments: list[str]) -> Iterator[list[subprocess.Popen[str]]]:
+def group(
+    world: int, arguments: list[str], only_for_the_last: Sequence[str] = ()
+) -> Iterator[list[subprocess.Popen[str]]]:
     """The processes of one run, without a launcher between; none outlives the block."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -74,7 +76,7 @@ def group(world: int, arguments: list[str]) -> Iterator[list[subprocess.Popen[st
     shared |= {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
     processes = [
         subprocess.Popen(
-            [sys.executable, "-m", "matchai.train", *arguments],
+            [sys.executable, "-m", "matchai.train", *arguments, *(only_for_the_last if rank == world - 1 else ())],
             env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -173,16 +175,25 @@ def test_a_signal_to_one_process_stops_all_of_them_in_training_and_in_validation
     assert weights(tmp_path / "run")[0] == weights(finished)[0]
 
 
+def test_processes_that_were_given_different_settings_are_refused(phantom: Path, cache: Path, tmp_path: Path) -> None:
+    arguments = small(phantom, cache, tmp_path / "run")
+    with group(2, arguments, ["--max-lr", "0.01"]) as processes:
+        said = [process.communicate(timeout=100)[1] for process in processes]
+    assert [process.returncode for process in processes] == [2, 2]
+    assert all("has max_lr 0.01, process 0 on" in text for text in said)
+
+
 @pytest.mark.timeout(300)
+@pytest.mark.parametrize("stopped", [0, 1])
 def test_a_process_that_does_not_answer_is_given_up_within_the_time_out(
-    phantom: Path, cache: Path, tmp_path: Path
+    stopped: int, phantom: Path, cache: Path, tmp_path: Path
 ) -> None:
     arguments = [*small(phantom, cache, tmp_path / "run"), *EVERY_STEP, "--collective-timeout", "10"]
     with group(2, arguments) as processes:
         wait_for_state(tmp_path / "run", 2, processes[0])
-        processes[1].send_signal(signal.SIGSTOP)
-        _, said = processes[0].communicate(timeout=60)
-    assert processes[0].returncode == 1
+        processes[stopped].send_signal(signal.SIGSTOP)
+        _, said = processes[1 - stopped].communicate(timeout=60)
+    assert processes[1 - stopped].returncode == 1
     assert "lost another" in said
     assert "Traceback" not in said
 

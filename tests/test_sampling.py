@@ -1,6 +1,7 @@
 """The weighted sampler: one stream for every number of processes, a pure function of (seed, epoch, position)."""
 
 import itertools
+import json
 import pickle
 import random
 import subprocess
@@ -71,16 +72,18 @@ def test_a_micro_batch_consists_of_the_same_draws_on_any_number_of_processes(
 ) -> None:
     steps = deal(157, batch_size, world, seed=3, accumulate=accumulate)
     for step, (whole,) in zip(steps, deal(157, batch_size, 1, seed=3), strict=True):
-        dealt = [[], *([] for _ in range(accumulate - 1))]  # type: list[list[int]]
+        num_parts = min(accumulate, len(whole))
+        dealt: list[list[int]] = [[] for _ in range(num_parts)]
         for rank, part in enumerate(step):
             sizes = [stop - start for start, stop in micro_shares(len(whole), accumulate, world, rank)]
             ends = [0, *itertools.accumulate(sizes)]
             assert ends[-1] == len(part)
-            for number in range(accumulate):
+            for number in range(num_parts):
                 dealt[number] += part[ends[number] : ends[number + 1]]
         assert list(itertools.chain(*dealt)) == whole
         lengths = [len(one) for one in dealt]
         assert max(lengths) - min(lengths) <= 1
+        assert min(lengths) >= 1
 
 
 @settings(deadline=None, max_examples=30)
@@ -264,6 +267,40 @@ def test_seed_0_epoch_1_and_seed_1_epoch_0_are_unrelated(kind: str) -> None:
     same = int((streams[0] == streams[1]).sum())
     assert stats.binomtest(same, 1000, 1 / 1000).pvalue > 1e-3
     assert abs(np.corrcoef(streams)[0, 1]) < 4 / np.sqrt(1000)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_large_seeds_share_no_stream_with_another_epoch_of_a_small_one(kind: str) -> None:
+    # 2^32 and 0 are the 32-bit words of seed 0, epoch 1, strung together
+    assert deal(157, 157, 1, seed=2**32, epoch=0, **KINDS[kind]) != deal(157, 157, 1, seed=0, epoch=1, **KINDS[kind])
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.uint8, np.int16, torch.tensor])
+def test_whole_numbers_of_any_type_are_taken_and_kept_as_plain_ones(kind: Any) -> None:
+    sampler = DistributedWeightedSampler(weights_of(157), kind(100), seed=kind(3))
+    sampler.set_epoch(kind(2))
+    assert [len(batch) for batch in sampler] == [100, 57]
+    assert json.loads(json.dumps(sampler.state_dict())) == {"seed": 3, "epoch": 2, "consumed": 157}
+
+
+@pytest.mark.parametrize("name", ["batch_size", "num_samples", "seed", "process_index", "num_processes"])
+def test_a_number_that_is_not_whole_is_refused_by_name(name: str) -> None:
+    arguments: dict[str, Any] = {"batch_size": 2, name: 0.5}
+    with pytest.raises(TypeError, match=f"{name} is 0.5, but must be a whole number"):
+        DistributedWeightedSampler([1.0, 2.0], **arguments)
+
+
+@pytest.mark.parametrize("state", [{"seed": 0, "epoch": 1}, {"seed": -1, "epoch": 0, "consumed": 0}])
+def test_a_state_that_is_none_is_refused(state: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match=r"consumed|at least 0"):
+        DistributedWeightedSampler([1.0, 2.0], 2).load_state_dict(state)
+
+
+def test_torch_weights_of_any_kind_are_taken() -> None:
+    weights = torch.tensor([1.0, 3.0, 0.0, 2.0])
+    expected = list(DistributedWeightedSampler(weights.numpy(), 2))
+    for kind in (weights.clone().requires_grad_(), weights.bfloat16(), weights.int()):
+        assert list(DistributedWeightedSampler(kind, 2)) == expected
 
 
 @pytest.mark.parametrize("kind", KINDS)
