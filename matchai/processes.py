@@ -102,7 +102,7 @@ def join_group(timeout: float) -> PartialState:
 def _is_store_stale() -> bool:
     """Whether the store that torchrun hands on still holds the addresses of the processes before a restart.
 
-    It does since torch 2.5, and new ones may wait for the old ones for good (pytorch issue 135712; seen in 3 of 10
+    It does since torch 2.5, and new ones may wait for the old ones for good (pytorch issue 135712; seen in 3 of 9
     restarts). With agents on several hosts, which count restarts each for itself, TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
     is the remedy; launch/multi_node.sh sets it.
     """
