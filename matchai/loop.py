@@ -192,7 +192,7 @@ def train_step(
         )
         is_stopping = agree_to_stop(training)
     else:
-        value, is_stopping = _gradient(training, epoch, num_draws, images, target, positions)
+        value, is_stopping = _gradient(training, epoch, num_draws, images, target, positions, kept_buffers)
     accelerator.unscale_gradients(training.optimizer)
     grads = [p.grad for p in training.parameters if p.grad is not None]
     norm = get_total_norm(grads)
@@ -210,12 +210,19 @@ def train_step(
 
 
 def _gradient(
-    training: Training, epoch: int, num_draws: int, images: Tensor, target: Tensor, positions: list[int]
+    training: Training,
+    epoch: int,
+    num_draws: int,
+    images: Tensor,
+    target: Tensor,
+    positions: list[int],
+    kept_buffers: list[Tensor],
 ) -> tuple[Tensor, bool]:
     """Accumulates the gradient of the whole batch's loss, whatever processes and micro-batches it is spread over.
 
     The sums behind the loss are added up first, and every part then goes backward through its own sums. Batch norm
-    sees a micro-batch at a time; with several, a forward pass without gradient comes first.
+    sees a micro-batch at a time; with several, a forward pass without gradient comes first, after which the buffers are
+    put back to `kept_buffers`.
 
     Returns:
         The loss of the global batch, and whether all processes agree to stop.
@@ -235,10 +242,10 @@ def _gradient(
         sums = [forward(*parts[0])]
         local = sums[0].detach()
     else:
-        sums, kept = [], [buffer.clone() for buffer in training.buffers]
+        sums = []
         with torch.no_grad():
             local = torch.stack([forward(*part) for part in parts]).sum(0)
-        _restore(training.buffers, kept)
+        _restore(training.buffers, kept_buffers)
     stop = local.new_tensor([float(training.is_asked_to_stop())])
     total = accelerator.reduce(torch.cat((local, stop)), "sum")
     value, slopes = loss.value_and_slopes(total[:-1])

@@ -1,9 +1,13 @@
 """Small data sets in the Kaggle layout, and the command line run as a user runs it."""
 
 import os
+import pickle
+import random
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -40,6 +44,22 @@ def data(tmp_path: Path) -> Path:
     np.save(folder / "masks_medseg.npy", labels[..., None] == np.arange(4))
     np.save(folder / "groups.npy", np.arange(16))
     return folder
+
+
+def assert_global_randomness_is_untouched(work: Callable[[], Any]) -> None:
+    """Asserts that `work` comes to the same whatever the global random states are, and leaves them as they were."""
+    import torch
+
+    results = []
+    for seed in (1, 2):
+        random.seed(seed)
+        np.random.seed(seed)  # noqa: NPY002 the global state is what is tested
+        torch.manual_seed(seed)
+        before = (random.getstate(), pickle.dumps(np.random.get_state()), torch.get_rng_state().tolist())  # noqa: NPY002
+        results.append(work())
+        after = (random.getstate(), pickle.dumps(np.random.get_state()), torch.get_rng_state().tolist())  # noqa: NPY002
+        assert before == after
+    assert results[0] == results[1]
 
 
 def small(data: Path, cache: Path, output: Path) -> list[str]:

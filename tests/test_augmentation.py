@@ -1,17 +1,15 @@
 """Augmentation: a pure function of (slice, key) that moves image and target together."""
 
-import pickle
-import random
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from matchai.augmentation import Augmentation
+from tests.conftest import assert_global_randomness_is_untouched
 
 BACKGROUND = 3
 NEVER: dict[str, Any] = {
@@ -57,16 +55,7 @@ def test_another_position_epoch_or_seed_augments_differently(other: dict[str, in
 
 
 def test_the_global_random_states_are_neither_changed_nor_read() -> None:
-    results = []
-    for seed in (1, 2):
-        random.seed(seed)
-        np.random.seed(seed)  # noqa: NPY002 the global state is what is tested
-        torch.manual_seed(seed)
-        before = (random.getstate(), pickle.dumps(np.random.get_state()), torch.get_rng_state().tolist())  # noqa: NPY002
-        results.append([part.tobytes() for part in augment(ALWAYS)])
-        after = (random.getstate(), pickle.dumps(np.random.get_state()), torch.get_rng_state().tolist())  # noqa: NPY002
-        assert before == after
-    assert results[0] == results[1]
+    assert_global_randomness_is_untouched(lambda: [part.tobytes() for part in augment(ALWAYS)])
 
 
 @settings(deadline=None, max_examples=40)

@@ -3,7 +3,6 @@
 import itertools
 import json
 import pickle
-import random
 import subprocess
 import sys
 import warnings
@@ -24,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from matchai.laws import permute
 from matchai.sampling import DistributedWeightedSampler, Draw, collate, micro_shares, share, slice_weights
+from tests.conftest import assert_global_randomness_is_untouched
 
 LENGTHS = st.sampled_from([160, 157, 1])
 WORLDS = st.sampled_from([1, 2, 3, 4, 8])
@@ -244,16 +244,9 @@ def test_neighbouring_draws_are_independent() -> None:
 
 
 def test_the_global_random_states_are_neither_changed_nor_read() -> None:
-    results = []
-    for seed in (1, 2):
-        random.seed(seed)
-        np.random.seed(seed)  # noqa: NPY002 the global state is what is tested
-        torch.manual_seed(seed)
-        before = (random.getstate(), pickle.dumps(np.random.get_state()), torch.get_rng_state().tolist())  # noqa: NPY002
-        results.append([deal(157, 6, 2, seed=0, **arguments) for arguments in KINDS.values()])
-        after = (random.getstate(), pickle.dumps(np.random.get_state()), torch.get_rng_state().tolist())  # noqa: NPY002
-        assert before == after
-    assert results[0] == results[1]
+    assert_global_randomness_is_untouched(
+        lambda: [deal(157, 6, 2, seed=0, **arguments) for arguments in KINDS.values()]
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
