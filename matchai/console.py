@@ -1,9 +1,8 @@
 """What the terminal shows, on the main process only: one progress bar and a line an epoch, or plain lines."""
 
-import sys
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import IO, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -16,11 +15,12 @@ class Display:
 
     Args:
         is_main_process: Others say nothing.
+        file: Where to; without it, the terminal.
     """
 
-    def __init__(self, is_main_process: bool) -> None:
+    def __init__(self, is_main_process: bool, file: IO[str] | None = None) -> None:
         self.is_main_process = is_main_process
-        self.console = Console(highlight=False, soft_wrap=True)
+        self.console = Console(highlight=False, soft_wrap=True, file=file)
         self.progress: Progress | None = None
         self.task: TaskID | None = None
         self._last_line = time.monotonic()
@@ -29,7 +29,7 @@ class Display:
         """Prints one line."""
         if self.is_main_process:
             self.console.print(text, markup=False)
-            sys.stdout.flush()
+            self.console.file.flush()
 
     def warn(self, text: str) -> None:
         """Prints one line that asks for attention."""

@@ -4,19 +4,23 @@ import contextlib
 import ctypes
 import gc
 import os
+import pickle
 import signal
 import socket
 import sys
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
+from accelerate.utils import broadcast_object_list, parse_flag_from_env
 
 from matchai.errors import InputError
+
+T = TypeVar("T")
 
 # what gloo, NCCL and the store say, among other words, where another process does not answer any more
 _LOST = ("gloo", "nccl", "connection", "pair closure", "broken pipe", "socket", "timed out", "timeout")
@@ -123,17 +127,65 @@ def end_with_launcher() -> None:
     Raises:
         InputError: If the launcher is gone already.
     """
-    if launcher() is None or not sys.platform.startswith("linux"):
+    if launcher() is None:
         return
-    prctl = getattr(ctypes.CDLL(None), "prctl", None)
-    if prctl is not None:
-        pr_set_pdeathsig = 1
-        has_others = int(os.environ.get("GROUP_WORLD_SIZE") or 1) > 1
-        prctl(pr_set_pdeathsig, int(signal.SIGKILL if has_others else signal.SIGTERM))
+    has_others = int(os.environ.get("GROUP_WORLD_SIZE") or 1) > 1
+    if end_with_parent(signal.SIGKILL if has_others else signal.SIGTERM):
         with contextlib.suppress(OSError):
             # whoever adopts orphans is no Python program; a launcher that is a container's first process is one
             if os.getppid() == 1 and b"python" not in Path("/proc/1/cmdline").read_bytes():
                 raise InputError("The launcher has ended before this process began; start anew.")
+
+
+def end_with_parent(number: int = signal.SIGTERM) -> bool:
+    """Asks the kernel for a signal when the process that started this one dies; whether it could be asked (Linux)."""
+    prctl = getattr(ctypes.CDLL(None), "prctl", None) if sys.platform.startswith("linux") else None
+    if prctl is None:
+        return False
+    pr_set_pdeathsig = 1
+    return bool(prctl(pr_set_pdeathsig, int(number)) == 0)
+
+
+def is_main_process() -> bool:
+    """Whether this is the process that writes; the only one outside of a group."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def decide(work: Callable[[], T]) -> T:
+    """Runs `work` on the main process alone; what it returns, or the error that it raises, comes out on all processes.
+
+    Exactly: as an object, not as numbers of some precision. An error that cannot be told as it is becomes a
+    `RuntimeError` of the same words.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return work()
+    told: list[Any] = [None]
+    if is_main_process():
+        try:
+            told = [(work(), None)]
+        except Exception as error:  # whatever it is, all processes are to raise it
+            told = [(None, error if _is_portable(error) else RuntimeError(f"{type(error).__name__}: {error}"))]
+    broadcast_object_list(told)
+    value, problem = told[0]
+    if problem is not None:
+        raise problem
+    return value  # type: ignore[no-any-return]
+
+
+def _is_portable(error: Exception) -> bool:
+    try:
+        return str(pickle.loads(pickle.dumps(error))) == str(error)
+    except Exception:  # pickling runs what the class of the error says
+        return False
+
+
+def any_process(claim: bool) -> bool:
+    """Whether it holds on any process; all of them must ask together."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return claim
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, claim)
+    return any(found)
 
 
 def is_lost_process(error: BaseException) -> bool:

@@ -8,13 +8,14 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "matchai"
 
 FLOORS = [
-    {"config", "errors", "files", "keys", "parsing"},
+    {"config", "errors", "files", "keys", "parsing", "tuning"},
     {
         "arrays",
         "augmentation",
         "checkpoint",
         "console",
         "dropout",
+        "evidence",
         "figures",
         "lockstep",
         "losses",
@@ -30,7 +31,7 @@ FLOORS = [
         "split",
         "data",
     },
-    {"loop", "build", "resume", "report", "opening"},
+    {"loop", "build", "resume", "report", "opening", "space"},
     {"runner"},
     {"train"},
 ]
