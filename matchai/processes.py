@@ -8,7 +8,9 @@ import pickle
 import signal
 import socket
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -144,6 +146,37 @@ def end_with_parent(number: int = signal.SIGTERM) -> bool:
         return False
     pr_set_pdeathsig = 1
     return bool(prctl(pr_set_pdeathsig, int(number)) == 0)
+
+
+class StopSignal:
+    """Remembers the first stop signal; a second Ctrl-C acts at once. The handler only sets a field."""
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self._before: dict[int, Any] = {}
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Listens while the block runs; within another such block of its own it changes nothing."""
+        if self._before or threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        wanted = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+        self._before = {number: signal.signal(number, self._handle) for number in wanted}
+        try:
+            yield
+        finally:
+            self._restore()
+
+    def _handle(self, number: int, frame: Any) -> None:
+        self.received = self.received or signal.Signals(number)
+        if number == signal.SIGINT:
+            signal.signal(number, self._before[number])
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
 
 
 def is_main_process() -> bool:

@@ -2,10 +2,9 @@
 
 import json
 import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -35,13 +34,13 @@ from matchai.opening import (
     tell,
     write_split,
 )
-from matchai.processes import check_agreement, end_with_launcher
+from matchai.processes import StopSignal, check_agreement, end_with_launcher
 from matchai.report import draw_figures
 from matchai.resume import Progress, collect, restore
 
 DRAW_EVERY = 30.0  # seconds between drawings of the figures, half a second each
 
-__all__ = ["DivergedError", "OnEpoch", "OnStep", "RunResult", "StopSignal", "run"]
+__all__ = ["DivergedError", "OnEpoch", "OnStep", "RunResult", "run"]
 
 OnEpoch = Callable[[dict[str, Any]], None]
 OnStep = Callable[[int, int], None]
@@ -70,37 +69,6 @@ class RunResult:
 
 class _StoppedError(Exception):
     """The processes have agreed to stop, and the state is saved."""
-
-
-class StopSignal:
-    """Remembers the first stop signal; a second Ctrl-C acts at once. The handler only sets a field."""
-
-    def __init__(self) -> None:
-        self.received: signal.Signals | None = None
-        self._before: dict[int, Any] = {}
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Listens while the block runs; within another such block of its own it changes nothing."""
-        if self._before or threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        wanted = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
-        self._before = {number: signal.signal(number, self._handle) for number in wanted}
-        try:
-            yield
-        finally:
-            self._restore()
-
-    def _handle(self, number: int, frame: Any) -> None:
-        self.received = self.received or signal.Signals(number)
-        if number == signal.SIGINT:
-            signal.signal(number, self._before[number])
-
-    def _restore(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before = {}
 
 
 def run(
