@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -184,13 +185,18 @@ def is_main_process() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
+def num_processes() -> int:
+    """Processes of the group; 1 outside of one."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
 def decide(work: Callable[[], T]) -> T:
     """Runs `work` on the main process alone; what it returns, or the error that it raises, comes out on all processes.
 
     Exactly: as an object, not as numbers of some precision. An error that cannot be told as it is becomes a
     `RuntimeError` of the same words.
     """
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    if num_processes() == 1:
         return work()
     told: list[Any] = [None]
     if is_main_process():
@@ -214,11 +220,39 @@ def _is_portable(error: Exception) -> bool:
 
 def any_process(claim: bool) -> bool:
     """Whether it holds on any process; all of them must ask together."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    if num_processes() == 1:
         return claim
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, claim)
     return any(found)
+
+
+def share_error(error: BaseException) -> BaseException:
+    """What really went wrong, where an error on one process of several leaves the others waiting for it in vain.
+
+    The process that failed leaves its error in the group's store and the group itself, at which the others' exchanges
+    fail at once; they find the error there. The group is left for good: the launch has to end. Alone, nothing happens.
+
+    Returns:
+        The error of the process that failed first, or `error` where none told one.
+    """
+    world = num_processes()
+    if world == 1:
+        return error
+    store = dist.distributed_c10d._get_default_store()
+    key, is_own = "matchai/error", not is_lost_process(error)
+    shared = error
+    with contextlib.suppress(RuntimeError):  # the store may be gone with the process that held it
+        if is_own and store.compare_set(key, "", "told").decode() in ("", "told"):
+            store.set(f"{key}/words", pickle.dumps(error if _is_portable(error) else RuntimeError(str(error))))
+        leave_group()
+        store.wait([f"{key}/words"], timedelta(seconds=10))
+        shared = pickle.loads(store.get(f"{key}/words"))
+        store.add(f"{key}/heard", 1)
+        until = time.monotonic() + 10
+        while store.add(f"{key}/heard", 0) < world and time.monotonic() < until:
+            time.sleep(0.05)  # one of them may hold the store itself
+    return shared
 
 
 def is_lost_process(error: BaseException) -> bool:
