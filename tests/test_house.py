@@ -10,6 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "matchai"
 FLOORS = [
     {"config", "errors", "files", "keys", "parsing", "tuning"},
     {
+        "address",
         "arrays",
         "augmentation",
         "checkpoint",
@@ -29,6 +30,7 @@ FLOORS = [
         "sampling",
         "slices",
         "split",
+        "store",
         "data",
     },
     {"loop", "build", "resume", "report", "opening", "space"},
