@@ -1,9 +1,9 @@
 """Who works on what: claims on trials and confirming runs that end with the process that holds them.
 
-On one host a claim is a lock of the system's, gone when its process dies, however it dies. Between hosts, which share a
-server, it is a lease on progress: every worker writes down its steps, and one whose steps have stood still for `LEASE`
-seconds, by the clock of the one who looks, is given up. No clocks of two hosts are compared, and a process that hangs is
-found out like one that is gone, which no heartbeat of a thread could tell.
+On one host a claim is a lock of the system's, gone when its process dies, however it dies. Between hosts, which share
+a server, it is a lease on progress: every worker writes down its steps, and one whose steps have stood still for
+`LEASE` seconds, by the clock of the one who looks, is given up. No clocks of two hosts are compared, and a process that
+hangs is found out like one that is gone, which no heartbeat of a thread could tell.
 """
 
 import os
@@ -15,7 +15,8 @@ from typing import Any
 
 import optuna
 
-from matchai.store import Holds, Store
+from matchai.files import Holds
+from matchai.store import Store
 
 LEASE = 300.0  # seconds without a step; preparing slices comes before a claim, so that the longest pause is one step
 RENEW_EVERY = 20.0  # seconds between two records of progress
@@ -33,12 +34,13 @@ class Claims:
     Args:
         store: The study's store.
         study: The study.
-        folder: Where this host's locks lie.
+        folder: Where this host's locks lie, a local one.
+        file: The file of locks in it.
     """
 
-    def __init__(self, store: Store, study: optuna.Study, folder: Path) -> None:
+    def __init__(self, store: Store, study: optuna.Study, folder: Path, file: str) -> None:
         self.store, self.study = store, study
-        self.holds = Holds(folder)
+        self.holds = Holds(folder, file)
         at = folder.stat()
         self.place = f"{socket.gethostname()}:{at.st_dev}:{at.st_ino}"
         self.token = uuid.uuid4().hex
@@ -84,7 +86,7 @@ class Claims:
         self.holds.drop(key)
 
     def _owner(self, key: str) -> dict[str, Any] | None:
-        owner: dict[str, Any] | None = self.store.study_attrs(self.study).get(f"owner {key}")
+        owner: dict[str, Any] | None = self.study.user_attrs.get(f"owner {key}")
         return owner
 
     def _write(self, key: str, step: int) -> None:

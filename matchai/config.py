@@ -258,7 +258,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "study": {
         "image_size": 64,
-        "encoder": "resnet18",
+        "encoder": "tu-test_resnet",
         "encoder_weights": "none",
         "epochs": 6,
         "max_lr": 2e-3,

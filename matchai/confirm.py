@@ -37,7 +37,10 @@ class Confirmation:
         with self.store.locked(self.plan.name):
             results = self._results()
             missing = [
-                (trial, seed) for seed in self.plan.seeds for trial in self.contenders if (trial.number, seed) not in results
+                (trial, seed)
+                for seed in self.plan.seeds
+                for trial in self.contenders
+                if (trial.number, seed) not in results
             ]
             for trial, seed in missing:
                 key = f"{self.plan.name}-confirm-{trial.number:04d}-{seed}"
@@ -76,10 +79,14 @@ class Confirmation:
             if any(one is None for one in found):
                 return None
             values[trial.number] = [worst if one["value"] is None else one["value"] for one in found if one]
-        return None if not values else judge(values, self.contenders[0].number, self.plan.seeds, is_maximised=self.plan.is_maximised)
+        return (
+            None
+            if not values
+            else judge(values, self.contenders[0].number, self.plan.seeds, is_maximised=self.plan.is_maximised)
+        )
 
     def _results(self) -> dict[tuple[int, int], dict[str, Any]]:
-        attributes = self.store.study_attrs(self.ledger.study)
+        attributes = self.ledger.study.user_attrs
         pairs = [(trial.number, seed) for trial in self.contenders for seed in self.plan.seeds]
         return {pair: attributes[_name(*pair)] for pair in pairs if _name(*pair) in attributes}
 
@@ -105,7 +112,7 @@ def conclude(ledgers: Sequence[Ledger]) -> tuple[str, Path, str]:
         table = [(trial.number, trial.state.name, trial.value) for trial in store.trials(ledger.study)]
         done = hashlib.sha256(json.dumps([table, sentence, plan.settings.confirm]).encode()).hexdigest()
         has_files = (plan.folder / "report.html").exists() and best_file(plan, verdict).exists()
-        if not has_files or store.study_attrs(ledger.study).get("concluded") != done:
+        if not has_files or ledger.study.user_attrs.get("concluded") != done:
             write_answer(ledgers)
             store.set_attr(ledger.study, None, "concluded", done)
     best = best_file(plan, verdict)
@@ -164,7 +171,9 @@ def answer(ledger: Ledger, verdict: Verdict | None) -> str:
     name = plan.settings.objective
     if verdict is not None:
         top = verdict.challengers[0]
-        interval = f"{verdict.confidence:.0%} interval {top.low:+.3f} to {top.high:+.3f}, {len(verdict.seeds)} fresh seeds"
+        interval = (
+            f"{verdict.confidence:.0%} interval {top.low:+.3f} to {top.high:+.3f}, {len(verdict.seeds)} fresh seeds"
+        )
         if verdict.is_difference:
             return (
                 f"Trial {top.number} beats the recipe by {top.difference:.3f} {name} ({top.mean:.3f} against "
@@ -185,7 +194,10 @@ def answer(ledger: Ledger, verdict: Verdict | None) -> str:
     if not Confirmation(ledger).contenders:
         return "Only the recipe is finished, so there is nothing to compare it with; give more --trials."
     done, total = Confirmation(ledger).progress()
-    return f"The best so far is trial {trial.number} with {name} {trial.value:.3f}; {done} of {total} confirming runs are done."
+    return (
+        f"The best so far is trial {trial.number} with {name} {trial.value:.3f}; {done} of {total} confirming runs are "
+        "done."
+    )
 
 
 def config_of(plan: Plan, settings: dict[str, Any], *, epochs: int, seed: int, output: Path) -> TrainConfig:
@@ -200,8 +212,5 @@ def _write_best(path: Path, ledger: Ledger, trial: FrozenTrial, sentence: str) -
         **ledger.settings_of(trial), data=data and data.resolve(), cache=cache and cache.resolve()
     )
     found = {"study": plan.name, "trial": trial.number, "answer": sentence, "store": ledger.store.shown}
-    head = (
-        f"# Study {plan.name}: {sentence}\n# Train it: {train_command(path)}\n"
-        f"output: runs/{plan.name}-best\n\n"
-    )
+    head = f"# Study {plan.name}: {sentence}\n# Train it: {train_command(path)}\noutput: runs/{plan.name}-best\n\n"
     write_whole(path, (head + parsing.dump(config, found)).encode())

@@ -81,9 +81,14 @@ class Ledger:
 
     def __init__(self, plan: Plan, stage: Stage, store: Store, description: dict[str, Any] | None = None) -> None:
         self.plan, self.stage, self.store = plan, stage, store
-        told = {**(description or {}), "id": uuid.uuid4().hex, "preset": plan.config.run.preset, "seed": plan.config.run.seed}
+        told = {
+            **(description or {}),
+            "id": uuid.uuid4().hex,
+            "preset": plan.config.run.preset,
+            "seed": plan.config.run.seed,
+        }
         self.study = store.open_study(stage.name, plan.direction, {"matchai": told})
-        found = store.study_attrs(self.study).get("matchai")
+        found = self.study.user_attrs.get("matchai")
         if found is None:
             raise InputError(
                 f"{store.shown} holds a study {stage.name} that matchai did not make; name another --study-name."
@@ -97,9 +102,12 @@ class Ledger:
                 "another --study-name."
             )
         self.id = str(found["id"])
-        folder = store.path.with_name(f"{store.path.name}.claims") if store.path else self._host_folder()
-        folder.mkdir(parents=True, exist_ok=True)
-        self.claims = Claims(store, self.study, folder)
+        if store.path:
+            self.claims = Claims(store, self.study, store.path.parent, f"{store.path.name}.trials")
+        else:
+            folder = Path(tempfile.gettempdir()) / f"matchai-{getpass.getuser()}-{self.id}"
+            folder.mkdir(parents=True, exist_ok=True)
+            self.claims = Claims(store, self.study, folder, "trials")
         name = plan.settings.pruner if plan.settings.prune and len(plan.stages) == 1 else "none"
         self.pruner = make_pruner(name, stage.epochs)
         if description is not None:
@@ -123,9 +131,7 @@ class Ledger:
             if finished + len(running) >= self.plan.total(self.stage):
                 return WAIT if running else DONE
             number = len(trials)
-            is_recipe = not any(
-                trial.user_attrs.get("is_recipe") for trial in trials if trial.state != TrialState.FAIL
-            )
+            is_recipe = not any(trial.user_attrs.get("is_recipe") for trial in trials if trial.state != TrialState.FAIL)
             if is_recipe:
                 params = self.plan.space.params(self.plan.config)
             elif ranking is not None:
@@ -206,7 +212,7 @@ class Ledger:
             return has_failed
 
     def counts(self) -> dict[str, Any]:
-        """How far the stage is, for people: how many trials of each kind, the best and the recipe, seconds of a trial."""
+        """How far the stage is, for people: trials of each kind, the best and the recipe, seconds of a trial."""
         trials = self.store.trials(self.study)
         count = {state: sum(trial.state == state for trial in trials) for state in TrialState}
         best, recipe = self.ranking()[:1], self.recipe()
@@ -254,13 +260,12 @@ class Ledger:
         seed = self.plan.config.run.seed
         key = self._key(trial.number)
         settings = self.settings_of(trial)
-        return Task(key, self.stage.name, trial.number, settings, self.stage.epochs, seed, folder, is_adopted=is_adopted)
+        return Task(
+            key, self.stage.name, trial.number, settings, self.stage.epochs, seed, folder, is_adopted=is_adopted
+        )
 
     def _key(self, number: int) -> str:
         return f"{self.stage.name}-{number:04d}"
-
-    def _host_folder(self) -> Path:
-        return Path(tempfile.gettempdir()) / f"matchai-{getpass.getuser()}-{self.id}"
 
     def _own_folder(self) -> None:
         """Marks the study's folder as this study's; InputError if it is another's."""
@@ -310,5 +315,3 @@ def git_revision() -> str | None:
         return git("describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*") or None
     except (OSError, subprocess.SubprocessError):
         return None
-
-

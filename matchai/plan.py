@@ -1,4 +1,4 @@
-"""What a study is, resolved before its first trial: the recipe, the space, the stages, and how all that is recognised."""
+"""What a study is, resolved before its first trial: recipe, space and stages, and how all that is recognised again."""
 
 import dataclasses
 import hashlib
@@ -7,7 +7,7 @@ import math
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -58,7 +58,7 @@ class Plan:
     name: str
     folder: Path
     space: Space
-    direction: str
+    direction: Literal["maximize", "minimize"]
     stages: tuple[Stage, ...]
     argv: tuple[str, ...] = ()
 
@@ -144,12 +144,12 @@ def refused_values(plan: Plan, data: Data, num_processes: int, device: torch.dev
             values = list(range(entry["low"], entry["high"] + 1, entry.get("step", 1)))
         for value in values:
             config = plan.config.updated_from({name: value})
+            found = step_problems(config, len(data.train), num_processes, device)
             try:
                 if name in ("encoder", "encoder_weights"):
                     build_model_of(config, is_resuming=False)
-                found = step_problems(config, len(data.train), num_processes, device)
             except InputError as error:
-                found = error.problems
+                found += error.problems
             problems += [f"The space's {name} {value} would be refused: {problem}" for problem in found]
     return problems
 
@@ -185,7 +185,11 @@ def differences(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
             if old.get(name) != new.get(name)
         ]
     old, new = was.get("data", {}), now["data"]
-    found += [f"the content of {name} is another" for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
+    found += [
+        f"the content of {name} is another"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name)
+    ]
     if was.get("split") != now["split"] and not found:
         found.append("the split into training and validation slices is another")
     return found

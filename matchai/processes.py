@@ -227,7 +227,7 @@ def any_process(claim: bool) -> bool:
     return any(found)
 
 
-def share_error(error: BaseException) -> BaseException:
+def share_error(error: Exception) -> Exception:
     """What really went wrong, where an error on one process of several leaves the others waiting for it in vain.
 
     The process that failed leaves its error in the group's store and the group itself, at which the others' exchanges
@@ -241,13 +241,13 @@ def share_error(error: BaseException) -> BaseException:
         return error
     store = dist.distributed_c10d._get_default_store()
     key, is_own = "matchai/error", not is_lost_process(error)
-    shared = error
+    shared: Exception = error
     with contextlib.suppress(RuntimeError):  # the store may be gone with the process that held it
         if is_own and store.compare_set(key, "", "told").decode() in ("", "told"):
-            store.set(f"{key}/words", pickle.dumps(error if _is_portable(error) else RuntimeError(str(error))))
+            store.set(f"{key}/words", pickle.dumps(error if _is_portable(error) else RuntimeError(str(error))).hex())
         leave_group()
         store.wait([f"{key}/words"], timedelta(seconds=10))
-        shared = pickle.loads(store.get(f"{key}/words"))
+        shared = pickle.loads(bytes.fromhex(store.get(f"{key}/words").decode()))
         store.add(f"{key}/heard", 1)
         until = time.monotonic() + 10
         while store.add(f"{key}/heard", 0) < world and time.monotonic() < until:

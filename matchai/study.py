@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from optuna.trial import TrialState
 
+from matchai.claims import LostClaimError
 from matchai.confirm import Confirmation, conclude, config_of
 from matchai.console import Display
 from matchai.errors import InputError
-from matchai.ledger import DONE, WAIT, Ledger, LostClaimError, Task
+from matchai.ledger import DONE, Ledger, Task
 from matchai.loop import DivergedError
 from matchai.machine import is_out_of_memory
 from matchai.opening import on_main_first, read
@@ -141,6 +142,7 @@ class Worker:
         finally:
             if self.ledgers:
                 self._ledger(task).claims.drop(task.key)
+                self._tell_counts(self._ledger(task))
             self._say(task, "end", title=_title(task), outcome=outcome)
             gc.collect()  # a run's loader, model and optimiser refer to each other
             if torch.cuda.is_available():

@@ -114,9 +114,9 @@ def _greet(plan: "Plan", say: Callable[[str], None]) -> None:
     pruner = settings.pruner if settings.prune and not settings.screen_epochs else "none"
     screening = f", screened with {settings.screen_epochs} epochs each" if settings.screen_epochs else ""
     say(
-        f"study {plan.name}: {settings.trials} trials{screening} over {', '.join(plan.space.entries)}; a trial's value is "
-        f"the {settings.objective} of its best epoch; search sampler {settings.search_sampler}, pruner {pruner}; runs in "
-        f"{plan.folder}"
+        f"study {plan.name}: {settings.trials} trials{screening} over {', '.join(plan.space.entries)}; a trial's value "
+        f"is the {settings.objective} of its best epoch; search sampler {settings.search_sampler}, pruner {pruner}; "
+        f"runs in {plan.folder}"
     )
 
 

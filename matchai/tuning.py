@@ -9,7 +9,7 @@ from typing import Any, Literal
 from matchai.config import TrainConfig
 from matchai.errors import InputError
 
-OBJECTIVES = {
+OBJECTIVES: dict[str, Literal["maximize", "minimize"]] = {
     "mean_dice": "maximize",
     "lesion_dice": "maximize",
     "mean_iou": "maximize",

@@ -1,4 +1,4 @@
-"""Several workers on one host: long-lived processes, each with its GPU or its share of the cores, and one who watches."""
+"""Several workers on one host: long-lived processes, each with its GPU or share of the cores, and one who watches."""
 
 import contextlib
 import dataclasses
@@ -50,26 +50,21 @@ def supervise(plan: Plan, display: StudyDisplay, stop: StopSignal) -> int:
     try:
         while True:
             if stop.received is None and not status:
-                for seat in seats:
-                    if seat.process is None and not seat.is_over and (seat.number == 0 or seats[0].is_ready):
-                        _start(plan, seat, gpus)
-            if not any(seat.process for seat in seats):
-                break
-            if stop.received is not None and asked_at is None:
+                waiting = (seat for seat in seats if seat.process is None and not seat.is_over)
+                for seat in [one for one in waiting if one.number == 0 or seats[0].is_ready]:
+                    _start(plan, seat, gpus)
+            elif stop.received is not None and asked_at is None:
                 asked_at = time.monotonic()
                 display.say(f"stopping {len(seats)} workers; all trials stay resumable")
-                for seat in seats:
-                    _signal(seat, signal.SIGTERM)
-            if asked_at is not None and time.monotonic() - asked_at > PATIENCE:
-                for seat in seats:
-                    _signal(seat, signal.SIGKILL)
+                _signal(seats, signal.SIGTERM)
+            elif asked_at is not None and time.monotonic() - asked_at > PATIENCE:
+                _signal(seats, signal.SIGKILL)
+            if not any(seat.process for seat in seats):
+                return status
             _listen(seats, display)
-            for seat in seats:
-                status = max(status, _bury(seat, display, is_stopping=asked_at is not None))
+            status = max([status, *(_bury(seat, display, is_stopping=asked_at is not None) for seat in seats)])
     finally:
-        for seat in seats:
-            _signal(seat, signal.SIGKILL)
-    return status
+        _signal(seats, signal.SIGKILL)
 
 
 def _start(plan: Plan, seat: _Seat, gpus: list[str]) -> None:
@@ -123,10 +118,11 @@ def _bury(seat: _Seat, display: StudyDisplay, *, is_stopping: bool) -> int:
     return 0
 
 
-def _signal(seat: _Seat, number: int) -> None:
-    if seat.process is not None and seat.process.is_alive():
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(seat.process.pid, number)
+def _signal(seats: list[_Seat], number: int) -> None:
+    for seat in seats:
+        if seat.process is not None and seat.process.is_alive():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(seat.process.pid, number)
 
 
 @contextlib.contextmanager
