@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +95,7 @@ def _name(number: int, seed: int) -> str:
     return f"confirm {number} {seed}"
 
 
-def conclude(ledgers: Sequence[Ledger]) -> tuple[str, Path, str]:
+def conclude(ledgers: Sequence[Ledger], say: Callable[[str], None]) -> tuple[str, Path, str]:
     """Writes best.yaml, or best-unconfirmed.yaml, and the report, unless they are there.
 
     Returns:
@@ -113,6 +113,7 @@ def conclude(ledgers: Sequence[Ledger]) -> tuple[str, Path, str]:
         done = hashlib.sha256(json.dumps([table, sentence, plan.settings.confirm]).encode()).hexdigest()
         has_files = (plan.folder / "report.html").exists() and best_file(plan, verdict).exists()
         if not has_files or ledger.study.user_attrs.get("concluded") != done:
+            say("drawing the report")
             write_answer(ledgers)
             store.set_attr(ledger.study, None, "concluded", done)
     best = best_file(plan, verdict)

@@ -109,8 +109,6 @@ class StudyDisplay:
             print(f"error: {event['text']}", file=sys.stderr, flush=True)
         elif kind == "answer":
             self.answer = event
-        elif kind == "concluding":
-            self.say("drawing the report")
         self._show()
 
     def forget(self, keys: Sequence[str]) -> None:

@@ -25,7 +25,7 @@ from matchai.config import FREE, LEAVES, TrainConfig
 from matchai.console import Display
 from matchai.data import Data, built_in_phantom, read_data
 from matchai.errors import InputError
-from matchai.files import write_whole
+from matchai.files import alone, write_whole
 from matchai.processes import check_launch, join_group, num_restarts
 
 T = TypeVar("T")
@@ -119,26 +119,26 @@ def read(config: TrainConfig, cache: Path, display: Display) -> Data:
         InputError: With every problem found.
     """
     settings = config.input
-    folder = settings.data or built_in_phantom(cache, settings.phantom_slices)
     if settings.background_class not in settings.class_names:
         raise InputError  # told by the check of the settings
-    return read_data(
-        folder,
-        cache,
-        sets=settings.sets,
-        images_name=settings.images_name,
-        masks_name=settings.masks_name,
-        groups_name=settings.groups_name,
-        class_names=settings.class_names,
-        background_class=settings.class_names.index(settings.background_class),
-        hu_window=settings.hu_window,
-        image_size=settings.image_size,
-        val_fraction=settings.val_fraction,
-        folds=settings.folds,
-        fold=settings.fold,
-        seed=config.run.seed,
-        progress=lambda done, total: display.show("preparing slices", done, total),
-    )
+    with alone(cache):
+        return read_data(
+            settings.data or built_in_phantom(cache, settings.phantom_slices),
+            cache,
+            sets=settings.sets,
+            images_name=settings.images_name,
+            masks_name=settings.masks_name,
+            groups_name=settings.groups_name,
+            class_names=settings.class_names,
+            background_class=settings.class_names.index(settings.background_class),
+            hu_window=settings.hu_window,
+            image_size=settings.image_size,
+            val_fraction=settings.val_fraction,
+            folds=settings.folds,
+            fold=settings.fold,
+            seed=config.run.seed,
+            progress=lambda done, total: display.show("preparing slices", done, total),
+        )
 
 
 def make_record(accelerator: Accelerator, data: Data, precision: str) -> dict[str, Any]:

@@ -66,8 +66,7 @@ class Worker:
             while not any_process(self.stop.received is not None):
                 task = decide(self._next)
                 if task == DONE:
-                    self.tell({"kind": "concluding"})
-                    answer, best, command = decide(lambda: conclude(self.ledgers))
+                    answer, best, command = decide(lambda: conclude(self.ledgers, self._mention))
                     self.tell({"kind": "answer", "text": answer, "best": str(best), "command": command})
                     return True
                 if isinstance(task, Task):
@@ -94,7 +93,7 @@ class Worker:
         check_agreement(data.digests, "all of them must read the same slices.")
 
         def open_ledgers() -> None:
-            store = open_store(plan.settings.storage, lambda text: self.tell({"kind": "say", "text": text}))
+            store = open_store(plan.settings.storage, self._mention)
             stack.callback(store.close)
             self.ledgers = [Ledger(plan, stage, store, describe(plan, stage, data)) for stage in plan.stages]
 
@@ -219,6 +218,9 @@ class Worker:
 
     def _ledger(self, task: Task) -> Ledger:
         return next(ledger for ledger in self.ledgers if ledger.stage.name == task.stage)
+
+    def _mention(self, text: str) -> None:
+        self.tell({"kind": "say", "text": text})
 
     def _say(self, task: Task, kind: str, **about: Any) -> None:
         self.tell({"kind": kind, "key": task.key, **about})

@@ -146,7 +146,7 @@ def server() -> Iterator[str]:
     programs = Path(found.origin).parent / "pginstall18"
     who: dict[str, Any] = {}
     if os.geteuid() == 0:  # the package's own way is to add a user, and to open all folders above to everyone
-        who = {"user": "nobody", "group": os.stat("/dev/null").st_gid, "extra_groups": [], "cwd": folder}
+        who = {"user": "nobody", "group": Path("/dev/null").stat().st_gid, "extra_groups": [], "cwd": folder}
         package = Path(found.origin).parent
         programs = folder / package.name / programs.name
         shutil.copytree(package / programs.name, programs)
