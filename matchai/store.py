@@ -3,8 +3,8 @@
 What is written are ordinary Optuna rows. Optuna's own way to them crashes when several processes open a new SQLite
 file, gives up after five seconds at a lock, and claims a trial in several transactions; so this room, and no other,
 uses what Optuna (5.0) does not publish: `_CachedStorage`, `_create_scoped_session`, the tables in `_rdb.models`,
-`RDBStorage.engine`, `.scoped_session`, `._get_trials` and `._get_prepared_new_trial`, `Study._study_id`, and the
-storage's methods by trial id.
+`RDBStorage.engine`, `.scoped_session`, `._get_trials`, `._get_best_trial_id` and `._get_prepared_new_trial`,
+`Study._study_id`, `FrozenTrial._trial_id`, and the storage's methods by these ids.
 """
 
 import contextlib
@@ -93,7 +93,7 @@ class Store:
             self._locks = sql.create_engine(
                 self._url, poolclass=sql.NullPool, isolation_level="AUTOCOMMIT", connect_args=arguments
             )
-            sql.event.listen(self._locks, "connect", _set_up)
+            sql.event.listen(self._locks, "connect", address.set_up)
             self._patiently(self._check_server)
         else:
             file = Path(str(self._url.database))
@@ -110,7 +110,7 @@ class Store:
                 raise InputError(
                     f"{file} cannot be written ({error.strerror}); name another file with --storage."
                 ) from None
-        with self.locked("open"):
+        with self.locked("the tables"):
             if not self.is_server:
                 self._patiently(lambda: address.check_file(file, is_sole=False))
             try:
@@ -191,7 +191,7 @@ class Store:
             raise
 
     def _check_locks(self) -> None:
-        for (thread, name), connection in self._held.items():
+        for (thread, name), connection in list(self._held.items()):
             if thread == threading.get_ident() and connection is not None:
                 try:
                     connection.scalar(sql.text("SELECT 1"))
@@ -354,7 +354,9 @@ class Store:
             pause = min(2 * pause, 2.0)
 
     def _reason(self, error: BaseException) -> str:
-        text = " ".join(str(address.cause_of(error)).split())
+        cause = address.cause_of(error)
+        words = cause.args[-1] if cause.args and isinstance(cause.args[0], int) else cause  # MySQL has a number first
+        text = " ".join(str(words).split())
         for secret in address.secrets_of(self._url):
             text = text.replace(secret, "***")
         return text.rstrip(".")
@@ -370,25 +372,14 @@ class _PatientReads(RDBStorage):
             arguments |= {"pool_pre_ping": True}
         # braces are Optuna's own
         super().__init__(store.url.replace("{", "{{").replace("}", "}}"), arguments)
-        sql.event.listen(self.engine, "connect", _set_up)
+        sql.event.listen(self.engine, "connect", address.set_up)
         self.engine.dispose()  # the connections made before that
 
     def __getattribute__(self, name: str) -> Any:
         found = super().__getattribute__(name)
-        if name.startswith("get_") or name == "_get_trials":
+        if name.startswith("get_") or name in {"_get_trials", "_get_best_trial_id"}:
             return lambda *args, **kwargs: self._store._patiently(lambda: found(*args, **kwargs))
         return found
-
-
-def _set_up(connection: Any, _: Any) -> None:
-    cursor = connection.cursor()
-    if isinstance(connection, sqlite3.Connection):
-        cursor.execute("PRAGMA synchronous=FULL")
-    elif "psycopg" in type(connection).__module__:
-        for key, value in address.KEEPALIVE.items():  # the server's side, by which the locks of a dead host go
-            cursor.execute(f"SET tcp_keepalives_{key} = {value}")
-        connection.commit()
-    cursor.close()
 
 
 def _is_same(row: FrozenTrial, trial: FrozenTrial) -> bool:

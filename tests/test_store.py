@@ -145,8 +145,11 @@ def server() -> Iterator[str]:
     folder = Path(tempfile.mkdtemp(prefix="matchai-pg-"))
     programs = Path(found.origin).parent / "pginstall18"
     who: dict[str, Any] = {}
-    if os.geteuid() == 0:  # the package's own way is to add a user, and to open all folders above to everyone
-        who = {"user": "nobody", "group": os.stat("/dev/null").st_gid, "extra_groups": [], "cwd": folder}
+    if os.geteuid() == 0:
+        import pwd
+
+        # the package's own way is to add a user, and to open all folders above to everyone
+        who = {"user": "nobody", "group": pwd.getpwnam("nobody").pw_gid, "extra_groups": [], "cwd": folder}
         package = Path(found.origin).parent
         programs = folder / package.name / programs.name
         shutil.copytree(package / programs.name, programs)
@@ -394,7 +397,8 @@ def test_a_claim_whose_commit_failed_after_all_was_written_is_not_made_twice(
 ) -> None:
     study, _ = running(file)
     dialect = file._storage.engine.dialect
-    commit, failed = dialect.do_commit, []
+    commit = dialect.do_commit
+    failed: list[Exception] = []
 
     def fail(connection: Any) -> None:
         is_claim = connection.in_transaction and not failed
@@ -642,7 +646,7 @@ def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
 def test_a_file_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     make_store(tmp_path / "x.db")
     (tmp_path / "x.db").chmod(0o444)
-    assert "cannot be written" in refused(str(tmp_path / "x.db"))
+    assert "cannot be read and written" in refused(str(tmp_path / "x.db"))
 
 
 TABLE = """\
