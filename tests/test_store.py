@@ -650,12 +650,12 @@ def test_a_file_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
 
 
 TABLE = """\
-22 1 8:1 / / rw,relatime shared:1 - ext4 /dev/vda rw
-30 22 0:40 / {0}/far rw,relatime shared:2 - {1} host:/export rw
 31 30 8:2 / {0}/far/near rw,relatime - xfs /dev/vdb rw
+30 22 0:40 / {0}/far rw,relatime shared:2 - {1} host:/export rw
 32 22 0:41 / {0}/a\\040space rw,relatime - nfs host:/export rw
 33 22 0:42 / {0}/twice rw,relatime - nfs host:/export rw
 34 22 0:43 / {0}/twice rw,relatime - tmpfs tmpfs rw
+22 1 8:1 / / rw,relatime shared:1 - ext4 /dev/vda rw
 """
 
 
