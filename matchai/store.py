@@ -100,8 +100,12 @@ class Store:
             address.check_place(file, self.say)
             real = file.resolve()
             self._holds = Holds(real.parent, f"{real.name}.lock")
-            if not self._holds.path.exists():  # else a process may be making the tables just now
-                self._patiently(lambda: address.check_file(file, is_sole=True))
+            try:
+                if not self._holds.path.exists():
+                    self._patiently(lambda: address.check_file(file, is_sole=True))
+            except InputError:
+                if not self._holds.path.exists():  # else the tables are being made: looked at again under the lock
+                    raise
             try:
                 real.parent.mkdir(parents=True, exist_ok=True)
                 self._holds.take("a try")
