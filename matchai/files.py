@@ -1,9 +1,11 @@
 """Files that are whole or absent (write beside, flush, fsync, rename), and locks that end with their process."""
 
+import contextlib
 import hashlib
 import os
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -100,6 +102,21 @@ class Holds:
             opened = os.open(self.path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o666), set()
             _OPENED[key] = opened
         return opened
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Lets one process at a time work in a folder; where it cannot be written, or has no locks, none waits."""
+    holds = Holds(folder, "folder.lock")
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        while not holds.take("work"):
+            time.sleep(0.1)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            holds.drop("work")
 
 
 def _place_of(name: str) -> int:

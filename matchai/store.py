@@ -72,6 +72,7 @@ class Store:
     Attributes:
         url: With the password, for processes that shall open it too.
         shown: Without it, for people.
+        path: The file of SQLite, else None.
         is_server: Whether other hosts may share it.
         say: As of `open_store`.
     """
@@ -82,6 +83,7 @@ class Store:
         self.say = say
         self._url = url
         self.shown = address.shown_url(url)
+        self.path = None if self.is_server else Path(str(url.database))
         self._held: dict[tuple[int, str], sql.Connection | None] = {}  # by thread and name
 
     def __repr__(self) -> str:

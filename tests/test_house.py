@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "matchai"
 
 FLOORS = [
-    {"config", "errors", "files", "keys", "parsing"},
+    {"config", "errors", "files", "keys", "parsing", "tuning"},
     {
         "address",
         "arrays",
@@ -16,6 +16,7 @@ FLOORS = [
         "checkpoint",
         "console",
         "dropout",
+        "evidence",
         "figures",
         "lockstep",
         "losses",
@@ -32,7 +33,7 @@ FLOORS = [
         "store",
         "data",
     },
-    {"loop", "build", "resume", "report", "opening"},
+    {"loop", "build", "resume", "report", "opening", "space"},
     {"runner"},
     {"train"},
 ]
