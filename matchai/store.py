@@ -393,4 +393,6 @@ def _is_same(row: FrozenTrial, trial: FrozenTrial) -> bool:
     assert row.datetime_start is not None
     assert trial.datetime_start is not None
     is_same_time = abs(row.datetime_start - trial.datetime_start) < timedelta(seconds=1)
-    return is_same_time and row.params == trial.params and row.user_attrs == trial.user_attrs
+    # as JSON, in which a tuple comes back as a list
+    told, kept = (json.dumps([one.params, one.user_attrs], sort_keys=True, default=float) for one in (trial, row))
+    return is_same_time and told == kept

@@ -410,7 +410,7 @@ def test_a_claim_whose_commit_failed_after_all_was_written_is_not_made_twice(
             raise error
 
     monkeypatch.setattr(dialect, "do_commit", fail)
-    assert file.add_running(study, {"x": 0.5}, SPACE, {"host": "me"}) == 1
+    assert file.add_running(study, {"x": 0.1}, SPACE, {"host": "me", "shape": (1, 2)}) == 1
     assert len(failed) == 1
     assert [row.user_attrs["host"] for row in file.trials(study)] == ["h", "me"]
 
