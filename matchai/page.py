@@ -8,10 +8,12 @@ import base64
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
+LONG_CELL = 40  # characters that still stand in one line of a table
 _NUMBER = re.compile(r"[-+−]?(\d[\d.,]*(e[-+]?\d+)?( ?%)?( ± [\d.]+)?|inf|nan)|–|")
 
 
@@ -85,6 +87,11 @@ class Table:
             for column in range(len(self.head))
         )
 
+    @property
+    def wordy(self) -> tuple[bool, ...]:
+        """For each column whether it holds a text so long that it is broken into lines."""
+        return tuple(any(len(row[column]) > LONG_CELL for row in self.rows) for column in range(len(self.head)))
+
 
 @dataclass(frozen=True)
 class Picture:
@@ -138,6 +145,13 @@ def render_page(title: str, subtitle: str, sections: Sequence[Section]) -> str:
     Returns:
         The whole HTML text. A character that UTF-8 cannot encode is replaced by "?".
     """
+    groups = [(section, _group(section.pieces)) for section in sections]
+    page = _template().render(title=title, subtitle=subtitle, sections=groups)
+    return page.encode("utf-8", "replace").decode("utf-8")
+
+
+@cache
+def _template() -> Template:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -145,10 +159,7 @@ def render_page(title: str, subtitle: str, sections: Sequence[Section]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    template = environment.get_template("page.html")
-    groups = [(section, _group(section.pieces)) for section in sections]
-    page = template.render(title=title, subtitle=subtitle, sections=groups)
-    return page.encode("utf-8", "replace").decode("utf-8")
+    return environment.get_template("page.html")
 
 
 def _group(pieces: Sequence[Piece]) -> list[list[Piece]]:

@@ -25,6 +25,7 @@ from matchai.figures import GRID, INK, MUTED, PALETTE, PAPER, TRAIN_COLOR, VAL_C
 from matchai.files import write_whole
 from matchai.study_rows import (
     Row,
+    capitalise,
     find_best,
     find_importances,
     find_recipe,
@@ -45,7 +46,7 @@ LOOKS: dict[str, dict[str, Any]] = {
     "complete": {"color": INK, "marker": "o", "markersize": 4.5, "markerfacecolor": "none"},
     "pruned": {"color": PALETTE[0], "marker": "v", "markersize": 5},
     "failed for its settings": {"color": PALETTE[7], "marker": "x", "markersize": 6, "markeredgewidth": 1.6},
-    "failed": {"color": MUTED, "marker": "+", "markersize": 7, "markeredgewidth": 1.6},
+    "failed for the machine": {"color": MUTED, "marker": "+", "markersize": 7, "markeredgewidth": 1.6},
     "off the scale": {"color": INK, "marker": "d", "markersize": 5},
 }
 
@@ -116,9 +117,14 @@ def _legend(figure: Figure, axes: Axes) -> None:
     )
 
 
+def _shown(rows: Iterable[Row]) -> list[float]:
+    """The values that count: not those of trials that failed."""
+    return [row.value for row in rows if row.kind in {"complete", "pruned"} and math.isfinite(row.value)]
+
+
 def _limits(values: Iterable[float], maximised: bool) -> tuple[float, float]:
     """The range to show: all good values, and bad ones down to three quartile ranges below (Tukey's outer fence)."""
-    finite = np.array([value for value in values if math.isfinite(value)])
+    finite = np.array(list(values))
     if not finite.size:
         return 0.0, 1.0
     lower, upper = np.quantile(finite, [0.25, 0.75])
@@ -164,7 +170,7 @@ def _draw_history(rows: Sequence[Row], label: str, maximised: bool) -> Figure | 
     figure = _page(f"Every trial's {label}", 3.6)
     axes = figure.add_subplot()
     _dress(axes)
-    axes.set_ylim(_limits((row.value for row in rows), maximised))
+    axes.set_ylim(_limits(_shown(rows), maximised))
     complete = [row for row in rows if row.kind == "complete"]
     if complete:
         accumulate = np.maximum.accumulate if maximised else np.minimum.accumulate
@@ -186,7 +192,7 @@ def _draw_curves(rows: Sequence[Row], label: str, maximised: bool, epochs: int |
     if not rows:
         return None
     best = find_best(rows, maximised)
-    figure = _page(f"{label[0].upper()}{label[1:]} over the epochs, all trials" if label else "All trials", 3.6)
+    figure = _page(f"{capitalise(label)} over the epochs, all trials", 3.6)
     axes = figure.add_subplot()
     _dress(axes)
     looks: dict[str, dict[str, Any]] = {
@@ -257,15 +263,13 @@ def _ticks(distribution: BaseDistribution) -> list[tuple[float, str]]:
 def _draw_slices(
     rows: Sequence[Row], settings: dict[str, BaseDistribution], label: str, maximised: bool
 ) -> Figure | None:
-    rows = [row for row in rows if row.kind not in {"running", "waiting", "failed"}]
-    if not settings or not any(math.isfinite(row.value) for row in rows):
+    rows = [row for row in rows if row.kind not in {"running", "waiting", "failed for the machine"}]
+    if not settings or not _shown(rows):
         return None
     best = find_best(rows, maximised)
     num_rows = math.ceil(len(settings) / 2)
-    figure = _page(
-        f"{label[0].upper()}{label[1:]} over each setting" if label else "Over each setting", 0.8 + 1.75 * num_rows
-    )
-    limits = _limits((row.value for row in rows), maximised)
+    figure = _page(f"{capitalise(label)} over each setting", 0.8 + 1.75 * num_rows)
+    limits = _limits(_shown(rows), maximised)
     panels = figure.subplots(num_rows, 2, sharey=True, squeeze=False).ravel()
     for axes, (name, distribution) in zip(panels, settings.items(), strict=False):
         _dress(axes)
@@ -307,7 +311,7 @@ def _draw_parallel(
     ranked = sorted(complete, key=lambda row: row.value if maximised else -row.value)
     paths = [path(row) for row in ranked]
     good = np.array([way[-1][0] for way in paths])
-    lines = LineCollection(paths, cmap="cividis_r", linewidths=1.0, alpha=0.85, zorder=2)
+    lines = LineCollection(paths, cmap="cividis_r", linewidths=0.9, alpha=0.75, zorder=2)
     lines.set_array(good if maximised else 1 - good)
     axes.add_collection(lines)
     axes.plot([], [], color="#0B2A5B", linewidth=1, label="the darker, the better")

@@ -17,6 +17,7 @@ from matchai.study_figures import draw_study
 from matchai.study_rows import (
     SHARES,
     Row,
+    capitalise,
     find_best,
     find_recipe,
     format_setting,
@@ -38,7 +39,7 @@ KINDS = {
     "complete": "complete",
     "pruned": "pruned",
     "failed for its settings": "failed for their settings",
-    "failed": "failed for the machine",
+    "failed for the machine": "failed for the machine",
     "running": "running",
     "waiting": "waiting",
 }
@@ -151,8 +152,9 @@ def _confirmed(rows: Sequence[Row], label: str, evidence: Verdict) -> list[Piece
         ]
     elif evidence.challengers:
         nearest = evidence.challengers[0]
-        gain = f"{_write(nearest.difference, digits, sign='+')} {label}"
-        detail = f"the best challenger, trial {nearest.number}, differs by {gain} ({interval(nearest)})"
+        side = "better" if nearest.difference >= 0 else "worse"
+        gain = f"{_write(abs(nearest.difference), digits)} {side} in {label}"
+        detail = f"the best challenger, trial {nearest.number}, is {gain} ({interval(nearest)})"
         pieces = [Answer(f"No difference: the recipe stays the answer; {detail}.")]
     else:
         pieces = [Answer("The recipe stays the answer: there was no challenger.")]
@@ -192,8 +194,16 @@ def _compare(rows: Sequence[Row], evidence: Verdict, label: str) -> list[Piece]:
         f"{label} on the same fresh seeds for all, none of them used in the search. sd: between seeds. The intervals "
         f"of the difference to the recipe hold all together with {evidence.confidence * 100:g} %; positive is better."
     )
-    head = ["", "mean", "sd", "difference", "interval", "says", *(f"seed {seed}" for seed in evidence.seeds)]
-    return [Table(head, lines, marked=[numbers.index(evidence.winner)], caption=caption[0].upper() + caption[1:])]
+    head = [
+        "configuration",
+        "mean",
+        "sd",
+        "difference",
+        "interval",
+        "says",
+        *(f"seed {seed}" for seed in evidence.seeds),
+    ]
+    return [Table(head, lines, marked=[numbers.index(evidence.winner)], caption=capitalise(caption))]
 
 
 def _settings(
@@ -276,6 +286,9 @@ def _trials(rows: Sequence[Row], settings: Mapping[str, BaseDistribution], maxim
     has_reason = any("reason" in row.attributes for row in rows)
     head = ["trial", "state", "value", "best epoch", *settings, "seconds", *(["reason"] if has_reason else [])]
     lines = []
+    sign = -1 if maximised else 1
+    order = list(KINDS)
+    rows = sorted(rows, key=lambda row: (order.index(row.kind), sign * row.value if row.kind == "complete" else 0))
     for row in rows:
         seconds = _number(row.attributes.get("seconds"))
         roles = [role for role, is_it in (("recipe", row.is_recipe), ("best", row is best)) if is_it]
@@ -291,9 +304,10 @@ def _trials(rows: Sequence[Row], settings: Mapping[str, BaseDistribution], maxim
             ]
         )
     marked = [place for place, row in enumerate(rows) if row is best or row.is_recipe]
-    return Table(
-        head, lines, marked, "The value of a trial that is pruned or running is that of its best epoch so far."
+    caption = (
+        "Complete trials first, the best on top. The value of a pruned or running trial is its best epoch's so far."
     )
+    return Table(head, lines, marked, caption)
 
 
 def _limits(label: str, maximised: bool, evidence: Verdict | None) -> Iterator[str]:

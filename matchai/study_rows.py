@@ -23,7 +23,7 @@ class Row:
 
     Attributes:
         number: Of the trial.
-        kind: "complete", "pruned", "running", "waiting", "failed" (for the machine), or "failed for its settings": told
+        kind: "complete", "pruned", "running", "waiting", "failed for the machine", or "failed for its settings": told
             complete with a reason, or with a value that is not finite.
         value: The trial's value where it is complete; the best epoch so far where it is pruned or running; else NaN.
         settings: What was set, by the setting's name: the shares of the loss rather than the parameters behind them.
@@ -48,7 +48,7 @@ def read_rows(study: optuna.Study) -> list[Row]:
 
 
 def _read_row(trial: FrozenTrial, maximised: bool) -> Row:
-    kind = {TrialState.FAIL: "failed"}.get(trial.state, trial.state.name.lower())
+    kind = {TrialState.FAIL: "failed for the machine"}.get(trial.state, trial.state.name.lower())
     curve = {step: value for step, value in sorted(trial.intermediate_values.items()) if math.isfinite(value)}
     value = math.nan
     if trial.state == TrialState.COMPLETE:
@@ -96,6 +96,11 @@ def read_settings(study: optuna.Study) -> dict[str, BaseDistribution]:
 def label_objective(objective: str) -> str:
     """Words for a key of the history: "mean Dice" for `mean_dice`."""
     return LABELS.get(objective, objective.replace("_", " "))
+
+
+def capitalise(text: str) -> str:
+    """The text with its first letter large, and the others as they are."""
+    return text[:1].upper() + text[1:]
 
 
 def format_setting(value: object) -> str:
