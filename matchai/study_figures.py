@@ -311,7 +311,8 @@ def _draw_parallel(
     ranked = sorted(complete, key=lambda row: row.value if maximised else -row.value)
     paths = [path(row) for row in ranked]
     good = np.array([way[-1][0] for way in paths])
-    lines = LineCollection(paths, cmap="cividis_r", linewidths=0.9, alpha=0.75, zorder=2)
+    alpha = min(0.75, max(0.2, 40 / len(paths)))  # hundreds of lines would become one patch
+    lines = LineCollection(paths, cmap="cividis_r", linewidths=0.9, alpha=alpha, zorder=2)
     lines.set_array(good if maximised else 1 - good)
     axes.add_collection(lines)
     axes.plot([], [], color="#0B2A5B", linewidth=1, label="the darker, the better")

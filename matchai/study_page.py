@@ -297,7 +297,7 @@ def _trials(rows: Sequence[Row], settings: Mapping[str, BaseDistribution], maxim
                 str(row.number),
                 ", ".join([row.kind, *roles]),
                 _write(row.value, digits),
-                _plain(row.attributes.get("best_epoch")),
+                _best_epoch(row, maximised),
                 *(format_setting(row.settings.get(name)) for name in settings),
                 "–" if seconds is None else f"{seconds:.0f}",
                 *([_plain(row.attributes.get("reason"), "")] if has_reason else []),
@@ -308,6 +308,13 @@ def _trials(rows: Sequence[Row], settings: Mapping[str, BaseDistribution], maxim
         "Complete trials first, the best on top. The value of a pruned or running trial is its best epoch's so far."
     )
     return Table(head, lines, marked, caption)
+
+
+def _best_epoch(row: Row, maximised: bool) -> str:
+    """As its attribute says, or as its curve does where it has not ended."""
+    if "best_epoch" in row.attributes or row.kind not in {"pruned", "running"} or not row.curve:
+        return _plain(row.attributes.get("best_epoch"))
+    return str((max if maximised else min)(row.curve, key=lambda epoch: row.curve[epoch]))
 
 
 def _limits(label: str, maximised: bool, evidence: Verdict | None) -> Iterator[str]:

@@ -225,6 +225,15 @@ def test_every_trial_is_counted_and_listed_the_best_first(tmp_path: Path) -> Non
 
 
 @pytest.mark.usefixtures("undrawn")
+def test_an_unfinished_trial_shows_the_best_epoch_of_its_curve(tmp_path: Path) -> None:
+    trial = make_trial(0, None, TrialState.RUNNING)
+    trial.user_attrs = {}
+    trial.intermediate_values = {1: 0.5, 2: 0.7, 3: 0.6}
+    for direction, epoch in (("maximize", "2"), ("minimize", "1")):
+        assert tables(report(tmp_path, make_study(trial, direction=direction)))["trial"][1][3] == epoch
+
+
+@pytest.mark.usefixtures("undrawn")
 def test_the_page_says_how_to_train_what_it_rests_on_and_its_limits(tmp_path: Path) -> None:
     trials = [make_trial(number, 0.8, versions={"torch": f"2.{number}"}, host="here") for number in range(2)]
     page = report(tmp_path, make_study(*trials), notes=["This is the phantom."])
