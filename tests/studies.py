@@ -56,7 +56,7 @@ def make_study(*trials: FrozenTrial, direction: str = "maximize", storage: str |
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     way = optuna.study.StudyDirection[direction.upper()]
     study = optuna.create_study(direction=way, storage=storage, study_name="made up")
-    study.set_user_attr("matchai", {"space": {}, "epochs": EPOCHS, "seed": 7, "preset": "study"})
+    study.set_user_attr("matchai", {"space": {"max_lr": [5e-5, 5e-3]}, "epochs": EPOCHS, "seed": 7, "preset": "study"})
     study.add_trials(trials)
     return study
 

@@ -14,7 +14,7 @@ from matplotlib.image import imread
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import FrozenTrial, TrialState
 
-from matchai.figures import TRAIN_COLOR, VAL_COLOR
+from matchai.figures import PALETTE, TRAIN_COLOR, VAL_COLOR
 from matchai.study_figures import DPI, WIDTH, draw_study
 from tests.studies import make_free_trial, make_study, make_trial
 
@@ -86,6 +86,16 @@ def test_the_value_of_a_failed_trial_does_not_move_the_axes(tmp_path: Path) -> N
         assert (zero[name] == far[name]).all(), name
 
 
+def test_a_failed_trial_stands_at_the_bad_edge(tmp_path: Path) -> None:
+    heights = []
+    for direction in ("maximize", "minimize"):
+        trials = [*make_trials(3), make_trial(3, 0.0, reason="a")]
+        history = draw(tmp_path / direction, *trials, direction=direction)["history"]
+        right = near(history, PALETTE[7])[:, -round(0.5 * DPI) :]  # the last trial's mark; the legend is further left
+        heights.append(float(np.flatnonzero(right.any(axis=1)).mean()))
+    assert heights[0] > heights[1] + DPI
+
+
 def test_a_value_far_off_does_not_move_the_axes(tmp_path: Path) -> None:
     near_by, far = (draw(tmp_path / str(value), *make_trials(12), make_trial(12, value)) for value in (0.3, 0.1))
     for name in ("history", "slices"):
@@ -140,6 +150,12 @@ SPACES: list[tuple[dict[str, BaseDistribution], list[dict[str, Any]]]] = [
 def test_every_space_is_drawn(space: dict[str, BaseDistribution], rows: list[dict[str, Any]], tmp_path: Path) -> None:
     trials = [make_free_trial(0.8 + number / 100, params, space) for number, params in enumerate(rows)]
     assert set(draw(tmp_path, *trials)) >= {"history", "slices", "parallel_coordinates"}
+
+
+def test_a_single_setting_leaves_the_other_half_blank(tmp_path: Path) -> None:
+    trials = [make_free_trial(0.8 + number / 100, {"one": number / 12}, SPACES[0][0]) for number in range(12)]
+    slices = draw(tmp_path, *trials)["slices"]
+    assert (slices[round(0.4 * DPI) : round(1.8 * DPI), round((WIDTH / 2 + 0.3) * DPI) :] == 1).all()
 
 
 def test_choices_that_are_lists_are_drawn(tmp_path: Path) -> None:
