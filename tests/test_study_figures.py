@@ -73,7 +73,7 @@ def test_a_minimised_objective_is_drawn(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("direction", ["maximize", "minimize"])
 def test_the_best_stands_on_the_good_side(direction: str, tmp_path: Path) -> None:
-    pictures = draw(tmp_path, *make_trials(12), direction=direction)
+    pictures = draw(tmp_path, *make_trials(4), direction=direction)
     upper, lower = np.array_split(near(pictures["history"], VAL_COLOR)[: 2 * DPI], 2)
     assert (upper.sum() > lower.sum()) == (direction == "maximize")
 
@@ -103,20 +103,20 @@ def test_a_value_far_off_does_not_move_the_axes(tmp_path: Path) -> None:
 
 
 def test_a_good_value_is_never_off_the_scale(tmp_path: Path) -> None:
-    pictures = draw(tmp_path, *make_trials(12), make_trial(12, 5.0))
+    pictures = draw(tmp_path, *make_trials(4), make_trial(12, 5.0))
     stars = near(pictures["history"], VAL_COLOR)[:, -round(0.5 * DPI) :]
     assert stars.sum() > 200
 
 
 def test_the_recipe_is_marked(tmp_path: Path) -> None:
-    with_it = draw(tmp_path / "with", *make_trials(12))
-    without = draw(tmp_path / "without", *(make_trial(number, 0.8 + number / 1000) for number in range(1, 13)))
+    with_it = draw(tmp_path / "with", *make_trials(4))
+    without = draw(tmp_path / "without", *(make_trial(number, 0.8 + number / 1000) for number in range(1, 5)))
     for name in ("history", "learning_curves", "slices", "parallel_coordinates"):
         assert near(with_it[name], TRAIN_COLOR).sum() > near(without[name], TRAIN_COLOR).sum() + 100, name
 
 
 def test_pruned_trials_are_told_from_complete_ones(tmp_path: Path) -> None:
-    trials = make_trials(12)
+    trials = make_trials(4)
     complete = draw(tmp_path / "complete", *trials, make_trial(12, 0.79))
     pruned = draw(tmp_path / "pruned", *trials, make_trial(12, 0.79, TrialState.PRUNED))
     for name in ("history", "learning_curves", "slices"):

@@ -85,10 +85,13 @@ def test_a_difference_is_told_with_its_interval(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_no_difference_leaves_the_recipe_as_the_answer(tmp_path: Path) -> None:
-    page = report(tmp_path, four_trials(), verdict([0.83, 0.80, 0.81]))
-    assert answer(page).startswith(
-        "No difference: the recipe stays the answer; the best challenger, trial 3, is 0.003 bet"
+@pytest.mark.parametrize(
+    ("challenger", "told"), [([0.83, 0.80, 0.81], "0.003 better"), ([0.81, 0.80, 0.79], "0.010 worse")]
+)
+def test_no_difference_leaves_the_recipe_as_the_answer(challenger: list[float], told: str, tmp_path: Path) -> None:
+    found = answer(report(tmp_path, four_trials(), verdict(challenger)))
+    assert found.startswith(
+        f"No difference: the recipe stays the answer; the best challenger, trial 3, is {told} in mean"
     )
 
 
