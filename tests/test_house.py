@@ -8,13 +8,15 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "matchai"
 
 FLOORS = [
-    {"config", "errors", "files", "keys", "parsing"},
+    {"config", "errors", "files", "keys", "parsing", "tuning"},
     {
+        "address",
         "arrays",
         "augmentation",
         "checkpoint",
         "console",
         "dropout",
+        "evidence",
         "figures",
         "lockstep",
         "losses",
@@ -29,12 +31,13 @@ FLOORS = [
         "sampling",
         "slices",
         "split",
+        "store",
         "study_figures",
         "study_page",
         "study_rows",
         "data",
     },
-    {"loop", "build", "resume", "report", "opening"},
+    {"loop", "build", "resume", "report", "opening", "space"},
     {"runner"},
     {"train"},
 ]
