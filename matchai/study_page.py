@@ -65,7 +65,7 @@ def write_report(
         objective: The history's key, as `mean_dice`.
         evidence: What the confirmation says; None where there is none, or none yet.
         is_confirming: Whether a confirmation is to come, which tells "not yet" from "never" where there is no evidence.
-        command: The shell command that trains the answer.
+        command: The shell command that trains the answer; empty where there is none.
         best: The file with the answer's settings, where it is written.
         notes: Sentences for the limits, as "This is the synthetic phantom, not patients."
         screen: The study of short cycles that went before.
@@ -79,7 +79,7 @@ def write_report(
         Section("", _answer(rows, maximised, label, evidence, is_confirming)),
         *([Section("Recipe and challengers on fresh seeds", _compare(rows, evidence, label))] if evidence else []),
         Section("Settings", _settings(rows, read_settings(study), maximised, evidence)),
-        Section("How to train it", [Code(command), *_where(folder, best)]),
+        Section("How to train it", _training(folder, command, best)),
         Section("How the trials went", [Text(_count(rows)), *_pictures(folder / "figures", study, objective)]),
         Section("What was searched", _space(study, searched)),
         Section("All trials", [_trials(rows, read_settings(study), maximised)]),
@@ -223,11 +223,12 @@ def _settings(
     return [Table(["setting", *(name for name, _ in columns)], lines)]
 
 
-def _where(folder: Path, best: Path | None) -> list[Piece]:
+def _training(folder: Path, command: str, best: Path | None) -> list[Piece]:
+    pieces: list[Piece] = [Code(command)] if command else []
     if best is None:
-        return [Text("The settings are not written to a file of their own yet.")]
+        return [*pieces, Text("There is no answer yet, so its settings are not written to a file.")]
     place = f"{best.name}, beside this page" if best.parent == folder else str(best)
-    return [Text(f"The settings are in {place}.")]
+    return [*pieces, Text(f"The settings are in {place}.")]
 
 
 def _pictures(folder: Path, study: optuna.Study, objective: str) -> list[Piece]:

@@ -78,8 +78,9 @@ def find_best(rows: Iterable[Row], maximised: bool) -> Row | None:
 
 
 def find_recipe(rows: Iterable[Row]) -> Row | None:
-    """The recipe's row; None where it is not there."""
-    return next((row for row in rows if row.is_recipe), None)
+    """The recipe's row, rather one that did not fail for the machine, as such rows are replaced; None for none."""
+    recipes = [row for row in rows if row.is_recipe]
+    return next((row for row in recipes if row.kind != "failed for the machine"), recipes[0] if recipes else None)
 
 
 def read_settings(study: optuna.Study) -> dict[str, BaseDistribution]:

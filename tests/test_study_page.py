@@ -251,7 +251,13 @@ def test_the_page_says_how_to_train_what_it_rests_on_and_its_limits(tmp_path: Pa
 @pytest.mark.usefixtures("undrawn")
 def test_settings_in_another_folder_are_told_with_it(tmp_path: Path) -> None:
     assert "elsewhere/best.yaml" in words(report(tmp_path, four_trials(), best=Path("elsewhere/best.yaml")))
-    assert "not written to a file" in words(report(tmp_path, four_trials(), best=None))
+    assert "no answer yet" in words(report(tmp_path, four_trials(), best=None))
+
+
+@pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize(("command", "num_boxes"), [("train it", 1), ("", 0)])
+def test_a_study_without_an_answer_shows_no_empty_command(command: str, num_boxes: int, tmp_path: Path) -> None:
+    assert report(tmp_path, four_trials(), command=command, best=None).count("<pre>") == num_boxes
 
 
 @pytest.mark.usefixtures("undrawn")

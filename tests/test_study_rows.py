@@ -83,6 +83,16 @@ def test_only_true_marks_the_recipe(mark: object) -> None:
     assert found.number == 1  # the second row: rows are numbered as they are added
 
 
+def test_a_recipe_that_failed_for_the_machine_is_replaced() -> None:
+    trials = [make_trial(0, None, TrialState.FAIL), make_trial(1, 0.5), make_trial(0, 0.7)]
+    found = find_recipe(read_rows(make_study(*trials)))
+    assert found is not None
+    assert found.value == 0.7
+    found = find_recipe(read_rows(make_study(*trials[:2])))
+    assert found is not None
+    assert found.kind == "failed for the machine"
+
+
 @given(st.floats(1e-12, 1e12) | st.floats(-1e12, -1e-12) | st.just(0.0))
 def test_a_setting_is_written_in_four_digits(value: float) -> None:
     assert float(format_setting(value)) == pytest.approx(value, rel=5.1e-4)
