@@ -32,6 +32,7 @@ from matchai.study_rows import (
     format_setting,
     is_maximised,
     label_objective,
+    read_epochs,
     read_rows,
     read_settings,
 )
@@ -66,11 +67,9 @@ def draw_study(folder: Path, study: optuna.Study, objective: str) -> dict[str, P
     folder.mkdir(parents=True, exist_ok=True)
     rows, settings, maximised = read_rows(study), read_settings(study), is_maximised(study)
     label = label_objective(objective)
-    searched = study.user_attrs.get("matchai")
-    epochs = searched.get("epochs") if isinstance(searched, dict) else None
     figures = {
         "history": _draw_history(rows, label, maximised),
-        "learning_curves": _draw_curves(rows, label, maximised, epochs if isinstance(epochs, int) else None),
+        "learning_curves": _draw_curves(rows, label, maximised, read_epochs(study)),
         "slices": _draw_slices(rows, settings, label, maximised),
         "parallel_coordinates": _draw_parallel(rows, settings, label, maximised),
         "importance": _draw_importance(study),

@@ -23,7 +23,9 @@ from matchai.study_rows import (
     format_setting,
     is_maximised,
     label_objective,
+    read_epochs,
     read_rows,
+    read_searched,
     read_settings,
 )
 
@@ -74,7 +76,7 @@ def write_report(
         The path of the page.
     """
     rows, maximised, label = read_rows(study), is_maximised(study), label_objective(objective)
-    searched = _searched(study)
+    searched = read_searched(study)
     sections = [
         Section("", _answer(rows, maximised, label, evidence, is_confirming)),
         *([Section("Recipe and challengers on fresh seeds", _compare(rows, evidence, label))] if evidence else []),
@@ -99,11 +101,6 @@ def write_report(
     path = folder / "report.html"
     write_whole(path, page.encode())
     return path
-
-
-def _searched(study: optuna.Study) -> dict[str, Any]:
-    found = study.user_attrs.get("matchai")
-    return found if isinstance(found, dict) else {}
 
 
 def _answer(
@@ -255,11 +252,12 @@ def _space(study: optuna.Study, searched: Mapping[str, Any]) -> list[Piece]:
             if isinstance(distribution, IntDistribution):
                 scale += ", whole numbers"
         lines.append([name, reach, "shares that add up to 1, uniform" if is_simplex and name in SHARES else scale])
-    told = [
-        f"{words} {format_setting(searched[key])}"
-        for key, words in (("preset", "preset"), ("epochs", "epochs a trial:"), ("seed", "seed of the study:"))
-        if key in searched
-    ]
+    facts = {
+        "preset": searched.get("preset"),
+        "epochs a trial:": read_epochs(study),
+        "seed of the study:": searched.get("seed"),
+    }
+    told = [f"{words} {value}" for words, value in facts.items() if value is not None]
     pieces: list[Piece] = [Table(["setting", "range", "scale"], lines)] if lines else [Text("No trial has begun yet.")]
     return [*pieces, Text(f"In all trials: {', '.join(told)}.")] if told else pieces
 
@@ -334,7 +332,7 @@ def _limits(label: str, maximised: bool, evidence: Verdict | None) -> Iterator[s
 
 def _screening(folder: Path, screen: optuna.Study, objective: str) -> list[Piece]:
     rows = read_rows(screen)
-    epochs = _searched(screen).get("epochs")
+    epochs = read_epochs(screen)
     cycle = f" of {epochs} epochs" if epochs is not None else ""
     told = (
         f"Before the full trainings, study {screen.study_name} searched with complete short cycles{cycle}; the best "

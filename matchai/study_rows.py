@@ -94,6 +94,18 @@ def read_settings(study: optuna.Study) -> dict[str, BaseDistribution]:
     return found
 
 
+def read_epochs(study: optuna.Study) -> int | None:
+    """How many epochs a trial has, as the study or else its trials tell; None where neither does."""
+    told = [read_searched(study).get("epochs"), *(row.attributes.get("epochs") for row in read_rows(study))]
+    return next((epochs for epochs in told if isinstance(epochs, int) and epochs > 0), None)
+
+
+def read_searched(study: optuna.Study) -> dict[str, Any]:
+    """What the study says of itself; empty where it says nothing."""
+    found = study.user_attrs.get("matchai")
+    return found if isinstance(found, dict) else {}
+
+
 def label_objective(objective: str) -> str:
     """Words for a key of the history: "mean Dice" for `mean_dice`."""
     return LABELS.get(objective, objective.replace("_", " "))

@@ -15,10 +15,11 @@ from matchai.study_rows import (
     find_recipe,
     format_setting,
     label_objective,
+    read_epochs,
     read_rows,
     read_settings,
 )
-from tests.studies import make_free_trial, make_study, make_trial
+from tests.studies import EPOCHS, make_free_trial, make_study, make_trial
 
 AXES: dict[str, BaseDistribution] = {name: FloatDistribution(0, 1) for name in ("a", "b")}
 
@@ -105,6 +106,17 @@ def test_a_setting_is_written_in_four_digits(value: float) -> None:
 )
 def test_a_setting_is_written_as_one_types_it(value: object, text: str) -> None:
     assert format_setting(value) == text
+
+
+def test_the_epochs_are_told_by_the_study_or_by_its_trials() -> None:
+    study = make_study(make_trial(0, 0.5, epochs=3))
+    assert read_epochs(study) == EPOCHS
+    study.set_user_attr("matchai", {})
+    assert read_epochs(study) == 3
+    for odd in ("many", None, -1, [2]):
+        study = make_study(make_trial(0, 0.5, epochs=odd))
+        study.set_user_attr("matchai", odd)
+        assert read_epochs(study) is None
 
 
 def test_an_objective_has_words() -> None:
