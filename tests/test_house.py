@@ -26,6 +26,7 @@ FLOORS = [
         "phantom",
         "processes",
         "sampling",
+        "search",
         "slices",
         "split",
         "data",
