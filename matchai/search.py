@@ -25,8 +25,8 @@ ATTEMPTS = 3  # proposals of a model before chance takes over: a Gaussian proces
 DRAWS = 1000  # points drawn by chance before a proposal may repeat a row: a grid of 100 misses its last point never
 COMPARED = 5  # finished trials that a verdict wants to see
 FALLEN_BEHIND = 0.3  # of the range between the best and the worst trial
-COLLAPSED = 0.5  # of the range of all values; the largest fall that one-cycle curves rose from again is 0.14
-COLLAPSED_EPOCHS = 3
+COLLAPSED = 0.5  # of the range of all values; one-cycle curves were seen to rise again from 0.14 for 3 epochs
+COLLAPSED_FOR = 0.1  # of the epochs, and 3 at least
 _STREAM = 0x5EA7  # keeps the search's random words apart from those of the sampler, of augmentation and of drop path
 _FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 
@@ -53,26 +53,31 @@ def propose(name: str, seed: int, study: Study, number: int, space: dict[str, Ba
         name: One of `SEARCH_SAMPLERS`. "gp" is a Gaussian process with expected improvement, "tpe" the multivariate
             tree-structured Parzen estimator, "random" uniform. The first `STARTUP` trials are uniform for all.
         seed: Of the study, not negative.
-        study: With one objective. Of its rows, those finished and running are learnt from; no settings of any row,
-            failed ones among them, are proposed again.
+        study: With one objective. Of its rows of this space, those finished and running are learnt from; no settings of
+            any, failed ones among them, are proposed again.
         number: Of the trial.
         space: What is searched, by setting; of any of Optuna's distributions.
 
     Returns:
         A value for every setting of the space, in the space's order. It repeats a row only where `DRAWS` draws found
         nothing new, as in a space with fewer points than the study has trials.
+
+    Raises:
+        ValueError: If there is no such search sampler.
     """
-    rows = [row for row in study.get_trials(deepcopy=False) if row.number != number]
-    taken = {_point(row.params, space) for row in rows if space.keys() <= row.params.keys()}
+    if name not in _MODELS:
+        raise ValueError(f"search sampler {name!r} is none of {', '.join(SEARCH_SAMPLERS)}.")
+    rows = [row for row in study.get_trials(deepcopy=False) if row.number != number and row.distributions == space]
+    taken = {_point(row.params, space) for row in rows}
     # sorted, so that the order of a file does not decide which setting gets which random word
     free = {setting: space[setting] for setting in sorted(space) if not space[setting].single()}
     fixed = {setting: _only_value(space[setting]) for setting in space if space[setting].single()}
     model = _MODELS[name]
-    known = [row for row in rows if row.state in _FINISHED and free.keys() <= row.params.keys()]
+    known = [row for row in rows if row.state in _FINISHED]
     proposal: dict[str, Any] = {}
     with _quiet():
         if model is not None and free and len(known) >= STARTUP:
-            running = [row for row in rows if row.state == TrialState.RUNNING and free.keys() <= row.params.keys()]
+            running = [row for row in rows if row.state == TrialState.RUNNING]
             for attempt in range(ATTEMPTS):
                 copy, trial = _copy(known, running, study.direction, free)
                 drawn = model(_word(seed, number, attempt)).sample_relative(copy, trial, free)
@@ -218,8 +223,8 @@ class OneCyclePruner(BasePruner):
     each by its best epoch until then. Pruned trials count with what they had: among survivors alone, the bar would
     rise from trial to trial until it met the best. The share of the range spares what noise could put in any order.
 
-    At any epoch a trial has collapsed if for `COLLAPSED_EPOCHS` reports on end it lay below its own best by more than
-    `COLLAPSED` of the range of all values of those trials, and below nine in ten of theirs at the same epoch; or if
+    At any epoch a trial has collapsed if, in a tenth of its epochs on end and 3 at least, it lay below its own best by
+    more than `COLLAPSED` of the range of all values of those trials, and below all of theirs at the same epoch; or if
     it reported nothing finite for so long.
 
     Args:
@@ -228,6 +233,7 @@ class OneCyclePruner(BasePruner):
 
     def __init__(self, epochs: int) -> None:
         self.half_time = half_time(epochs)
+        self.collapse = max(3, math.ceil(COLLAPSED_FOR * epochs))
 
     def prune(self, study: Study, trial: FrozenTrial) -> bool:
         """Whether to give a trial up after its last reported epoch."""
@@ -238,7 +244,8 @@ class OneCyclePruner(BasePruner):
         others = study.get_trials(deepcopy=False, states=_FINISHED)
         curves = [_curve(other, sign) for other in others if other.number != trial.number]
         own = _curve(trial, sign)
-        if _has_collapsed(own, sorted(trial.intermediate_values)[-COLLAPSED_EPOCHS:], curves):
+        last = sorted(trial.intermediate_values)[-self.collapse :]
+        if len(last) == self.collapse and _has_collapsed(own, last, curves):
             return True
         return step >= self.half_time and _has_fallen_behind(own, step, curves)
 
@@ -252,8 +259,6 @@ def _has_fallen_behind(own: dict[int, float], step: int, curves: list[dict[int, 
 
 
 def _has_collapsed(own: dict[int, float], steps: list[int], curves: list[dict[int, float]]) -> bool:
-    if len(steps) < COLLAPSED_EPOCHS:
-        return False
     last = {step: own.get(step, -np.inf) for step in steps}
     if not any(step in own for step in steps):
         return True
@@ -265,7 +270,7 @@ def _has_collapsed(own: dict[int, float], steps: list[int], curves: list[dict[in
     return (
         min(len(found) for found in peers.values()) >= COMPARED
         and min(falls) > COLLAPSED * (max(values) - min(values))
-        and all(value < np.quantile(peers[step], 0.1) for step, value in last.items())
+        and all(value < min(peers[step]) for step, value in last.items())
     )
 
 
