@@ -21,7 +21,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from matchai.keys import seed_sequence
 
 STARTUP = 10  # finished trials, the recipe's among them, that a model wants to see
-ATTEMPTS = 3  # proposals of a model before chance takes over: a Gaussian process likes to repeat its best trial
+ATTEMPTS = 3  # proposals of a model before chance takes over; in a small space a model likes to repeat its best trial
 DRAWS = 1000  # points drawn by chance before a proposal may repeat a row: a grid of 100 misses its last point never
 COMPARED = 5  # finished trials that a verdict wants to see
 FALLEN_BEHIND = 0.3  # of the range between the best and the worst trial
@@ -32,14 +32,15 @@ _FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 
 
 def _tpe(seed: int) -> BaseSampler:
-    return TPESampler(seed=seed, n_startup_trials=0, multivariate=True, constant_liar=True)
+    return TPESampler(seed=seed, n_startup_trials=0, n_ei_candidates=24, multivariate=True, constant_liar=True)
 
 
 def _gp(seed: int) -> BaseSampler:
     return GPSampler(seed=seed, n_startup_trials=0, deterministic_objective=False)
 
 
-_MODELS: dict[str, Callable[[int], BaseSampler] | None] = {"gp": _gp, "tpe": _tpe, "random": None}
+# trial `number` is proposed by model number % len
+_MODELS: dict[str, tuple[Callable[[int], BaseSampler], ...]] = {"gp-tpe": (_tpe, _gp), "tpe": (_tpe,), "random": ()}
 SEARCH_SAMPLERS = tuple(_MODELS)
 PRUNERS = ("one-cycle", "median", "none")
 
@@ -50,8 +51,10 @@ def propose(name: str, seed: int, study: Study, number: int, space: dict[str, Ba
     The study is only read. The global random states and torch's number of threads are left as they are.
 
     Args:
-        name: One of `SEARCH_SAMPLERS`. "gp" is a Gaussian process with expected improvement, "tpe" the multivariate
-            tree-structured Parzen estimator, "random" uniform. The first `STARTUP` trials are uniform for all.
+        name: One of `SEARCH_SAMPLERS`. "tpe" is the multivariate tree-structured Parzen estimator; "gp-tpe" leaves
+            every other trial to a Gaussian process with expected improvement, which models a smooth hill with fewer
+            trials, while the estimator bears noise and cliffs better; "random" is uniform. Until `STARTUP` trials
+            have finished, all are uniform.
         seed: Of the study, not negative.
         study: With one objective. Of its rows of this space, those finished and running are learnt from; no settings of
             any, failed ones among them, are proposed again.
@@ -72,11 +75,12 @@ def propose(name: str, seed: int, study: Study, number: int, space: dict[str, Ba
     # sorted, so that the order of a file does not decide which setting gets which random word
     free = {setting: space[setting] for setting in sorted(space) if not space[setting].single()}
     fixed = {setting: _only_value(space[setting]) for setting in space if space[setting].single()}
-    model = _MODELS[name]
+    models = _MODELS[name]
     known = [row for row in rows if row.state in _FINISHED]
     proposal: dict[str, Any] = {}
     with _quiet():
-        if model is not None and free and len(known) >= STARTUP:
+        if models and free and len(known) >= STARTUP:
+            model = models[number % len(models)]
             running = [row for row in rows if row.state == TrialState.RUNNING]
             for attempt in range(ATTEMPTS):
                 copy, trial = _copy(known, running, study.direction, free)
