@@ -154,7 +154,8 @@ def _told(rows: list[FrozenTrial], direction: StudyDirection) -> list[float]:
         return [0.0] * len(rows)
     values = np.where(is_known, found, found[is_known].min())
     middle = np.median(values)
-    scale = max(values.max() - middle, np.finfo(float).tiny)
+    # where most are equally good, by the distance of the others
+    scale = (values.max() - middle) or (middle - values.min()) or 1.0
     below = np.maximum(middle - values, 0)
     return [float(value) for value in np.maximum(values, middle) - scale * np.log1p(below / scale)]
 
