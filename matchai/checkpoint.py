@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from matchai.errors import InputError
-from matchai.files import sync_folder, write_whole
+from matchai.files import lock_bytes, sync_folder, write_whole
 
 BEST = "best.safetensors"
 LAST = "last"
@@ -198,19 +198,7 @@ def _lives(process: int) -> bool:
 
 def _is_locked_by(file: IO[str]) -> bool:
     try:
-        _lock(file)
+        lock_bytes(file.fileno())
     except OSError:
         return False
     return True
-
-
-def _lock(file: IO[str]) -> None:
-    try:
-        import fcntl  # noqa: PLC0415 not on Windows
-    except ImportError:
-        import msvcrt  # noqa: PLC0415 only on Windows
-
-        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
-    else:
-        # a record lock: unlike a flock it does not live on in forked loader workers
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

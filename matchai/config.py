@@ -27,13 +27,14 @@ class RunSettings:
 
     preset: Literal["recipe", "quick", "study"] = "recipe"
     """The settings to start from: `recipe` (the published one), `quick` (small, for a first look), `study` (smaller
-    still). Without it: `recipe` where --data is given, else `quick`."""
+    still). Without it: `recipe` where --data is given, else `quick`, or `study` for a study."""
     config: Path | None = None
     """A YAML file of settings, as a run's own config.yaml; flags win over it."""
     output: Path | None = None
-    """The run's folder (default: runs/PRESET). The same command again continues what is there."""
+    """The run's folder (default: runs/PRESET), or the study's (studies/NAME). The same command again continues what is
+    there."""
     restart: bool = False
-    """Begin afresh; the old run is moved aside, never deleted."""
+    """Begin a run afresh; the old one is moved aside, never deleted. No study takes it."""
     init: Path | None = None
     """Start from the best weights of another run: its folder, or a best.safetensors file."""
     seed: int = _number(0, 0, 2**63 - 1)
@@ -257,7 +258,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "study": {
         "image_size": 64,
-        "encoder": "resnet18",
+        "encoder": "tu-test_resnet",
         "encoder_weights": "none",
         "epochs": 6,
         "max_lr": 2e-3,

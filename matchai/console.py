@@ -3,10 +3,12 @@
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import IO, Any
 
 from rich.console import Console
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
 PLAIN_EVERY = 30.0  # seconds between lines about a long epoch where there is no terminal
 
@@ -16,11 +18,12 @@ class Display:
 
     Args:
         is_main_process: Others say nothing.
+        file: Where to; without it, the terminal.
     """
 
-    def __init__(self, is_main_process: bool) -> None:
+    def __init__(self, is_main_process: bool, file: IO[str] | None = None) -> None:
         self.is_main_process = is_main_process
-        self.console = Console(highlight=False, soft_wrap=True)
+        self.console = Console(highlight=False, soft_wrap=True, file=file)
         self.progress: Progress | None = None
         self.task: TaskID | None = None
         self._last_line = time.monotonic()
@@ -29,7 +32,7 @@ class Display:
         """Prints one line."""
         if self.is_main_process:
             self.console.print(text, markup=False)
-            sys.stdout.flush()
+            self.console.file.flush()
 
     def warn(self, text: str) -> None:
         """Prints one line that asks for attention."""
@@ -63,6 +66,113 @@ class Display:
         if self.progress is not None:
             self.progress.stop()
             self.progress = None
+
+
+class StudyDisplay:
+    """Shows a study: on a terminal one table of what runs, else a line for each run that ends.
+
+    Args:
+        objective: Its name.
+        num_workers: By which the time left is divided.
+    """
+
+    def __init__(self, objective: str, num_workers: int) -> None:
+        self.objective, self.num_workers = objective, num_workers
+        self.console = Console(highlight=False, soft_wrap=True)
+        self.counts: dict[str, Any] = {}
+        self.runs: dict[str, dict[str, Any]] = {}
+        self.has_ended = 0
+        self.answer: dict[str, Any] | None = None
+        self._live: Live | None = None
+
+    def hear(self, event: dict[str, Any]) -> None:
+        """Takes in what a worker tells."""
+        kind, key = event["kind"], event.get("key", "")
+        if kind == "say":
+            self.say(event["text"])
+        elif kind == "counts":
+            self.counts = event
+        elif kind == "begin":
+            self.runs[key] = {**event, "epoch": 0, "value": None, "step": None, "total": None}
+        elif kind in ("epoch", "step") and key in self.runs:
+            run = self.runs[key]
+            run |= {name: value for name, value in event.items() if name not in ("kind", "key")}
+            if kind == "step":
+                run.setdefault("first", (event["step"], time.monotonic()))
+        elif kind == "end":
+            self.runs.pop(key, None)
+            self.has_ended += 1
+            if not self.console.is_terminal:
+                self.say(f"{event['title']}: {event['outcome']} · {self._line()}")
+        elif kind == "error":
+            self.close()
+            print(f"error: {event['text']}", file=sys.stderr, flush=True)
+        elif kind == "answer":
+            self.answer = event
+        self._show()
+
+    def forget(self, keys: Sequence[str]) -> None:
+        """Takes runs off the table whose worker is gone."""
+        for key in keys:
+            self.runs.pop(key, None)
+
+    def say(self, text: str) -> None:
+        """Prints one line."""
+        self.console.print(text, markup=False)
+        self.console.file.flush()
+
+    def close(self) -> None:
+        """Takes the table off the screen."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def _show(self) -> None:
+        if not self.console.is_terminal:
+            return
+        table = Table(title=self._line(), title_justify="left", box=None, pad_edge=False)
+        for name in ("run", "epoch", self.objective, "time left"):
+            table.add_column(name)
+        for run in self.runs.values():
+            epochs = f"{run['epoch']}/{run['epochs']}"
+            table.add_row(run["title"], epochs, _figure(run["value"]), _duration(_rest(run)))
+        if self._live is None:
+            self._live = Live(console=self.console, transient=True, refresh_per_second=4)
+            self._live.start()
+        self._live.update(table)
+
+    def _line(self) -> str:
+        """Counts, the best so far against the recipe, and the time left."""
+        counts = self.counts
+        if not counts:
+            return "starting"
+        done = counts["complete"] + counts["pruned"]
+        parts = [f"{counts['stage']}: {done}/{counts['total']} trials"]
+        parts += [f"{counts[name]} {name}" for name in ("pruned", "failed") if counts[name]]
+        if counts["confirmed"]:
+            parts.append(f"{counts['confirmed']}/{counts['to_confirm']} confirming runs")
+        if counts["best"]:
+            parts.append(f"best {counts['best'][1]:.3f} (trial {counts['best'][0]})")
+        parts.append(f"recipe {_figure(counts['recipe'])}")
+        if counts["seconds"]:
+            runs = counts["total"] - done + counts["to_confirm"] - counts["confirmed"]
+            parts.append(f"about {_duration(runs * counts['seconds'] / self.num_workers)} left")
+        return " · ".join(parts)
+
+
+def _rest(run: dict[str, Any]) -> float | None:
+    """Seconds that a run has left, at the pace it has shown so far."""
+    if run["step"] is None or run["step"] <= run["first"][0]:
+        return None
+    pace = (time.monotonic() - run["first"][1]) / (run["step"] - run["first"][0])
+    return float(pace * (run["total"] - run["step"]))
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return ""
+    minutes = seconds / 60
+    return f"{seconds:.0f} s" if minutes < 2 else f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
 
 
 def epoch_line(row: dict[str, Any], epochs: int, class_names: Sequence[str], is_best: bool) -> str:

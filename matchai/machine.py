@@ -63,6 +63,15 @@ def set_threads(num_local_processes: int) -> int:
     return torch.get_num_threads()
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that a device, or the host, has no more memory to give."""
+    said = str(error).lower()
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError)
+        and any(words in said for words in ("out of memory", "not enough memory", "can't allocate memory"))
+    )
+
+
 def num_local_processes(num_processes: int) -> int:
     """Training processes on this host, of `num_processes` over all hosts."""
     return int(os.environ.get("LOCAL_WORLD_SIZE") or num_processes)

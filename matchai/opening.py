@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import (
@@ -25,7 +25,7 @@ from matchai.config import FREE, LEAVES, TrainConfig
 from matchai.console import Display
 from matchai.data import Data, built_in_phantom, read_data
 from matchai.errors import InputError
-from matchai.files import write_whole
+from matchai.files import alone, write_whole
 from matchai.processes import check_launch, join_group, num_restarts
 
 T = TypeVar("T")
@@ -119,31 +119,30 @@ def read(config: TrainConfig, cache: Path, display: Display) -> Data:
         InputError: With every problem found.
     """
     settings = config.input
-    folder = settings.data or built_in_phantom(cache, settings.phantom_slices)
     if settings.background_class not in settings.class_names:
         raise InputError  # told by the check of the settings
-    return read_data(
-        folder,
-        cache,
-        sets=settings.sets,
-        images_name=settings.images_name,
-        masks_name=settings.masks_name,
-        groups_name=settings.groups_name,
-        class_names=settings.class_names,
-        background_class=settings.class_names.index(settings.background_class),
-        hu_window=settings.hu_window,
-        image_size=settings.image_size,
-        val_fraction=settings.val_fraction,
-        folds=settings.folds,
-        fold=settings.fold,
-        seed=config.run.seed,
-        progress=lambda done, total: display.show("preparing slices", done, total),
-    )
+    with alone(cache):
+        return read_data(
+            settings.data or built_in_phantom(cache, settings.phantom_slices),
+            cache,
+            sets=settings.sets,
+            images_name=settings.images_name,
+            masks_name=settings.masks_name,
+            groups_name=settings.groups_name,
+            class_names=settings.class_names,
+            background_class=settings.class_names.index(settings.background_class),
+            hu_window=settings.hu_window,
+            image_size=settings.image_size,
+            val_fraction=settings.val_fraction,
+            folds=settings.folds,
+            fold=settings.fold,
+            seed=config.run.seed,
+            progress=lambda done, total: display.show("preparing slices", done, total),
+        )
 
 
 def make_record(accelerator: Accelerator, data: Data, precision: str) -> dict[str, Any]:
     """What config.yaml records of the run beside its settings."""
-    packages = ("matchai", "torch", "segmentation-models-pytorch", "timm", "albumentations", "accelerate", "numpy")
     return {
         "data": data.digests,
         "notes": data.notes,
@@ -151,8 +150,14 @@ def make_record(accelerator: Accelerator, data: Data, precision: str) -> dict[st
         "precision": precision,
         "num_processes": accelerator.num_processes,
         "device": str(accelerator.device),
-        "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in packages}},
+        "versions": versions(),
     }
+
+
+def versions() -> dict[str, str]:
+    """The versions of Python and of the packages that a run depends on."""
+    packages = ("matchai", "torch", "segmentation-models-pytorch", "timm", "albumentations", "accelerate", "numpy")
+    return {"python": platform.python_version(), **{name: metadata.version(name) for name in packages}}
 
 
 def claim_experiment(output: Path, config: TrainConfig, record: dict[str, Any]) -> list[str]:
@@ -191,15 +196,15 @@ def write_split(output: Path, config: TrainConfig, data: Data) -> None:
     write_whole(output / "split.json", json.dumps(split).encode())
 
 
-def on_main(accelerator: Accelerator, work: Callable[[], list[str]]) -> list[str]:
-    """Runs `work` on the main process and tells all processes its problems."""
+def on_main(accelerator: Accelerator | PartialState, work: Callable[[], list[str]]) -> list[str]:
+    """Runs `work` on the main process and tells all processes its problems; `accelerator` may be its state alone."""
     told = [work() if accelerator.is_main_process else None]
     if accelerator.num_processes > 1:
         broadcast_object_list(told)
     return told[0] or []
 
 
-def on_main_first(accelerator: Accelerator, work: Callable[[], T]) -> T:
+def on_main_first(accelerator: Accelerator | PartialState, work: Callable[[], T]) -> T:
     """Runs `work` on the main process, then, if it could be done, on all others, which find what it has made.
 
     Raises:

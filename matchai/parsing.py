@@ -7,17 +7,26 @@ Precedence: default < preset < `--config` file < flag; the last of a repeated fl
 import argparse
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import tyro
 import yaml
 
-from matchai.config import PLACE, PRESETS, TrainConfig
+from matchai.config import LEAVES, PLACE, PRESETS, TrainConfig
 from matchai.errors import InputError
 
+Settings = TypeVar("Settings", bound=TrainConfig)
 
-def parse(argv: list[str], description: str, prog: str) -> TrainConfig:
+
+def parse(argv: list[str], description: str, prog: str, kind: type[Settings], *, first_look: str = "quick") -> Settings:
     """Reads a command line; prints and exits with status 0 for --help, with 2 for a wrong flag.
+
+    Args:
+        argv: The words after the command.
+        description: What --help says first.
+        prog: The command.
+        kind: The settings that it takes: `TrainConfig`, or one with more groups.
+        first_look: The preset without --data.
 
     Raises:
         InputError: For a --config file that cannot be used, with every problem in it.
@@ -31,29 +40,39 @@ def parse(argv: list[str], description: str, prog: str) -> TrainConfig:
         else argparse.Namespace(config=None, preset=None, data=None)
     )
     data = None if known.data == "None" else known.data
-    base = preset_config(load(Path(known.config)) if known.config else {}, preset=known.preset, data=data)
+    settings = load(Path(known.config)) if known.config else {}
+    base = preset_config(settings, preset=known.preset, data=data, first_look=first_look)
     return tyro.cli(
-        tyro.conf.configure(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)(TrainConfig),
+        tyro.conf.configure(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)(kind),
         args=argv,
-        default=base,
+        default=kind(**{group.name: getattr(base, group.name) for group in dataclasses.fields(TrainConfig)}),
         prog=prog,
         description=description,
     )
 
 
-def preset_config(settings: dict[str, Any], *, preset: str | None = None, data: str | None = None) -> TrainConfig:
+def given(argv: list[str]) -> list[str]:
+    """The settings that a command line which was parsed well gives as flags, by their names."""
+    words = [word[2:].split("=")[0].replace("-", "_") for word in argv if word.startswith("--")]
+    return [name for name in LEAVES if name in words or f"no_{name}" in words]
+
+
+def preset_config(
+    settings: dict[str, Any], *, preset: str | None = None, data: str | None = None, first_look: str = "quick"
+) -> TrainConfig:
     """The preset that `settings` and the two flags imply, with `settings` over it.
 
     Args:
         settings: Settings under their names, as a file holds them.
         preset: The preset asked for by flag; wins over `settings`.
         data: The data folder asked for by flag.
+        first_look: The preset without data.
 
     Raises:
         InputError: For unknown names and wrong types in `settings`.
     """
     has_data = data is not None or settings.get("data") is not None
-    name = preset or settings.get("preset") or ("recipe" if has_data else "quick")
+    name = preset or settings.get("preset") or ("recipe" if has_data else first_look)
     # An unknown name is left to the parser, which lists the right ones.
     base = TrainConfig().updated(**PRESETS.get(name, {}))
     return base.updated_from({**settings, "preset": name if name in PRESETS else "recipe"}, "")
@@ -76,12 +95,29 @@ def load(path: Path) -> dict[str, Any]:
     Raises:
         InputError: If the file is missing, no YAML mapping, or holds an unknown name or a value of a wrong type.
     """
+    content = load_mapping(path, "--config", "settings")
+    content.pop("recorded", None)
+    TrainConfig().updated_from(content, f"{path}: ")
+    return content
+
+
+def load_mapping(path: Path, flag: str, what: str) -> dict[str, Any]:
+    """Reads a YAML file that holds a mapping; {} for an empty one.
+
+    Args:
+        path: The file.
+        flag: The flag that named it, for errors.
+        what: What the file holds, for errors.
+
+    Raises:
+        InputError: If the file is missing or holds anything else.
+    """
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader)
     except OSError as error:
-        raise InputError(f"{path}: the settings file cannot be read ({error.strerror}); check --config.") from None
+        raise InputError(f"{path}: the file of {what} cannot be read ({error.strerror}); check {flag}.") from None
     except UnicodeDecodeError:
-        raise InputError(f"{path} is not a text file; --config takes a YAML file of settings.") from None
+        raise InputError(f"{path} is not a text file; {flag} takes a YAML file of {what}.") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
@@ -94,11 +130,7 @@ def load(path: Path) -> dict[str, Any]:
     if content is None:
         return {}
     if not isinstance(content, dict):
-        raise InputError(
-            f"{path} holds {type(content).__name__}, but settings are a mapping: one `name: value` a line."
-        )
-    content.pop("recorded", None)
-    TrainConfig().updated_from(content, f"{path}: ")
+        raise InputError(f"{path} holds {type(content).__name__}, but {what} are a mapping: one `name: value` a line.")
     return content
 
 

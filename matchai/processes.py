@@ -4,19 +4,26 @@ import contextlib
 import ctypes
 import gc
 import os
+import pickle
 import signal
 import socket
 import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
+from accelerate.utils import broadcast_object_list, parse_flag_from_env
 
 from matchai.errors import InputError
+
+T = TypeVar("T")
 
 # what gloo, NCCL and the store say, among other words, where another process does not answer any more
 _LOST = ("gloo", "nccl", "connection", "pair closure", "broken pipe", "socket", "timed out", "timeout")
@@ -123,17 +130,129 @@ def end_with_launcher() -> None:
     Raises:
         InputError: If the launcher is gone already.
     """
-    if launcher() is None or not sys.platform.startswith("linux"):
+    if launcher() is None:
         return
-    prctl = getattr(ctypes.CDLL(None), "prctl", None)
-    if prctl is not None:
-        pr_set_pdeathsig = 1
-        has_others = int(os.environ.get("GROUP_WORLD_SIZE") or 1) > 1
-        prctl(pr_set_pdeathsig, int(signal.SIGKILL if has_others else signal.SIGTERM))
+    has_others = int(os.environ.get("GROUP_WORLD_SIZE") or 1) > 1
+    if end_with_parent(signal.SIGKILL if has_others else signal.SIGTERM):
         with contextlib.suppress(OSError):
             # whoever adopts orphans is no Python program; a launcher that is a container's first process is one
             if os.getppid() == 1 and b"python" not in Path("/proc/1/cmdline").read_bytes():
                 raise InputError("The launcher has ended before this process began; start anew.")
+
+
+def end_with_parent(number: int = signal.SIGTERM) -> bool:
+    """Asks the kernel for a signal when the process that started this one dies; whether it could be asked (Linux)."""
+    prctl = getattr(ctypes.CDLL(None), "prctl", None) if sys.platform.startswith("linux") else None
+    if prctl is None:
+        return False
+    pr_set_pdeathsig = 1
+    return bool(prctl(pr_set_pdeathsig, int(number)) == 0)
+
+
+class StopSignal:
+    """Remembers the first stop signal; a second Ctrl-C acts at once. The handler only sets a field."""
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self._before: dict[int, Any] = {}
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Listens while the block runs; within another such block of its own it changes nothing."""
+        if self._before or threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        wanted = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+        self._before = {number: signal.signal(number, self._handle) for number in wanted}
+        try:
+            yield
+        finally:
+            self._restore()
+
+    def _handle(self, number: int, frame: Any) -> None:
+        self.received = self.received or signal.Signals(number)
+        if number == signal.SIGINT:
+            signal.signal(number, self._before[number])
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+
+def is_main_process() -> bool:
+    """Whether this is the process that writes; the only one outside of a group."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def num_processes() -> int:
+    """Processes of the group; 1 outside of one."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def decide(work: Callable[[], T]) -> T:
+    """Runs `work` on the main process alone; what it returns, or the error that it raises, comes out on all processes.
+
+    Exactly: as an object, not as numbers of some precision. An error that cannot be told as it is becomes a
+    `RuntimeError` of the same words.
+    """
+    if num_processes() == 1:
+        return work()
+    told: list[Any] = [None]
+    if is_main_process():
+        try:
+            told = [(work(), None)]
+        except Exception as error:  # whatever it is, all processes are to raise it
+            told = [(None, error if _is_portable(error) else RuntimeError(f"{type(error).__name__}: {error}"))]
+    broadcast_object_list(told)
+    value, problem = told[0]
+    if problem is not None:
+        raise problem
+    return value  # type: ignore[no-any-return]
+
+
+def _is_portable(error: Exception) -> bool:
+    try:
+        return str(pickle.loads(pickle.dumps(error))) == str(error)
+    except Exception:  # pickling runs what the class of the error says
+        return False
+
+
+def any_process(claim: bool) -> bool:
+    """Whether it holds on any process; all of them must ask together."""
+    if num_processes() == 1:
+        return claim
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, claim)
+    return any(found)
+
+
+def share_error(error: Exception) -> Exception:
+    """What really went wrong, where an error on one process of several leaves the others waiting for it in vain.
+
+    The process that failed leaves its error in the group's store and the group itself, at which the others' exchanges
+    fail at once; they find the error there. The group is left for good: the launch has to end. Alone, nothing happens.
+
+    Returns:
+        The error of the process that failed first, or `error` where none told one.
+    """
+    world = num_processes()
+    if world == 1:
+        return error
+    store = dist.distributed_c10d._get_default_store()
+    key, is_own = "matchai/error", not is_lost_process(error)
+    shared: Exception = error
+    with contextlib.suppress(RuntimeError):  # the store may be gone with the process that held it
+        if is_own and store.compare_set(key, "", "told").decode() in ("", "told"):
+            store.set(f"{key}/words", pickle.dumps(error if _is_portable(error) else RuntimeError(str(error))).hex())
+        leave_group()
+        store.wait([f"{key}/words"], timedelta(seconds=10))
+        shared = pickle.loads(bytes.fromhex(store.get(f"{key}/words").decode()))
+        store.add(f"{key}/heard", 1)
+        until = time.monotonic() + 10
+        while store.add(f"{key}/heard", 0) < world and time.monotonic() < until:
+            time.sleep(0.05)  # one of them may hold the store itself
+    return shared
 
 
 def is_lost_process(error: BaseException) -> bool:

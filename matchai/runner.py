@@ -2,10 +2,9 @@
 
 import json
 import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -35,15 +34,16 @@ from matchai.opening import (
     tell,
     write_split,
 )
-from matchai.processes import check_agreement, end_with_launcher
+from matchai.processes import StopSignal, check_agreement, end_with_launcher
 from matchai.report import draw_figures
 from matchai.resume import Progress, collect, restore
 
 DRAW_EVERY = 30.0  # seconds between drawings of the figures, half a second each
 
-__all__ = ["DivergedError", "OnEpoch", "RunResult", "run"]
+__all__ = ["DivergedError", "OnEpoch", "OnStep", "RunResult", "run"]
 
 OnEpoch = Callable[[dict[str, Any]], None]
+OnStep = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -71,42 +71,24 @@ class _StoppedError(Exception):
     """The processes have agreed to stop, and the state is saved."""
 
 
-class _StopSignal:
-    """Remembers the first stop signal; a second Ctrl-C acts at once. The handler only sets a field."""
-
-    def __init__(self) -> None:
-        self.received: signal.Signals | None = None
-        self._before: dict[int, Any] = {}
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        wanted = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
-        self._before = {number: signal.signal(number, self._handle) for number in wanted}
-        try:
-            yield
-        finally:
-            self._restore()
-
-    def _handle(self, number: int, frame: Any) -> None:
-        self.received = self.received or signal.Signals(number)
-        if number == signal.SIGINT:
-            signal.signal(number, self._before[number])
-
-    def _restore(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-
-def run(config: TrainConfig, on_epoch: OnEpoch | None = None) -> RunResult:
+def run(
+    config: TrainConfig,
+    on_epoch: OnEpoch | None = None,
+    *,
+    on_step: OnStep | None = None,
+    stop: StopSignal | None = None,
+    display: Display | None = None,
+) -> RunResult:
     """Trains, or goes on with, the run in the output folder.
 
     Args:
         config: All settings.
-        on_epoch: Called on every process after each epoch with its history row; an exception ends the run, which
-            stays resumable.
+        on_epoch: Called on every process with the history row of each epoch: after it, once its state is saved, and
+            when a run goes on first for all epochs that it has behind it, so that no row is missed whenever a process
+            was killed. An exception ends the run, which stays resumable.
+        on_step: Called on every process after each step with the steps done and their total.
+        stop: What hears of signals, where the caller listens already.
+        display: Where to say things; without it, the terminal.
 
     Raises:
         InputError: For whatever is wrong with settings, data or output folder, before the first step.
@@ -128,7 +110,7 @@ def run(config: TrainConfig, on_epoch: OnEpoch | None = None) -> RunResult:
             | {"precision": precision_reason.split()[0], "torch": torch.__version__},
             "start all of them by the same command, with the same packages.",
         )
-        display = Display(accelerator.is_main_process)
+        display = display or Display(accelerator.is_main_process)
         stack.callback(display.close)
         greet(config, display)
         problems += on_main(accelerator, lambda: open_output(output, config, stack, display))
@@ -155,9 +137,9 @@ def run(config: TrainConfig, on_epoch: OnEpoch | None = None) -> RunResult:
         if accelerator.is_main_process:
             write_split(output, config, data)
         tell(display, accelerator, config, data, precision_reason)
-        stop = _StopSignal()
-        training = build_training(config, accelerator, data, model, lambda: stop.received is not None)
-        return _Run(config, accelerator, display, output, data, training, stop, on_epoch).go()
+        listener = stop or StopSignal()
+        training = build_training(config, accelerator, data, model, lambda: listener.received is not None)
+        return _Run(config, accelerator, display, output, data, training, listener, on_epoch, on_step).go()
 
 
 class _Run:
@@ -171,11 +153,13 @@ class _Run:
         output: Path,
         data: Data,
         training: Training,
-        stop: _StopSignal,
+        stop: StopSignal,
         on_epoch: OnEpoch | None,
+        on_step: OnStep | None,
     ) -> None:
         self.config, self.accelerator, self.display, self.output = config, accelerator, display, output
-        self.data, self.training, self.stop, self.on_epoch = data, training, stop, on_epoch
+        self.data, self.training, self.stop = data, training, stop
+        self.on_epoch, self.on_step = on_epoch, on_step
         self.names = list(config.input.class_names)
         self.progress = Progress()
         self.every_seconds, self.every_steps = parse_interval(config.machine.save_every)
@@ -188,6 +172,9 @@ class _Run:
         epochs = self.config.optimisation.epochs
         if self.accelerator.is_main_process:
             self._publish()
+        if self.on_epoch:
+            for row in self.progress.history:
+                self.on_epoch(row)
         if len(self.progress.history) >= epochs:
             self.display.say(f"{self.output} is finished ({epochs} epochs); there is nothing to do.")
             if self.accelerator.is_main_process and not self._figures_are_final():
@@ -256,6 +243,8 @@ class _Run:
 
     def _after_step(self, epoch: int, is_stopping: bool) -> None:
         tally, training = self.progress.tally, self.training
+        if self.on_step:
+            self.on_step(training.step, training.scheduler.total_steps)
         if time.monotonic() - self.shown_at > 0.1:
             self.shown_at = time.monotonic()
             loss = tally.loss_sum / max(tally.num_draws, 1)

@@ -7,6 +7,7 @@ import sys
 # libgomp's waiting threads spin, which makes a step ten times as slow when anything else runs; read when torch loads
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+from matchai.config import TrainConfig
 from matchai.errors import InputError
 from matchai.parsing import parse
 
@@ -19,8 +20,9 @@ DESCRIPTION = (
 def main(argv: list[str] | None = None) -> int:
     """Trains as the command line says; returns the exit status: 0, 1 diverged, 2 the user's mistake, 130 Ctrl-C."""
     try:
-        config = parse(sys.argv[1:] if argv is None else argv, DESCRIPTION, "python -m matchai.train")
+        config = parse(sys.argv[1:] if argv is None else argv, DESCRIPTION, "python -m matchai.train", TrainConfig)
         # seconds of imports that --help does not need
+        from matchai.machine import is_out_of_memory  # noqa: PLC0415
         from matchai.processes import is_lost_process, leave_group, lost_process_message  # noqa: PLC0415
         from matchai.runner import DivergedError, run  # noqa: PLC0415
 
@@ -33,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
             if is_lost_process(error):
                 print(f"error: {lost_process_message()}", file=sys.stderr)
                 return 1
-            if "out of memory" not in str(error) and "not enough memory" not in str(error):
+            if not is_out_of_memory(error):
                 raise
             print(
                 "error: A step needs more memory than there is; the last saved state is kept. Compute a batch in parts "

@@ -8,13 +8,15 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "matchai"
 
 FLOORS = [
-    {"config", "errors", "files", "keys", "parsing"},
+    {"config", "errors", "files", "keys", "parsing", "tuning"},
     {
+        "address",
         "arrays",
         "augmentation",
         "checkpoint",
         "console",
         "dropout",
+        "evidence",
         "figures",
         "lockstep",
         "losses",
@@ -29,9 +31,10 @@ FLOORS = [
         "search",
         "slices",
         "split",
+        "store",
         "data",
     },
-    {"loop", "build", "resume", "report", "opening"},
+    {"loop", "build", "resume", "report", "opening", "space"},
     {"runner"},
     {"train"},
 ]

@@ -17,7 +17,7 @@ from matchai.parsing import dump, load, load_recorded, parse, preset_config
 
 
 def parsed(*argv: str) -> dict[str, Any]:
-    return parse(list(argv), "", "matchai").flat()
+    return parse(list(argv), "", "matchai", TrainConfig).flat()
 
 
 @pytest.fixture
@@ -92,7 +92,7 @@ def test_a_flag_is_the_settings_name_with_dashes() -> None:
 @pytest.mark.parametrize("argv", [["--epoch", "3"], ["--epochs", "many"], ["--preset", "best"], ["stray"]], ids=str)
 def test_a_wrong_flag_exits_with_status_2(argv: list[str]) -> None:
     with pytest.raises(SystemExit) as caught:
-        parse(argv, "", "matchai")
+        parse(argv, "", "matchai", TrainConfig)
     assert caught.value.code == 2
 
 

@@ -1,0 +1,244 @@
+"""A worker of a study: claims a trial, runs it, tells it, until the study has all it shall have and is confirmed."""
+
+import contextlib
+import gc
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from optuna.trial import TrialState
+
+from matchai.claims import LostClaimError
+from matchai.confirm import Confirmation, conclude, config_of
+from matchai.console import Display
+from matchai.errors import InputError
+from matchai.ledger import DONE, Ledger, Task
+from matchai.loop import DivergedError
+from matchai.machine import is_out_of_memory
+from matchai.opening import on_main_first, read
+from matchai.plan import Plan, describe, refused_values
+from matchai.processes import StopSignal, any_process, check_agreement, decide, join_group, num_processes, share_error
+from matchai.runner import run
+from matchai.store import StoreError, open_store
+
+POLL = 0.5  # seconds between two looks at what others are running
+TELL_EVERY = 0.2  # seconds between two words about a trial's steps
+MAX_ERRORS_IN_ROW = 5  # of a worker, without a finished epoch in between: the machine is broken, not the trial
+
+Tell = Callable[[dict[str, Any]], None]
+
+
+class BrokenError(RuntimeError):
+    """The study cannot go on here; everything is resumable."""
+
+
+class _HopelessError(Exception):
+    """The pruner ends the trial, on all processes."""
+
+
+class Worker:
+    """One worker: one process, or all processes of a launch.
+
+    Args:
+        plan: The study.
+        tell: Hears what happens, on the main process alone: dicts with a `kind`.
+        stop: Hears of signals.
+    """
+
+    def __init__(self, plan: Plan, tell: Tell, stop: StopSignal) -> None:
+        self.plan, self.stop, self.tell = plan, stop, tell
+        self.ledgers: list[Ledger] = []
+        self.errors_in_row, self.told_at = 0, 0.0
+
+    def work(self) -> bool:
+        """Works until the study is done, which is then concluded and true, or until a signal comes.
+
+        Raises:
+            InputError: For what is wrong with the data, the store or the folder.
+            BrokenError: After too many errors in a row, or where one process of several has failed.
+            StoreError: If the store can neither be read nor written any more.
+        """
+        with ExitStack() as stack:
+            self._open(stack)
+            while not any_process(self.stop.received is not None):
+                task = decide(self._next)
+                if task == DONE:
+                    answer, best, command = decide(lambda: conclude(self.ledgers, self._mention))
+                    self.tell({"kind": "answer", "text": answer, "best": str(best), "command": command})
+                    return True
+                if isinstance(task, Task):
+                    self._perform(task)
+                else:
+                    time.sleep(POLL)
+        return False
+
+    def _open(self, stack: ExitStack) -> None:
+        """Reads the data, checks the space against it, and opens every stage in the store."""
+        plan = self.plan
+        state = join_group(plan.config.machine.collective_timeout)
+        if not state.is_main_process:
+            self.tell = lambda event: None
+        display = Display(state.is_main_process)
+        stack.callback(display.close)
+        assert plan.config.input.cache is not None
+        cache = plan.config.input.cache
+        data = on_main_first(state, lambda: read(plan.config, cache, display))
+        display.close()
+        problems = refused_values(plan, data, state.num_processes, state.device)
+        if problems:
+            raise InputError(*problems)
+        check_agreement(data.digests, "all of them must read the same slices.")
+
+        def open_ledgers() -> None:
+            store = open_store(plan.settings.storage, self._mention)
+            stack.callback(store.close)
+            self.ledgers = [Ledger(plan, stage, store, describe(plan, stage, data)) for stage in plan.stages]
+
+        decide(open_ledgers)
+        self.tell({"kind": "ready"})
+
+    def _next(self) -> Task | str:
+        """What to do now: a trial of the first stage that is not done, a confirming run, `WAIT`, or `DONE`."""
+        for place, ledger in enumerate(self.ledgers):
+            ranking = self.ledgers[place - 1].ranking() if ledger.stage.promotes else None
+            task = ledger.next_task(ranking)
+            if task != DONE:
+                self._tell_counts(ledger)
+                return task
+        self._tell_counts(self.ledgers[-1])
+        return Confirmation(self.ledgers[-1]).next_task()
+
+    def _perform(self, task: Task) -> None:
+        """Runs a trial or a confirming run to its end, whatever that is; leaves it resumable if a signal comes."""
+        config = config_of(self.plan, task.settings, epochs=task.epochs, seed=task.seed, output=task.output)
+        self._say(task, "begin", title=_title(task), epochs=task.epochs, is_adopted=task.is_adopted)
+        outcome = "stopped, resumable"
+        try:
+            with self._log(task) as display:
+                result = run(
+                    config,
+                    lambda row: self._after_epoch(task, row),
+                    on_step=lambda step, total: self._after_step(task, step, total),
+                    stop=self.stop,
+                    display=display,
+                )
+            if result.is_finished:
+                outcome = self._finish(task, result.history)
+        except _HopelessError:
+            outcome = self._end(task, TrialState.PRUNED, None, {})
+        except DivergedError as error:
+            outcome = self._end_failed(task, f"diverged: {error}")
+        except LostClaimError as error:
+            outcome = f"left to another worker: {error}"
+        except (StoreError, KeyboardInterrupt):
+            raise
+        except Exception as error:
+            # whatever a run may raise: what is wrong with the settings counts, what is wrong with the machine does not
+            outcome = self._survive(task, error)
+        finally:
+            if self.ledgers:
+                self._ledger(task).claims.drop(task.key)
+                self._tell_counts(self._ledger(task))
+            self._say(task, "end", title=_title(task), outcome=outcome)
+            gc.collect()  # a run's loader, model and optimiser refer to each other
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+    def _finish(self, task: Task, history: list[dict[str, Any]]) -> str:
+        best = self.plan.best_of(history)
+        if best is None:
+            return self._end_failed(task, f"{self.plan.settings.objective} was undefined in every epoch")
+        value, epoch = best
+        seconds = sum(row["seconds"] for row in history)
+        return self._end(task, TrialState.COMPLETE, value, {"best_epoch": epoch, "seconds": seconds})
+
+    def _end_failed(self, task: Task, reason: str) -> str:
+        """A failure of the settings: the worst value there is, with its reason, so that the search learns from it."""
+        floor = 0.0 if self.plan.is_maximised else math.inf
+        return self._end(task, TrialState.COMPLETE, floor, {"reason": reason})
+
+    def _end(self, task: Task, state: TrialState, value: float | None, attributes: dict[str, Any]) -> str:
+        """Tells how a run of the study ended; returns it in words."""
+
+        def tell() -> None:
+            if task.is_confirmation:
+                has_failed = "reason" in attributes
+                Confirmation(self.ledgers[-1]).finish(task, {**attributes, "value": None if has_failed else value})
+            else:
+                self._ledger(task).finish(task, state, value, attributes)
+
+        decide(tell)
+        self.errors_in_row = 0
+        figure = "" if value is None else f", {self.plan.settings.objective} {value:.4f}"
+        return state.name.lower() + figure + (f" ({attributes['reason']})" if "reason" in attributes else "")
+
+    def _survive(self, task: Task, error: Exception) -> str:
+        """After an error in a run: out of memory is the settings' fault, all else the machine's.
+
+        Raises:
+            BrokenError: After too many in a row, or where several processes have lost each other over it.
+        """
+        is_group = num_processes() > 1
+        cause = share_error(error)
+        words = " ".join(str(cause).split())[:300]
+        reason = words if isinstance(cause, InputError) else f"{type(cause).__name__}: {words}"
+        outcome = f"stopped by an error, resumable: {reason}"
+        if is_out_of_memory(cause):
+            if self.ledgers:
+                outcome = self._end_failed(task, f"out of memory: {reason}")
+        else:
+            self.errors_in_row += 1
+            if self.ledgers and not task.is_confirmation and self._ledger(task).note_error(task, reason):
+                outcome = f"failed after three errors, to be replaced: {reason}"
+        if is_group:
+            raise BrokenError(f"{_title(task)} ended all processes ({reason}); the same command goes on from there.")
+        if self.errors_in_row >= MAX_ERRORS_IN_ROW:
+            raise BrokenError(
+                f"{self.errors_in_row} errors in a row, the last in {_title(task)} ({reason}): mend that, and the same "
+                "command goes on."
+            )
+        return outcome
+
+    def _after_epoch(self, task: Task, row: dict[str, Any]) -> None:
+        value = row[self.plan.settings.objective]
+        self._say(task, "epoch", epoch=row["epoch"], value=value)
+        self.errors_in_row = 0
+        if not task.is_confirmation and decide(lambda: self._ledger(task).report(task, row)):
+            raise _HopelessError
+
+    def _after_step(self, task: Task, step: int, total: int) -> None:
+        if time.monotonic() - self.told_at > TELL_EVERY and self.ledgers:
+            self.told_at = time.monotonic()
+            self._say(task, "step", step=step, total=total)
+            with contextlib.suppress(StoreError):  # the next report says so, on all processes
+                self._ledger(task).claims.renew(task.key, step)
+
+    def _ledger(self, task: Task) -> Ledger:
+        return next(ledger for ledger in self.ledgers if ledger.stage.name == task.stage)
+
+    def _mention(self, text: str) -> None:
+        self.tell({"kind": "say", "text": text})
+
+    def _say(self, task: Task, kind: str, **about: Any) -> None:
+        self.tell({"kind": kind, "key": task.key, **about})
+
+    def _tell_counts(self, ledger: Ledger) -> None:
+        done, total = Confirmation(self.ledgers[-1]).progress()
+        self.tell({"kind": "counts", **ledger.counts(), "confirmed": done, "to_confirm": total})
+
+    @contextlib.contextmanager
+    def _log(self, task: Task) -> Iterator[Display]:
+        """Where a run says what it would say on the terminal: a file beside its folder."""
+        if not self.ledgers:
+            yield Display(False)
+            return
+        task.output.parent.mkdir(parents=True, exist_ok=True)
+        with task.output.with_suffix(".log").open("a", encoding="utf-8") as file:
+            yield Display(True, file)
+
+
+def _title(task: Task) -> str:
+    return f"trial {task.number}, fresh seed {task.seed}" if task.is_confirmation else f"trial {task.number}"

@@ -1,0 +1,138 @@
+"""What is shown of a study: its trials, settings and importances, read from the store and trusted in nothing."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna.distributions import BaseDistribution, FloatDistribution
+from optuna.importance import FanovaImportanceEvaluator, get_param_importances
+from optuna.trial import FrozenTrial, TrialState
+
+MIXES = ("loss_mix_1", "loss_mix_2")  # the parameters behind the three shares of the loss
+SHARES = ("ce_weight", "dice_weight", "focal_weight")
+LABELS = {"mean_dice": "mean Dice", "lesion_dice": "lesion Dice", "val_loss": "validation loss"}
+MIN_IMPORTANCE = 10  # complete trials; a forest on fewer tells nothing
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is shown of a trial.
+
+    Attributes:
+        number: Of the trial.
+        kind: "complete", "pruned", "running", "waiting", "failed for the machine", or "failed for its settings": told
+            complete with a reason, or with a value that is not finite.
+        value: The trial's value where it is complete; the best epoch so far where it is pruned or running; else NaN.
+        settings: What was set, by the setting's name: the shares of the loss rather than the parameters behind them.
+        curve: The objective by epoch, finite values alone.
+        is_recipe: Whether these are the recipe's settings.
+        attributes: The trial's user attributes: untrusted.
+    """
+
+    number: int
+    kind: str
+    value: float
+    settings: dict[str, Any]
+    curve: dict[int, float]
+    is_recipe: bool
+    attributes: dict[str, Any]
+
+
+def read_rows(study: optuna.Study) -> list[Row]:
+    """Reads what is shown of every trial, in the order of their numbers."""
+    trials = sorted(study.get_trials(deepcopy=False), key=lambda trial: trial.number)
+    return [_read_row(trial, is_maximised(study)) for trial in trials]
+
+
+def _read_row(trial: FrozenTrial, maximised: bool) -> Row:
+    kind = {TrialState.FAIL: "failed for the machine"}.get(trial.state, trial.state.name.lower())
+    curve = {step: value for step, value in sorted(trial.intermediate_values.items()) if math.isfinite(value)}
+    value = math.nan
+    if trial.state == TrialState.COMPLETE:
+        value = math.nan if trial.value is None else float(trial.value)
+        if "reason" in trial.user_attrs or not math.isfinite(value):
+            kind = "failed for its settings"
+    elif trial.state != TrialState.FAIL and curve:
+        value = max(curve.values()) if maximised else min(curve.values())
+    settings = dict(trial.params)
+    if all(name in settings for name in MIXES):
+        kept = {name: settings.pop(name) for name in tuple(settings) if name not in MIXES}
+        settings = {name: trial.user_attrs.get(name) for name in SHARES} | kept
+    is_recipe = trial.user_attrs.get("is_recipe") is True
+    return Row(trial.number, kind, value, settings, curve, is_recipe, trial.user_attrs)
+
+
+def is_maximised(study: optuna.Study) -> bool:
+    """Whether more of the objective is better."""
+    return study.direction == optuna.study.StudyDirection.MAXIMIZE
+
+
+def find_best(rows: Iterable[Row], maximised: bool) -> Row | None:
+    """The complete trial with the best value, the first of equals; None where none is complete."""
+    complete = [row for row in rows if row.kind == "complete"]
+    sign = 1 if maximised else -1
+    return max(complete, key=lambda row: (sign * row.value, -row.number), default=None)
+
+
+def find_recipe(rows: Iterable[Row]) -> Row | None:
+    """The recipe's row; None where it is not there."""
+    return next((row for row in rows if row.is_recipe), None)
+
+
+def read_settings(study: optuna.Study) -> dict[str, BaseDistribution]:
+    """Reads which settings were searched, and over what: the shares of the loss in place of the parameters behind."""
+    found: dict[str, BaseDistribution] = {}
+    for trial in study.get_trials(deepcopy=False):
+        found = trial.distributions | found
+    if all(name in found for name in MIXES):
+        others = {name: distribution for name, distribution in found.items() if name not in MIXES}
+        found = {name: FloatDistribution(0, 1) for name in SHARES} | others
+    return found
+
+
+def label_objective(objective: str) -> str:
+    """Words for a key of the history: "mean Dice" for `mean_dice`."""
+    return LABELS.get(objective, objective.replace("_", " "))
+
+
+def capitalise(text: str) -> str:
+    """The text with its first letter large, and the others as they are."""
+    return text[:1].upper() + text[1:]
+
+
+def format_setting(value: object) -> str:
+    """A setting's value in four digits: 0.0005 is "5e-4"; "–" where there is none."""
+    if value is None:
+        return "–"
+    if not isinstance(value, float):
+        return str(value)
+    if 0 < abs(value) < 0.01:
+        return np.format_float_scientific(value, precision=3, trim="-", exp_digits=1)
+    return f"{value:.4g}"
+
+
+def find_importances(study: optuna.Study) -> dict[str, float]:
+    """How much of the objective's variance each setting explains alone, by fANOVA (Hutter, Hoos and Leyton-Brown 2014).
+
+    Only complete trials count, those that failed for their settings left out. The two parameters behind the shares of
+    the loss are added up as "loss mix".
+
+    Returns:
+        Name to share, all of them together 1, the greatest first; empty for fewer than `MIN_IMPORTANCE` such trials,
+        for equal values, and where there are not two settings to compare.
+    """
+    values = {row.number: row.value for row in read_rows(study) if row.kind == "complete"}
+    if len(values) < MIN_IMPORTANCE or len(set(values.values())) == 1:
+        return {}
+    evaluator = FanovaImportanceEvaluator(seed=0)
+    shares = get_param_importances(
+        study, evaluator=evaluator, target=lambda trial: values.get(trial.number, math.nan)
+    )  # a target that is not finite leaves a trial out
+    mix = [name for name in MIXES if name in shares]
+    merged = {name: share for name, share in shares.items() if name not in mix}
+    if mix:
+        merged["loss mix"] = sum(shares[name] for name in mix)
+    return dict(sorted(merged.items(), key=lambda item: (-item[1], item[0]))) if len(merged) > 1 else {}

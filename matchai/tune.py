@@ -1,0 +1,155 @@
+"""`python -m matchai.tune`: searches better settings, or goes on with a study. `--help` lists every setting."""
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+# as in matchai.train; read when torch loads
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+from matchai.errors import InputError
+from matchai.parsing import given, parse
+from matchai.tuning import TuneConfig
+
+if TYPE_CHECKING:
+    from matchai.plan import Plan
+
+DESCRIPTION = (
+    "Searches the settings with the best validation Dice, and names a winner only against fresh seeds. The same "
+    "command again goes on with the study, to exactly --trials finished trials. Without --data it studies a built-in "
+    "synthetic phantom. A setting given by its flag is fixed for all trials."
+)
+BROKEN, MISTAKE, STOPPED = 1, 2, 3  # what `work` returns beside 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Studies as the command line says; returns the exit status: 0, 1 broken, 2 the user's mistake, 130 Ctrl-C."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        tune = parse(argv, DESCRIPTION, "python -m matchai.tune", TuneConfig, first_look="study")
+        # seconds of imports that --help does not need
+        from matchai.console import StudyDisplay  # noqa: PLC0415
+        from matchai.plan import make_plan  # noqa: PLC0415
+        from matchai.processes import StopSignal  # noqa: PLC0415
+        from matchai.workers import supervise  # noqa: PLC0415
+
+        plan = make_plan(tune, given(argv))
+        is_launched = int(os.environ.get("WORLD_SIZE") or 1) > 1
+        if plan.settings.workers > 1 and is_launched:
+            raise InputError(
+                f"--workers {plan.settings.workers} was given to {os.environ['WORLD_SIZE']} launched processes, which "
+                "train each trial together: drop --workers, or start without the launcher."
+            )
+        display = StudyDisplay(plan.settings.objective, plan.settings.workers)
+        is_main = os.environ.get("RANK", "0") == "0"
+        if plan.settings.report:
+            return _report(plan)
+        if is_main:
+            _greet(plan, display.say)
+        stop = StopSignal()
+        with stop.listening():
+            status = supervise(plan, display, stop) if plan.settings.workers > 1 else work(plan, display.hear, stop)
+        display.close()
+        if is_main:
+            _say_how_it_ended(plan, display, stop.received)
+        if stop.received is not None:
+            return 130 if stop.received == signal.SIGINT else 0
+        return 0 if status == STOPPED else status
+    except InputError as error:
+        for problem in error.problems:
+            print(f"error: {problem}", file=sys.stderr)
+        return MISTAKE
+    except KeyboardInterrupt:
+        print("Stopped by Ctrl-C; the same command goes on from the last saved state.", file=sys.stderr)
+        return 130
+
+
+def work(plan: "Plan", tell: Callable[[dict[str, Any]], None], stop: Any = None) -> int:
+    """Works as one worker of the study; what is wrong is told.
+
+    Args:
+        plan: The study.
+        tell: Hears what happens.
+        stop: Hears of signals; without it, one is made.
+
+    Returns:
+        0 when the study is done, else `BROKEN`, `MISTAKE` or `STOPPED`.
+    """
+    from matchai.processes import StopSignal, is_lost_process, leave_group, lost_process_message  # noqa: PLC0415
+    from matchai.store import StoreError  # noqa: PLC0415
+    from matchai.study import BrokenError, Worker  # noqa: PLC0415
+
+    listener = stop or StopSignal()
+    with listener.listening():
+        try:
+            return 0 if Worker(plan, tell, listener).work() else STOPPED
+        except InputError as error:
+            for problem in error.problems:
+                tell({"kind": "error", "text": problem})
+            return MISTAKE
+        except (BrokenError, StoreError) as error:
+            tell({"kind": "error", "text": str(error)})
+            return BROKEN
+        except RuntimeError as error:
+            if not is_lost_process(error):
+                raise
+            tell({"kind": "error", "text": lost_process_message()})
+            return BROKEN
+        finally:
+            leave_group()
+
+
+def _greet(plan: "Plan", say: Callable[[str], None]) -> None:
+    """Says first what is studied, and how."""
+    settings, preset, data = plan.settings, plan.config.run.preset, plan.config.input.data
+    if data is None:
+        say(
+            f"matchai: a study of preset {preset} on the built-in synthetic phantom, which is no patient's data. For "
+            "your own slices: python -m matchai.tune --trials 50 --data DIR"
+        )
+    else:
+        say(f"matchai: a study of preset {preset} on {data}")
+    pruner = settings.pruner if settings.prune and not settings.screen_epochs else "none"
+    screening = f", screened with {settings.screen_epochs} epochs each" if settings.screen_epochs else ""
+    say(
+        f"study {plan.name}: {settings.trials} trials{screening} over {', '.join(plan.space.entries)}; a trial's value "
+        f"is the {settings.objective} of its best epoch; search sampler {settings.search_sampler}, pruner {pruner}; "
+        f"runs in {plan.folder}"
+    )
+
+
+def _say_how_it_ended(plan: "Plan", display: Any, received: signal.Signals | None) -> None:
+    if display.answer is not None:
+        if not display.has_ended:
+            display.say(f"Study {plan.name} has all its {plan.settings.trials} trials; there is nothing to do.")
+        display.say(display.answer["text"])
+        if display.answer["best"]:
+            display.say(f"Train it: {display.answer['command']}")
+        display.say(f"Report: {plan.folder / 'report.html'}")
+    elif received is not None:
+        display.say(f"Stopped by {received.name}, all saved in {plan.folder}; the same command goes on from there.")
+
+
+def _report(plan: "Plan") -> int:
+    from matchai.confirm import write_answer  # noqa: PLC0415
+    from matchai.ledger import Ledger  # noqa: PLC0415
+    from matchai.store import open_store  # noqa: PLC0415
+
+    store = open_store(plan.settings.storage)
+    try:
+        missing = [stage.name for stage in plan.stages if not store.has_study(stage.name)]
+        if missing:
+            raise InputError(
+                f"{store.shown} holds no study {missing[0]}, so there is nothing to report; run it first, or give its "
+                "--study-name."
+            )
+        print(f"Report: {write_answer([Ledger(plan, stage, store) for stage in plan.stages])}")
+    finally:
+        store.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
