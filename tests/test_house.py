@@ -29,6 +29,7 @@ FLOORS = [
         "phantom",
         "processes",
         "sampling",
+        "search",
         "slices",
         "split",
         "store",
