@@ -4,8 +4,8 @@ import hashlib
 import json
 import math
 import multiprocessing
-import signal
 import time
+import unittest.mock
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -79,12 +79,8 @@ def diverge(config: TrainConfig, *args: Any, **kwargs: Any) -> RunResult:
 
 def study(argv: list[str], run: Callable[..., RunResult] = pretend) -> int:
     """The command, over a pretended run, in this process."""
-    real = matchai.study.run
-    matchai.study.run = run
-    try:
+    with unittest.mock.patch.object(matchai.study, "run", run):
         return main(argv)
-    finally:
-        matchai.study.run = real
 
 
 def flags(folder: Path, data: Path, cache: Path, *more: str) -> list[str]:
@@ -104,8 +100,8 @@ def rows(folder: Path, name: str = "study") -> list[optuna.trial.FrozenTrial]:
 def table(folder: Path, name: str = "study") -> list[Any]:
     """All of a study that must not depend on where and when it ran."""
     return [
-        (row.number, row.state.name, row.values, row.params, row.distributions, row.intermediate_values)
-        + tuple(row.user_attrs.get(key) for key in ("dice_weight", "best_epoch", "reason", "is_recipe"))
+        [row.number, row.state.name, row.values, row.params, row.distributions, row.intermediate_values]
+        + [row.user_attrs.get(key) for key in ("dice_weight", "best_epoch", "reason", "is_recipe")]
         for row in rows(folder, name)
     ]
 
@@ -133,6 +129,3 @@ def end(process: Any, seconds: float = 60) -> int:
         raise TimeoutError(f"the study did not end within {seconds} s")
     assert process.exitcode is not None
     return int(process.exitcode)
-
-
-

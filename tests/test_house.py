@@ -14,6 +14,7 @@ FLOORS = [
         "arrays",
         "augmentation",
         "checkpoint",
+        "claims",
         "console",
         "dropout",
         "evidence",
@@ -40,7 +41,8 @@ FLOORS = [
     },
     {"loop", "build", "resume", "report", "opening", "space"},
     {"runner"},
-    {"train"},
+    {"plan", "ledger", "confirm", "study", "workers"},
+    {"train", "tune"},
 ]
 ROOMS = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
 
