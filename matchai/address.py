@@ -106,6 +106,18 @@ def connect_args(url: sql.URL) -> dict[str, Any]:
     return {key: value for key, value in found.items() if key not in url.query}
 
 
+def set_up(connection: Any, _: Any) -> None:
+    """Sets what a new connection of a driver's needs; a listener of SQLAlchemy's event `connect`."""
+    cursor = connection.cursor()
+    if isinstance(connection, sqlite3.Connection):
+        cursor.execute("PRAGMA synchronous=FULL")
+    elif "psycopg" in type(connection).__module__:
+        for key, value in KEEPALIVE.items():  # the server's side, by which the locks of a dead host go
+            cursor.execute(f"SET tcp_keepalives_{key} = {value}")
+        connection.commit()
+    cursor.close()
+
+
 def cause_of(error: BaseException) -> BaseException:
     """The database's own error, from under those of SQLAlchemy and Optuna."""
     while True:
@@ -146,8 +158,10 @@ def check_place(file: Path, say: Callable[[str], None]) -> None:
         )
     if kind in SHARED:
         say(f"{file} lies on {kind}, whose locks may not hold; a local disk, or {_SERVER_URL}, is safe")
-    if file.exists() and not os.access(file, os.W_OK):
-        raise InputError(f"{file} cannot be written; change its permissions, or name another file with --storage.")
+    if file.exists() and not os.access(file, os.R_OK | os.W_OK):
+        raise InputError(
+            f"{file} cannot be read and written; change its permissions, or name another file with --storage."
+        )
 
 
 def check_file(file: Path, *, is_sole: bool) -> None:
@@ -165,7 +179,7 @@ def check_file(file: Path, *, is_sole: bool) -> None:
     if not real.exists() or real.stat().st_size == 0:
         return
     # a write-ahead log that nobody has open would be made anew, and stay, if the file were opened in the usual way
-    is_idle = is_sole and real.open("rb").read(19)[18:] == b"\2" and not Path(f"{real}-wal").exists()
+    is_idle = is_sole and _has_log_mode(real) and not Path(f"{real}-wal").exists()
     try:
         _check_database(file, "immutable=1" if is_idle else "mode=ro")
     except DBAPIError as error:
@@ -178,6 +192,11 @@ def check_file(file: Path, *, is_sole: bool) -> None:
             raise
         else:
             raise _damaged(file, error.orig) from None
+
+
+def _has_log_mode(file: Path) -> bool:
+    with file.open("rb") as opened:  # byte 18 of the file format: 1 rollback journal, 2 write-ahead log
+        return opened.read(19)[18:] == b"\2"
 
 
 def _check_database(file: Path, mode: str) -> None:

@@ -6,20 +6,40 @@ a server, it is a lease on progress: every worker writes down its steps, and one
 hangs is found out like one that is gone, which no heartbeat of a thread could tell.
 """
 
+import functools
 import os
 import socket
 import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import optuna
 
 from matchai.files import Holds
-from matchai.store import Store
+from matchai.store import LockLostError, Store, StoreError
 
 LEASE = 300.0  # seconds without a step; preparing slices comes before a claim, so that the longest pause is one step
 RENEW_EVERY = 20.0  # seconds between two records of progress
+
+
+Parameters = ParamSpec("Parameters")
+T = TypeVar("T")
+
+
+def decided_anew(decide: Callable[Parameters, T]) -> Callable[Parameters, T]:
+    """Makes a function that holds a lock of the store's begin again where the lock was lost with its connection."""
+
+    @functools.wraps(decide)
+    def repeat(*arguments: Parameters.args, **more: Parameters.kwargs) -> T:
+        while True:
+            try:
+                return decide(*arguments, **more)
+            except LockLostError:  # to hold the lock again waits for the server, for as long as the store is patient
+                time.sleep(0.5)
+
+    return repeat
 
 
 class LostClaimError(RuntimeError):
@@ -63,9 +83,14 @@ class Claims:
         """Takes `key`, which nobody on another host holds."""
         if not self.holds.take(key):
             return False
-        self._write(key, 0)
+        try:
+            self._write(key, 0)
+        except StoreError:
+            self.holds.drop(key)  # else this very process could not take it again
+            raise
         return True
 
+    @decided_anew
     def renew(self, key: str, step: int) -> None:
         """Writes down that the work has come to `step`, as long as it is still this worker's.
 

@@ -11,6 +11,7 @@ from typing import Any
 from optuna.trial import FrozenTrial
 
 from matchai import parsing
+from matchai.claims import decided_anew
 from matchai.config import TrainConfig
 from matchai.evidence import Verdict, judge
 from matchai.files import write_whole
@@ -32,6 +33,7 @@ class Confirmation:
         best = ledger.ranking()[: self.plan.settings.confirm]
         self.contenders: list[FrozenTrial] = [recipe, *best] if recipe and best else []
 
+    @decided_anew
     def next_task(self) -> Task | str:
         """Claims a run that is missing; `WAIT` while others run the rest, `DONE` when none is missing."""
         with self.store.locked(self.plan.name):
@@ -57,6 +59,7 @@ class Confirmation:
                     )
         return WAIT if missing else DONE
 
+    @decided_anew
     def finish(self, task: Task, result: dict[str, Any]) -> None:
         """Keeps what a confirming run came to: its `value`, or None with a `reason`."""
         with self.store.locked(self.plan.name):
@@ -95,14 +98,16 @@ def _name(number: int, seed: int) -> str:
     return f"confirm {number} {seed}"
 
 
+@decided_anew
 def conclude(ledgers: Sequence[Ledger], say: Callable[[str], None]) -> tuple[str, Path, str]:
     """Writes best.yaml, or best-unconfirmed.yaml, and the report, unless they are there.
 
-    Returns:
-        The answer in a sentence, the file of its settings, and the command that trains it.
-
     Args:
         ledgers: The study's stages; the last one's trials are confirmed.
+        say: Told what takes a while.
+
+    Returns:
+        The answer in a sentence, the file of its settings, and the command that trains it.
     """
     ledger = ledgers[-1]
     plan, store = ledger.plan, ledger.store

@@ -21,7 +21,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from matchai.checkpoint import BEST, LAST
-from matchai.claims import Claims, LostClaimError
+from matchai.claims import Claims, LostClaimError, decided_anew
 from matchai.errors import InputError
 from matchai.files import write_whole
 from matchai.opening import versions
@@ -115,6 +115,7 @@ class Ledger:
                 self._own_folder()
                 self.tidy()
 
+    @decided_anew
     def next_task(self, ranking: list[FrozenTrial] | None = None) -> Task | str:
         """Claims a trial: one whose worker is gone, else a new one; else `WAIT`, or `DONE`.
 
@@ -181,6 +182,7 @@ class Ledger:
             return False
         return bool(self.pruner.prune(self.study, trial))
 
+    @decided_anew
     def finish(self, task: Task, state: TrialState, value: float | None, attributes: dict[str, Any]) -> None:
         """Tells how a trial ended, and lets go of it.
 
@@ -196,6 +198,7 @@ class Ledger:
             self.claims.drop(task.key)
             self.tidy()
 
+    @decided_anew
     def note_error(self, task: Task, message: str) -> bool:
         """Keeps an error of the machine with the trial; the third without a new epoch makes it fail. Whether it did."""
         with self.store.locked(self.stage.name):

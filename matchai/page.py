@@ -10,6 +10,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Literal
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
@@ -27,7 +28,7 @@ class Answer:
     """
 
     text: str
-    tone: str = "plain"
+    tone: Literal["good", "open", "plain"] = "plain"
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,8 @@
 What is written are ordinary Optuna rows. Optuna's own way to them crashes when several processes open a new SQLite
 file, gives up after five seconds at a lock, and claims a trial in several transactions; so this room, and no other,
 uses what Optuna (5.0) does not publish: `_CachedStorage`, `_create_scoped_session`, the tables in `_rdb.models`,
-`RDBStorage.engine`, `.scoped_session`, `._get_trials` and `._get_prepared_new_trial`, `Study._study_id`, and the
-storage's methods by trial id.
+`RDBStorage.engine`, `.scoped_session`, `._get_trials`, `._get_best_trial_id` and `._get_prepared_new_trial`,
+`Study._study_id`, `FrozenTrial._trial_id`, and the storage's methods by these ids.
 """
 
 import contextlib
@@ -95,15 +95,19 @@ class Store:
             self._locks = sql.create_engine(
                 self._url, poolclass=sql.NullPool, isolation_level="AUTOCOMMIT", connect_args=arguments
             )
-            sql.event.listen(self._locks, "connect", _set_up)
+            sql.event.listen(self._locks, "connect", address.set_up)
             self._patiently(self._check_server)
         else:
             file = Path(str(self._url.database))
             address.check_place(file, self.say)
             real = file.resolve()
             self._holds = Holds(real.parent, f"{real.name}.lock")
-            if not self._holds.path.exists():  # else a process may be making the tables just now
-                self._patiently(lambda: address.check_file(file, is_sole=True))
+            try:
+                if not self._holds.path.exists():
+                    self._patiently(lambda: address.check_file(file, is_sole=True))
+            except InputError:
+                if not self._holds.path.exists():  # else the tables are being made: looked at again under the lock
+                    raise
             try:
                 real.parent.mkdir(parents=True, exist_ok=True)
                 self._holds.take("a try")
@@ -112,7 +116,7 @@ class Store:
                 raise InputError(
                     f"{file} cannot be written ({error.strerror}); name another file with --storage."
                 ) from None
-        with self.locked("open"):
+        with self.locked("the tables"):
             if not self.is_server:
                 self._patiently(lambda: address.check_file(file, is_sole=False))
             try:
@@ -193,7 +197,7 @@ class Store:
             raise
 
     def _check_locks(self) -> None:
-        for (thread, name), connection in self._held.items():
+        for (thread, name), connection in list(self._held.items()):
             if thread == threading.get_ident() and connection is not None:
                 try:
                     connection.scalar(sql.text("SELECT 1"))
@@ -356,7 +360,9 @@ class Store:
             pause = min(2 * pause, 2.0)
 
     def _reason(self, error: BaseException) -> str:
-        text = " ".join(str(address.cause_of(error)).split())
+        cause = address.cause_of(error)
+        words = cause.args[-1] if cause.args and isinstance(cause.args[0], int) else cause  # MySQL has a number first
+        text = " ".join(str(words).split())
         for secret in address.secrets_of(self._url):
             text = text.replace(secret, "***")
         return text.rstrip(".")
@@ -372,25 +378,14 @@ class _PatientReads(RDBStorage):
             arguments |= {"pool_pre_ping": True}
         # braces are Optuna's own
         super().__init__(store.url.replace("{", "{{").replace("}", "}}"), arguments)
-        sql.event.listen(self.engine, "connect", _set_up)
+        sql.event.listen(self.engine, "connect", address.set_up)
         self.engine.dispose()  # the connections made before that
 
     def __getattribute__(self, name: str) -> Any:
         found = super().__getattribute__(name)
-        if name.startswith("get_") or name == "_get_trials":
+        if name.startswith("get_") or name in {"_get_trials", "_get_best_trial_id"}:
             return lambda *args, **kwargs: self._store._patiently(lambda: found(*args, **kwargs))
         return found
-
-
-def _set_up(connection: Any, _: Any) -> None:
-    cursor = connection.cursor()
-    if isinstance(connection, sqlite3.Connection):
-        cursor.execute("PRAGMA synchronous=FULL")
-    elif "psycopg" in type(connection).__module__:
-        for key, value in address.KEEPALIVE.items():  # the server's side, by which the locks of a dead host go
-            cursor.execute(f"SET tcp_keepalives_{key} = {value}")
-        connection.commit()
-    cursor.close()
 
 
 def _is_same(row: FrozenTrial, trial: FrozenTrial) -> bool:
@@ -398,4 +393,6 @@ def _is_same(row: FrozenTrial, trial: FrozenTrial) -> bool:
     assert row.datetime_start is not None
     assert trial.datetime_start is not None
     is_same_time = abs(row.datetime_start - trial.datetime_start) < timedelta(seconds=1)
-    return is_same_time and row.params == trial.params and row.user_attrs == trial.user_attrs
+    # as JSON, in which a tuple comes back as a list
+    told, kept = (json.dumps([one.params, one.user_attrs], sort_keys=True, default=float) for one in (trial, row))
+    return is_same_time and told == kept

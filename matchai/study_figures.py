@@ -32,6 +32,7 @@ from matchai.study_rows import (
     format_setting,
     is_maximised,
     label_objective,
+    read_epochs,
     read_rows,
     read_settings,
 )
@@ -66,11 +67,9 @@ def draw_study(folder: Path, study: optuna.Study, objective: str) -> dict[str, P
     folder.mkdir(parents=True, exist_ok=True)
     rows, settings, maximised = read_rows(study), read_settings(study), is_maximised(study)
     label = label_objective(objective)
-    searched = study.user_attrs.get("matchai")
-    epochs = searched.get("epochs") if isinstance(searched, dict) else None
     figures = {
         "history": _draw_history(rows, label, maximised),
-        "learning_curves": _draw_curves(rows, label, maximised, epochs if isinstance(epochs, int) else None),
+        "learning_curves": _draw_curves(rows, label, maximised, read_epochs(study)),
         "slices": _draw_slices(rows, settings, label, maximised),
         "parallel_coordinates": _draw_parallel(rows, settings, label, maximised),
         "importance": _draw_importance(study),
@@ -311,7 +310,8 @@ def _draw_parallel(
     ranked = sorted(complete, key=lambda row: row.value if maximised else -row.value)
     paths = [path(row) for row in ranked]
     good = np.array([way[-1][0] for way in paths])
-    lines = LineCollection(paths, cmap="cividis_r", linewidths=0.9, alpha=0.75, zorder=2)
+    alpha = min(0.75, max(0.2, 40 / len(paths)))  # hundreds of lines would become one patch
+    lines = LineCollection(paths, cmap="cividis_r", linewidths=0.9, alpha=alpha, zorder=2)
     lines.set_array(good if maximised else 1 - good)
     axes.add_collection(lines)
     axes.plot([], [], color="#0B2A5B", linewidth=1, label="the darker, the better")

@@ -23,7 +23,9 @@ from matchai.study_rows import (
     format_setting,
     is_maximised,
     label_objective,
+    read_epochs,
     read_rows,
+    read_searched,
     read_settings,
 )
 
@@ -65,7 +67,7 @@ def write_report(
         objective: The history's key, as `mean_dice`.
         evidence: What the confirmation says; None where there is none, or none yet.
         is_confirming: Whether a confirmation is to come, which tells "not yet" from "never" where there is no evidence.
-        command: The shell command that trains the answer.
+        command: The shell command that trains the answer; empty where there is none.
         best: The file with the answer's settings, where it is written.
         notes: Sentences for the limits, as "This is the synthetic phantom, not patients."
         screen: The study of short cycles that went before.
@@ -74,12 +76,12 @@ def write_report(
         The path of the page.
     """
     rows, maximised, label = read_rows(study), is_maximised(study), label_objective(objective)
-    searched = _searched(study)
+    searched = read_searched(study)
     sections = [
         Section("", _answer(rows, maximised, label, evidence, is_confirming)),
         *([Section("Recipe and challengers on fresh seeds", _compare(rows, evidence, label))] if evidence else []),
         Section("Settings", _settings(rows, read_settings(study), maximised, evidence)),
-        Section("How to train it", [Code(command), *_where(folder, best)]),
+        Section("How to train it", _training(folder, command, best)),
         Section("How the trials went", [Text(_count(rows)), *_pictures(folder / "figures", study, objective)]),
         Section("What was searched", _space(study, searched)),
         Section("All trials", [_trials(rows, read_settings(study), maximised)]),
@@ -99,11 +101,6 @@ def write_report(
     path = folder / "report.html"
     write_whole(path, page.encode())
     return path
-
-
-def _searched(study: optuna.Study) -> dict[str, Any]:
-    found = study.user_attrs.get("matchai")
-    return found if isinstance(found, dict) else {}
 
 
 def _answer(
@@ -223,11 +220,12 @@ def _settings(
     return [Table(["setting", *(name for name, _ in columns)], lines)]
 
 
-def _where(folder: Path, best: Path | None) -> list[Piece]:
+def _training(folder: Path, command: str, best: Path | None) -> list[Piece]:
+    pieces: list[Piece] = [Code(command)] if command else []
     if best is None:
-        return [Text("The settings are not written to a file of their own yet.")]
+        return [*pieces, Text("There is no answer yet, so its settings are not written to a file.")]
     place = f"{best.name}, beside this page" if best.parent == folder else str(best)
-    return [Text(f"The settings are in {place}.")]
+    return [*pieces, Text(f"The settings are in {place}.")]
 
 
 def _pictures(folder: Path, study: optuna.Study, objective: str) -> list[Piece]:
@@ -254,11 +252,12 @@ def _space(study: optuna.Study, searched: Mapping[str, Any]) -> list[Piece]:
             if isinstance(distribution, IntDistribution):
                 scale += ", whole numbers"
         lines.append([name, reach, "shares that add up to 1, uniform" if is_simplex and name in SHARES else scale])
-    told = [
-        f"{words} {format_setting(searched[key])}"
-        for key, words in (("preset", "preset"), ("epochs", "epochs a trial:"), ("seed", "seed of the study:"))
-        if key in searched
-    ]
+    facts = {
+        "preset": searched.get("preset"),
+        "epochs a trial:": read_epochs(study),
+        "seed of the study:": searched.get("seed"),
+    }
+    told = [f"{words} {value}" for words, value in facts.items() if value is not None]
     pieces: list[Piece] = [Table(["setting", "range", "scale"], lines)] if lines else [Text("No trial has begun yet.")]
     return [*pieces, Text(f"In all trials: {', '.join(told)}.")] if told else pieces
 
@@ -333,7 +332,7 @@ def _limits(label: str, maximised: bool, evidence: Verdict | None) -> Iterator[s
 
 def _screening(folder: Path, screen: optuna.Study, objective: str) -> list[Piece]:
     rows = read_rows(screen)
-    epochs = _searched(screen).get("epochs")
+    epochs = read_epochs(screen)
     cycle = f" of {epochs} epochs" if epochs is not None else ""
     told = (
         f"Before the full trainings, study {screen.study_name} searched with complete short cycles{cycle}; the best "

@@ -78,8 +78,9 @@ def find_best(rows: Iterable[Row], maximised: bool) -> Row | None:
 
 
 def find_recipe(rows: Iterable[Row]) -> Row | None:
-    """The recipe's row; None where it is not there."""
-    return next((row for row in rows if row.is_recipe), None)
+    """The recipe's row, rather one that did not fail for the machine, as such rows are replaced; None for none."""
+    recipes = [row for row in rows if row.is_recipe]
+    return next((row for row in recipes if row.kind != "failed for the machine"), recipes[0] if recipes else None)
 
 
 def read_settings(study: optuna.Study) -> dict[str, BaseDistribution]:
@@ -91,6 +92,18 @@ def read_settings(study: optuna.Study) -> dict[str, BaseDistribution]:
         others = {name: distribution for name, distribution in found.items() if name not in MIXES}
         found = {name: FloatDistribution(0, 1) for name in SHARES} | others
     return found
+
+
+def read_epochs(study: optuna.Study) -> int | None:
+    """How many epochs a trial has, as the study or else its trials tell; None where neither does."""
+    told = [read_searched(study).get("epochs"), *(row.attributes.get("epochs") for row in read_rows(study))]
+    return next((epochs for epochs in told if isinstance(epochs, int) and epochs > 0), None)
+
+
+def read_searched(study: optuna.Study) -> dict[str, Any]:
+    """What the study says of itself; empty where it says nothing."""
+    found = study.user_attrs.get("matchai")
+    return found if isinstance(found, dict) else {}
 
 
 def label_objective(objective: str) -> str:

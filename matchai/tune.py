@@ -21,7 +21,7 @@ DESCRIPTION = (
     "command again goes on with the study, to exactly --trials finished trials. Without --data it studies a built-in "
     "synthetic phantom. A setting given by its flag is fixed for all trials."
 )
-BROKEN, MISTAKE, STOPPED = 1, 2, 3  # what `work` returns beside 0
+MISTAKE = 2  # exit status
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
         from matchai.console import StudyDisplay  # noqa: PLC0415
         from matchai.plan import make_plan  # noqa: PLC0415
         from matchai.processes import StopSignal  # noqa: PLC0415
-        from matchai.workers import supervise  # noqa: PLC0415
+        from matchai.workers import STOPPED, supervise, work  # noqa: PLC0415
 
         plan = make_plan(tune, given(argv))
         is_launched = int(os.environ.get("WORLD_SIZE") or 1) > 1
@@ -64,41 +64,6 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("Stopped by Ctrl-C; the same command goes on from the last saved state.", file=sys.stderr)
         return 130
-
-
-def work(plan: "Plan", tell: Callable[[dict[str, Any]], None], stop: Any = None) -> int:
-    """Works as one worker of the study; what is wrong is told.
-
-    Args:
-        plan: The study.
-        tell: Hears what happens.
-        stop: Hears of signals; without it, one is made.
-
-    Returns:
-        0 when the study is done, else `BROKEN`, `MISTAKE` or `STOPPED`.
-    """
-    from matchai.processes import StopSignal, is_lost_process, leave_group, lost_process_message  # noqa: PLC0415
-    from matchai.store import StoreError  # noqa: PLC0415
-    from matchai.study import BrokenError, Worker  # noqa: PLC0415
-
-    listener = stop or StopSignal()
-    with listener.listening():
-        try:
-            return 0 if Worker(plan, tell, listener).work() else STOPPED
-        except InputError as error:
-            for problem in error.problems:
-                tell({"kind": "error", "text": problem})
-            return MISTAKE
-        except (BrokenError, StoreError) as error:
-            tell({"kind": "error", "text": str(error)})
-            return BROKEN
-        except RuntimeError as error:
-            if not is_lost_process(error):
-                raise
-            tell({"kind": "error", "text": lost_process_message()})
-            return BROKEN
-        finally:
-            leave_group()
 
 
 def _greet(plan: "Plan", say: Callable[[str], None]) -> None:

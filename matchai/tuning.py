@@ -38,9 +38,10 @@ class StudySettings:
     """The scalar of the history to optimise; a trial's value is that of its best epoch."""
     confirm: int = 3
     """How many of the best are trained again, with the recipe, on 3 fresh seeds each (0: none)."""
-    search_sampler: Literal["tpe", "gp", "random"] = "tpe"
-    """What proposes settings: tpe (multivariate), gp (Gaussian process) or random."""
-    pruner: Literal["one-cycle", "median", "hyperband", "none"] = "one-cycle"
+    search_sampler: Literal["gp-tpe", "tpe", "random"] = "gp-tpe"
+    """What proposes settings: tpe (multivariate), gp-tpe (which leaves every other trial to a Gaussian process), or
+    random."""
+    pruner: Literal["one-cycle", "median", "none"] = "one-cycle"
     """What ends hopeless trials early: one-cycle knows that curves cross until half-time; the others do not."""
     prune: bool = True
     """Whether trials may be ended early at all."""

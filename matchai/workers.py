@@ -8,17 +8,21 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from matchai.console import StudyDisplay
+from matchai.errors import InputError
 from matchai.machine import num_cores
 from matchai.plan import Plan
-from matchai.processes import StopSignal, end_with_parent
+from matchai.processes import StopSignal, end_with_parent, is_lost_process, leave_group, lost_process_message
+from matchai.store import StoreError
+from matchai.study import BrokenError, Worker
 
 MAX_DEATHS = 3  # of one worker without an epoch in between; it is started again before that
+BROKEN, MISTAKE, STOPPED = 1, 2, 3  # what `work` returns beside 0
 PATIENCE = 60.0  # seconds for a worker that was asked to stop to finish its step, and to save
 
 
@@ -33,6 +37,37 @@ class _Seat:
     is_ready: bool = False
     is_over: bool = False
     keys: set[str] = field(default_factory=set)
+
+
+def work(plan: Plan, tell: Callable[[dict[str, Any]], None], stop: StopSignal | None = None) -> int:
+    """Works as one worker of the study; what is wrong is told.
+
+    Args:
+        plan: The study.
+        tell: Hears what happens.
+        stop: Hears of signals; without it, one is made.
+
+    Returns:
+        0 when the study is done, else `BROKEN`, `MISTAKE` or `STOPPED`.
+    """
+    listener = stop or StopSignal()
+    with listener.listening():
+        try:
+            return 0 if Worker(plan, tell, listener).work() else STOPPED
+        except InputError as error:
+            for problem in error.problems:
+                tell({"kind": "error", "text": problem})
+            return MISTAKE
+        except (BrokenError, StoreError) as error:
+            tell({"kind": "error", "text": str(error)})
+            return BROKEN
+        except RuntimeError as error:
+            if not is_lost_process(error):
+                raise
+            tell({"kind": "error", "text": lost_process_message()})
+            return BROKEN
+        finally:
+            leave_group()
 
 
 def supervise(plan: Plan, display: StudyDisplay, stop: StopSignal) -> int:
@@ -162,7 +197,6 @@ def _work(plan: Plan, number: int, outbox: Connection) -> None:
     end_with_parent(signal.SIGTERM)
     # a terminal's Ctrl-C reaches the whole group; the one who watches passes it on
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    from matchai.tune import work  # noqa: PLC0415 the command's own way to work, seconds of imports
 
     def tell(event: dict[str, Any]) -> None:
         with contextlib.suppress(OSError):

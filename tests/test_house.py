@@ -14,6 +14,7 @@ FLOORS = [
         "arrays",
         "augmentation",
         "checkpoint",
+        "claims",
         "console",
         "dropout",
         "evidence",
@@ -25,6 +26,7 @@ FLOORS = [
         "metrics",
         "model",
         "normalisation",
+        "page",
         "phantom",
         "processes",
         "sampling",
@@ -32,11 +34,15 @@ FLOORS = [
         "slices",
         "split",
         "store",
+        "study_figures",
+        "study_page",
+        "study_rows",
         "data",
     },
     {"loop", "build", "resume", "report", "opening", "space"},
     {"runner"},
-    {"train"},
+    {"plan", "ledger", "confirm", "study", "workers"},
+    {"train", "tune"},
 ]
 ROOMS = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
 

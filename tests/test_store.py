@@ -145,8 +145,11 @@ def server() -> Iterator[str]:
     folder = Path(tempfile.mkdtemp(prefix="matchai-pg-"))
     programs = Path(found.origin).parent / "pginstall18"
     who: dict[str, Any] = {}
-    if os.geteuid() == 0:  # the package's own way is to add a user, and to open all folders above to everyone
-        who = {"user": "nobody", "group": Path("/dev/null").stat().st_gid, "extra_groups": [], "cwd": folder}
+    if os.geteuid() == 0:
+        import pwd
+
+        # the package's own way is to add a user, and to open all folders above to everyone
+        who = {"user": "nobody", "group": pwd.getpwnam("nobody").pw_gid, "extra_groups": [], "cwd": folder}
         package = Path(found.origin).parent
         programs = folder / package.name / programs.name
         shutil.copytree(package / programs.name, programs)
@@ -394,7 +397,8 @@ def test_a_claim_whose_commit_failed_after_all_was_written_is_not_made_twice(
 ) -> None:
     study, _ = running(file)
     dialect = file._storage.engine.dialect
-    commit, failed = dialect.do_commit, []
+    commit = dialect.do_commit
+    failed: list[Exception] = []
 
     def fail(connection: Any) -> None:
         is_claim = connection.in_transaction and not failed
@@ -406,7 +410,7 @@ def test_a_claim_whose_commit_failed_after_all_was_written_is_not_made_twice(
             raise error
 
     monkeypatch.setattr(dialect, "do_commit", fail)
-    assert file.add_running(study, {"x": 0.5}, SPACE, {"host": "me"}) == 1
+    assert file.add_running(study, {"x": 0.1}, SPACE, {"host": "me", "shape": (1, 2)}) == 1
     assert len(failed) == 1
     assert [row.user_attrs["host"] for row in file.trials(study)] == ["h", "me"]
 
@@ -642,16 +646,16 @@ def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
 def test_a_file_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     make_store(tmp_path / "x.db")
     (tmp_path / "x.db").chmod(0o444)
-    assert "cannot be written" in refused(str(tmp_path / "x.db"))
+    assert "cannot be read and written" in refused(str(tmp_path / "x.db"))
 
 
 TABLE = """\
-22 1 8:1 / / rw,relatime shared:1 - ext4 /dev/vda rw
-30 22 0:40 / {0}/far rw,relatime shared:2 - {1} host:/export rw
 31 30 8:2 / {0}/far/near rw,relatime - xfs /dev/vdb rw
+30 22 0:40 / {0}/far rw,relatime shared:2 - {1} host:/export rw
 32 22 0:41 / {0}/a\\040space rw,relatime - nfs host:/export rw
 33 22 0:42 / {0}/twice rw,relatime - nfs host:/export rw
 34 22 0:43 / {0}/twice rw,relatime - tmpfs tmpfs rw
+22 1 8:1 / / rw,relatime shared:1 - ext4 /dev/vda rw
 """
 
 
