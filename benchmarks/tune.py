@@ -169,7 +169,8 @@ def measure_regret(options: argparse.Namespace) -> list[Record]:
         for searcher in (*OURS, *OPTUNA):
             for seed in range(options.instances):
                 lost, seconds = regrets(searcher, kind, seed)
-                records.append({"kind": kind, "search": searcher, "seed": seed, "regret": lost, "seconds": seconds})
+                rounded = {"regret": [round(one, 6) for one in lost], "seconds": round(seconds, 3)}
+                records.append({"kind": kind, "search": searcher, "seed": seed, **rounded})
     return records
 
 

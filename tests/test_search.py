@@ -342,7 +342,7 @@ def test_a_model_finds_better_settings_than_chance_does(name: str) -> None:
         one: [0.9 - studied(STARTUP + 8, seed=seed, name=one).best_value for seed in range(3)]
         for one in (name, "random")
     }
-    assert sum(lost[name]) < 0.5 * sum(lost["random"])
+    assert sum(lost[name]) < 0.6 * sum(lost["random"])
 
 
 @pytest.mark.parametrize(
