@@ -63,6 +63,8 @@ class Worker:
         """
         with ExitStack() as stack:
             self._open(stack)
+            gc.freeze()  # what was imported stays: a collection after each run then takes 1 ms instead of 260
+            stack.callback(gc.unfreeze)  # else some packages complain of leaks when Python ends
             while not any_process(self.stop.received is not None):
                 task = decide(self._next)
                 if task == DONE:

@@ -12,6 +12,7 @@ from typing import Any
 
 import optuna
 
+import matchai.confirm
 import matchai.study
 from matchai.checkpoint import BEST, LAST, lock_folder
 from matchai.config import TrainConfig
@@ -20,7 +21,7 @@ from matchai.loop import DivergedError
 from matchai.runner import RunResult
 from matchai.tune import main
 
-PAUSE = 0.02  # seconds of an epoch
+PAUSE = 0.005  # seconds of an epoch
 
 
 def curve(config: TrainConfig) -> list[float]:
@@ -79,8 +80,17 @@ def diverge(config: TrainConfig, *args: Any, **kwargs: Any) -> RunResult:
 
 def study(argv: list[str], run: Callable[..., RunResult] = pretend) -> int:
     """The command, over a pretended run, in this process."""
-    with unittest.mock.patch.object(matchai.study, "run", run):
+    with (
+        unittest.mock.patch.object(matchai.study, "run", run),
+        unittest.mock.patch.object(matchai.confirm, "write_report", note_report),
+    ):
         return main(argv)
+
+
+def note_report(folder: Path, *_: Any, **__: Any) -> Path:
+    """In place of the report, whose pictures take a second; `tests/test_tune.py` has real ones."""
+    write_whole(folder / "report.html", b"a report")
+    return folder / "report.html"
 
 
 def flags(folder: Path, data: Path, cache: Path, *more: str) -> list[str]:
