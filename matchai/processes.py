@@ -56,7 +56,9 @@ def check_launch(num_processes: int) -> None:
     Raises:
         InputError: If the environment names more processes than have joined.
     """
-    command = "ACCELERATE_USE_CPU=1 accelerate launch --multi_gpu --num_processes {} -m matchai.train"
+    spec = getattr(sys.modules.get("__main__"), "__spec__", None)
+    program = spec.name if spec and spec.name.startswith("matchai.") else "matchai.train"
+    command = f"ACCELERATE_USE_CPU=1 accelerate launch --multi_gpu --num_processes {{}} -m {program}"
     text = os.environ.get("WORLD_SIZE", "1")
     asked = int(text) if text.isdecimal() else num_processes
     if asked != num_processes:

@@ -20,7 +20,17 @@ from matchai.loop import DivergedError
 from matchai.machine import is_out_of_memory
 from matchai.opening import on_main_first, read
 from matchai.plan import Plan, describe, refused_values
-from matchai.processes import StopSignal, any_process, check_agreement, decide, join_group, num_processes, share_error
+from matchai.processes import (
+    StopSignal,
+    any_process,
+    check_agreement,
+    check_launch,
+    decide,
+    end_with_launcher,
+    join_group,
+    num_processes,
+    share_error,
+)
 from matchai.runner import run
 from matchai.store import StoreError, open_store
 
@@ -80,7 +90,9 @@ class Worker:
     def _open(self, stack: ExitStack) -> None:
         """Reads the data, checks the space against it, and opens every stage in the store."""
         plan = self.plan
+        end_with_launcher()
         state = join_group(plan.config.machine.collective_timeout)
+        check_launch(state.num_processes)
         if not state.is_main_process:
             self.tell = lambda event: None
         display = Display(state.is_main_process)

@@ -1,9 +1,13 @@
 """Studies in seconds: the real command, store and worker over a run that only pretends to train."""
 
+import contextlib
 import hashlib
 import json
 import math
 import multiprocessing
+import os
+import socket
+import sys
 import time
 import unittest.mock
 from collections.abc import Callable
@@ -18,6 +22,7 @@ from matchai.checkpoint import BEST, LAST, lock_folder
 from matchai.config import TrainConfig
 from matchai.files import write_whole
 from matchai.loop import DivergedError
+from matchai.processes import any_process, decide, is_main_process
 from matchai.runner import RunResult
 from matchai.tune import main
 
@@ -49,24 +54,26 @@ def pretend(
     output = config.run.output
     assert output is not None
     output.mkdir(parents=True, exist_ok=True)
-    with lock_folder(output):
+    is_main = is_main_process()
+    with lock_folder(output) if is_main else contextlib.nullcontext():
         (output / LAST).mkdir(exist_ok=True)
         state = output / LAST / "state.json"
-        history: list[dict[str, Any]] = json.loads(state.read_text()) if state.exists() else []
+        history: list[dict[str, Any]] = decide(lambda: json.loads(state.read_text()) if state.exists() else [])
         for row in history:
             on_epoch(row)
         values = curve(config)
         for epoch in range(len(history) + 1, len(values) + 1):
             time.sleep(PAUSE)
             on_step(epoch, len(values))
-            if stop.received is not None:
+            if any_process(stop.received is not None):
                 break
             row = {"epoch": epoch, "mean_dice": values[epoch - 1], "lesion_dice": None, "val_loss": 1 / epoch}
             history.append({**row, "seconds": 1.0})
-            write_whole(state, json.dumps(history).encode())
-            write_whole(output / BEST, b"weights")
-            with (output / "epochs.log").open("a") as file:
-                file.write(f"{epoch}\n")
+            if is_main:
+                write_whole(state, json.dumps(history).encode())
+                write_whole(output / BEST, b"weights")
+                with (output / "epochs.log").open("a") as file:
+                    file.write(f"{epoch}\n")
             on_epoch(history[-1])
         return RunResult(output, history, None, None, len(history) == len(values), stop.received)
 
@@ -116,19 +123,43 @@ def table(folder: Path, name: str = "study") -> list[Any]:
     ]
 
 
-def _forked(argv: list[str], seconds: float) -> None:
+def _forked(argv: list[str], seconds: float, run: Callable[..., RunResult], environment: dict[str, str]) -> None:
     global PAUSE  # noqa: PLW0603 a process of its own
     PAUSE = seconds
-    raise SystemExit(study(argv))
+    os.environ |= environment
+    if "TOLD" in environment:
+        with Path(environment["TOLD"]).open("w", buffering=1) as sys.stderr:
+            raise SystemExit(study(argv, run))
+    raise SystemExit(study(argv, run))
 
 
-def start(argv: list[str], seconds: float = PAUSE) -> Any:
-    """Starts the command in a process of its own, forked from one that has imported everything."""
+def start(argv: list[str], seconds: float = PAUSE, run: Callable[..., RunResult] = pretend, **environment: str) -> Any:
+    """Starts the command in a process of its own, forked from one that has imported everything.
+
+    Args:
+        argv: Its flags.
+        seconds: Of an epoch.
+        run: What it runs.
+        **environment: What it finds there; TOLD names a file for its errors.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.pretending"])
-    process = context.Process(target=_forked, args=(argv, seconds))
+    process = context.Process(target=_forked, args=(argv, seconds, run, environment))
     process.start()
     return process
+
+
+def start_group(argv: list[str], world: int, told: Path, run: Callable[..., RunResult] = pretend) -> list[Any]:
+    """Starts the command on several gloo processes, whose errors go to `told`/RANK."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    told.mkdir(exist_ok=True)
+    shared = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "1"}
+    return [
+        start(argv, PAUSE, run, **shared, RANK=str(rank), LOCAL_RANK=str(rank), TOLD=str(told / str(rank)))
+        for rank in range(world)
+    ]
 
 
 def end(process: Any, seconds: float = 60) -> int:

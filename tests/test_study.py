@@ -16,9 +16,10 @@ import yaml
 from optuna.trial import TrialState
 
 from matchai.config import TrainConfig
+from matchai.processes import any_process, is_main_process
 from matchai.runner import RunResult
 from matchai.space import load_space
-from tests.pretending import diverge, end, flags, pretend, rows, start, study, table
+from tests.pretending import diverge, end, flags, pretend, rows, start, start_group, study, table
 
 TRIALS = 14  # ten of them drawn by chance, then two by each model
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
@@ -433,3 +434,72 @@ def test_a_confirmation_that_was_killed_goes_on(argv: list[str], tmp_path: Path)
     assert study([*argv, "--confirm", "2"], killed) == 0
     attributes = optuna.load_study(study_name="study", storage=f"sqlite:///{tmp_path / 'store.db'}").user_attrs
     assert sum(name.startswith("confirm ") for name in attributes) == 9
+
+
+def out_of_memory_on_one(config: TrainConfig, *args: Any, **more: Any) -> RunResult:
+    """A run whose second process runs out of memory in trial 1, while the first waits for it."""
+    assert config.run.output is not None
+    if config.run.output.name == "0001":
+        if not is_main_process():
+            raise RuntimeError("CUDA out of memory")
+        any_process(False)
+    return pretend(config, *args, **more)
+
+
+def broken_on_main(config: TrainConfig, *args: Any, **more: Any) -> RunResult:
+    assert config.run.output is not None
+    if config.run.output.name == "0001":
+        if is_main_process():
+            raise OSError(28, "No space left on device")
+        any_process(False)
+    return pretend(config, *args, **more)
+
+
+@pytest.mark.timeout(100)
+def test_two_processes_make_the_table_of_one(argv: list[str], tmp_path: Path, reference: Path) -> None:
+    assert [end(process) for process in start_group(argv, 2, tmp_path / "told")] == [0, 0]
+    assert table(tmp_path) == table(reference)
+
+
+@pytest.mark.timeout(100)
+@pytest.mark.parametrize(
+    ("run", "state", "words"),
+    [
+        (out_of_memory_on_one, TrialState.COMPLETE, "out of memory"),
+        (broken_on_main, TrialState.RUNNING, "No space left on device"),
+    ],
+)
+def test_an_error_on_one_process_is_the_same_error_on_all_within_half_a_minute(
+    run: Callable[..., RunResult],
+    state: TrialState,
+    words: str,
+    argv: list[str],
+    tmp_path: Path,
+    reference: Path,
+) -> None:
+    assert [end(process, 30) for process in start_group(argv, 2, tmp_path / "told", run)] == [1, 1]
+    said = [(tmp_path / "told" / str(rank)).read_text() for rank in (0, 1)]
+    assert all(words in one for one in said)
+    assert rows(tmp_path)[1].state == state
+    assert end(start(argv)) == 0
+    assert len(rows(tmp_path)) == TRIALS
+    if state == TrialState.RUNNING:
+        assert table(tmp_path) == table(reference)
+
+
+@pytest.mark.timeout(100)
+def test_a_signal_to_one_process_stops_all(argv: list[str], tmp_path: Path, reference: Path) -> None:
+    group = start_group([*argv, "--epochs", "400"], 2, tmp_path / "told")
+    until = time.monotonic() + 30
+    while not list(tmp_path.glob("study/trials/0000/last/state.json")) and time.monotonic() < until:
+        time.sleep(0.02)
+    os.kill(group[1].pid, signal.SIGTERM)
+    assert [end(process, 30) for process in group] == [0, 0]
+    assert [row.state for row in rows(tmp_path)] == [TrialState.RUNNING]
+
+
+@pytest.mark.timeout(100)
+def test_a_store_that_fails_on_the_main_process_ends_all(argv: list[str], tmp_path: Path) -> None:
+    (tmp_path / "store.db").write_bytes(b"no database at all, but a text" * 100)
+    assert [end(process, 30) for process in start_group(argv, 2, tmp_path / "told")] == [2, 2]
+    assert "error: " in (tmp_path / "told" / "0").read_text()
