@@ -1,18 +1,22 @@
-"""Measures the study: `python benchmarks/tune.py --regret`, `python benchmarks/tune.py --replay CURVES`.
+"""Measures the study: `python benchmarks/tune.py --regret`, `--replay CURVES`, or `--throughput`.
 
 `--regret` searches surrogates of known truth with matchai's search samplers, at random, and with Optuna's defaults of
 4.x and 5.0; prints a Markdown table and writes every regret as JSON. `--replay` gives recorded validation curves to the
 pruners in many orders, and counts the epochs used and the best configurations lost. One core; the full `--regret` takes
-about a quarter of an hour, nearly all of it in the Gaussian processes.
+about a quarter of an hour, nearly all of it in the Gaussian processes. `--throughput` runs equal trials on the phantom
+by matchai's workers and by Optuna's plain ways, one after the other in turns, and counts them by the hour.
 """
 
 import argparse
 import importlib.metadata
 import json
 import math
+import os
 import platform
 import shlex
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -287,6 +291,88 @@ def replay_report(about: Record, records: list[Record], options: argparse.Namesp
     return "\n".join(lines)
 
 
+LOOP = """
+import sys, optuna
+from matchai import run
+from matchai.parsing import preset_config
+folder, trials = sys.argv[1], int(sys.argv[2])
+
+def objective(trial):
+    max_lr = trial.suggest_float("max_lr", 5e-5, 1e-2, log=True)
+    config = preset_config({"max_lr": max_lr}, preset="study")
+    return run(config.updated(output=f"{folder}/{trial.number}", cache=f"{folder}/cache")).best_mean_dice
+
+study = optuna.create_study(storage=f"sqlite:///{folder}/store.db", direction="maximize", sampler=
+    optuna.samplers.RandomSampler(seed=0))
+study.optimize(objective, n_trials=trials)
+"""
+TRAIN = """
+import json, subprocess, sys, optuna
+folder, trials = sys.argv[1], int(sys.argv[2])
+
+def objective(trial):
+    max_lr = trial.suggest_float("max_lr", 5e-5, 1e-2, log=True)
+    output = f"{folder}/{trial.number}"
+    command = [sys.executable, "-m", "matchai.train", "--preset", "study", "--max-lr", str(max_lr)]
+    subprocess.run([*command, "--output", output, "--cache", f"{folder}/cache"], check=True)
+    return max(json.loads(line)["mean_dice"] for line in open(f"{output}/history.jsonl"))
+
+study = optuna.create_study(storage=f"sqlite:///{folder}/store.db", direction="maximize", sampler=
+    optuna.samplers.RandomSampler(seed=0))
+study.optimize(objective, n_trials=trials)
+"""
+
+
+def measure_throughput(options: argparse.Namespace) -> list[Record]:
+    """Wall and CPU seconds of so many trials by every way, start and end of the processes included."""
+    space = "max_lr: {low: 5.0e-5, high: 1.0e-2, log: true}\n"
+    ways: dict[str, Callable[[Path], list[str]]] = {}
+    for workers in options.workers:
+        ways[f"matchai, --workers {workers}"] = lambda folder, workers=workers: [
+            *("-m", "matchai.tune", "--preset", "study", "--trials", str(options.trials), "--workers", str(workers)),
+            *("--confirm", "0", "--no-prune", "--search-sampler", "random", "--space", str(folder / "space.yaml")),
+            *("--storage", str(folder / "store.db"), "--output", str(folder / "study")),
+        ]
+    ways["Optuna, one process in a loop"] = lambda folder: ["-c", LOOP, str(folder), str(options.trials)]
+    ways["Optuna, a process a trial"] = lambda folder: ["-c", TRAIN, str(folder), str(options.trials)]
+    records = []
+    for _ in range(options.rounds):
+        for way, command in ways.items():
+            with tempfile.TemporaryDirectory() as name:
+                folder = Path(name)
+                (folder / "space.yaml").write_text(space)
+                before, began = os.times(), time.perf_counter()
+                subprocess.run(
+                    [sys.executable, *command(folder)], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+                )
+                after, seconds = os.times(), time.perf_counter() - began
+                cpu = after.children_user + after.children_system - before.children_user - before.children_system
+            records.append({"way": way, "trials": options.trials, "seconds": seconds, "cpu_seconds": cpu})
+    return records
+
+
+def throughput_report(about: Record, records: list[Record], options: argparse.Namespace) -> str:
+    """The table in Markdown, with what one must know to read it."""
+    lines = [
+        f"{options.trials} trials of preset study on the phantom, none pruned, medians of {options.rounds} rounds.",
+        "",
+        "| way | trials an hour | wall seconds (smallest–largest) | CPU seconds | wall against one worker |",
+        "|---|---|---|---|---|",
+    ]
+    first = None
+    for way in dict.fromkeys(record["way"] for record in records):
+        own = [record for record in records if record["way"] == way]
+        wall = sorted(record["seconds"] for record in own)
+        middle, cpu = float(np.median(wall)), float(np.median([record["cpu_seconds"] for record in own]))
+        first = first or middle
+        lines.append(
+            f"| {way} | {3600 * options.trials / middle:.0f} | {middle:.0f} ({wall[0]:.0f}–{wall[-1]:.0f}) | {cpu:.0f} "
+            f"| {middle / first:.2f} |"
+        )
+    lines += ["", "- Start and end of all processes, the phantom and the report are in it.", said(about)]
+    return "\n".join(lines)
+
+
 def said(about: Record) -> str:
     machine = about["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
@@ -324,12 +410,16 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="kinds of surrogates")
     parser.add_argument("--replay", type=Path, metavar="CURVES", help="give recorded curves to the pruners")
     parser.add_argument("--orders", type=int, default=12, help="orders of the recorded configurations")
+    parser.add_argument("--throughput", action="store_true", help="run equal trials by several ways")
+    parser.add_argument("--trials", type=int, default=8, help="of each way")
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], help="numbers of workers")
+    parser.add_argument("--rounds", type=int, default=3, help="of all ways")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", help="folder of the JSON")
     options = parser.parse_args(arguments)
-    if not options.regret and options.replay is None:
-        parser.error("nothing to measure: give --regret, or --replay with a file of curves.")
-    if min(options.instances, options.orders) < 1:
-        parser.error("instances and orders must be at least 1.")
+    if not options.regret and options.replay is None and not options.throughput:
+        parser.error("nothing to measure: give --regret, --replay with a file of curves, or --throughput.")
+    if min(options.instances, options.orders, options.trials, options.rounds, *options.workers) < 1:
+        parser.error("numbers must be at least 1.")
     return options
 
 
@@ -345,6 +435,10 @@ def main() -> None:
         records = measure_replay(options)
         write(options.output / "tune_replay.json", about, records)
         print(replay_report(about, records, options))
+    if options.throughput:
+        records = measure_throughput(options)
+        write(options.output / "tune_throughput.json", about, records)
+        print(throughput_report(about, records, options))
 
 
 if __name__ == "__main__":
