@@ -8,6 +8,7 @@ by matchai's workers and by Optuna's plain ways, one after the other in turns, a
 """
 
 import argparse
+import functools
 import importlib.metadata
 import json
 import math
@@ -326,15 +327,22 @@ study.optimize(objective, n_trials=trials)
 def measure_throughput(options: argparse.Namespace) -> list[Record]:
     """Wall and CPU seconds of so many trials by every way, start and end of the processes included."""
     space = "max_lr: {low: 5.0e-5, high: 1.0e-2, log: true}\n"
-    ways: dict[str, Callable[[Path], list[str]]] = {}
-    for workers in options.workers:
-        ways[f"matchai, --workers {workers}"] = lambda folder, workers=workers: [
+
+    def by_matchai(folder: Path, workers: int) -> list[str]:
+        return [
             *("-m", "matchai.tune", "--preset", "study", "--trials", str(options.trials), "--workers", str(workers)),
             *("--confirm", "0", "--no-prune", "--search-sampler", "random", "--space", str(folder / "space.yaml")),
             *("--storage", str(folder / "store.db"), "--output", str(folder / "study")),
         ]
-    ways["Optuna, one process in a loop"] = lambda folder: ["-c", LOOP, str(folder), str(options.trials)]
-    ways["Optuna, a process a trial"] = lambda folder: ["-c", TRAIN, str(folder), str(options.trials)]
+
+    def by_script(folder: Path, script: str) -> list[str]:
+        return ["-c", script, str(folder), str(options.trials)]
+
+    ways: dict[str, Callable[[Path], list[str]]] = {
+        f"matchai, --workers {number}": functools.partial(by_matchai, workers=number) for number in options.workers
+    }
+    ways["Optuna, one process in a loop"] = functools.partial(by_script, script=LOOP)
+    ways["Optuna, a process a trial"] = functools.partial(by_script, script=TRAIN)
     records = []
     for _ in range(options.rounds):
         for way, command in ways.items():

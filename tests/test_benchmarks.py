@@ -55,28 +55,3 @@ def test_the_benchmark_of_several_processes_tabulates_and_stores_exactness_and_c
     assert {one["num_processes"]: max(one["errors"]) for one in several if one["deterministic"]} == {2: 0, 3: 0}
     assert len(found["cost"]) == 5
     assert all(min(one["seconds"]) > 0 for one in found["cost"])
-
-
-def test_the_benchmark_of_the_study_tabulates_and_stores_regret(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [
-            sys.executable,
-            "benchmarks/tune.py",
-            "--regret",
-            "--instances",
-            "1",
-            "--kinds",
-            "plain",
-            "--output",
-            str(tmp_path),
-        ],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    measured = json.loads((tmp_path / "tune_regret.json").read_text(encoding="utf-8"))["measurements"]
-    assert all(loss >= 0 for one in measured for loss in one["regret"])
-    assert all(one["search"] in done.stdout for one in measured)

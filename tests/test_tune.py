@@ -238,7 +238,8 @@ def test_workers_under_a_launcher_are_refused(tmp_path: Path, monkeypatch: pytes
 
 def test_help_loads_no_torch() -> None:
     code = (
-        "import contextlib, sys; from matchai.tune import main\nwith contextlib.suppress(SystemExit): main(['--help'])\n"
+        "import contextlib, sys; from matchai.tune import main\n"
+        "with contextlib.suppress(SystemExit): main(['--help'])\n"
         "print('torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
