@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 
+from matchai.address import parse_storage
 from matchai.build import build_model_of, step_problems
 from matchai.config import FREE, TrainConfig, check
 from matchai.data import Data
@@ -113,6 +114,10 @@ def make_plan(tune: TuneConfig, fixed: Collection[str] = (), argv: Collection[st
     config = TrainConfig(**{group.name: getattr(tune, group.name) for group in dataclasses.fields(TrainConfig)})
     name = settings.study_name or config.run.preset
     problems = check_study(settings) + check(config)
+    try:
+        parse_storage(settings.storage)
+    except InputError as error:
+        problems += error.problems
     try:
         space = load_space(settings.space or default_space(), config, fixed)
     except InputError as error:

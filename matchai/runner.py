@@ -78,6 +78,7 @@ def run(
     on_step: OnStep | None = None,
     stop: StopSignal | None = None,
     display: Display | None = None,
+    draw_every: float = DRAW_EVERY,
 ) -> RunResult:
     """Trains, or goes on with, the run in the output folder.
 
@@ -89,6 +90,7 @@ def run(
         on_step: Called on every process after each step with the steps done and their total.
         stop: What hears of signals, where the caller listens already.
         display: Where to say things; without it, the terminal.
+        draw_every: Seconds between drawings of the figures, infinite for none but the last.
 
     Raises:
         InputError: For whatever is wrong with settings, data or output folder, before the first step.
@@ -139,7 +141,8 @@ def run(
         tell(display, accelerator, config, data, precision_reason)
         listener = stop or StopSignal()
         training = build_training(config, accelerator, data, model, lambda: listener.received is not None)
-        return _Run(config, accelerator, display, output, data, training, listener, on_epoch, on_step).go()
+        hooks = on_epoch, on_step, draw_every
+        return _Run(config, accelerator, display, output, data, training, listener, *hooks).go()
 
 
 class _Run:
@@ -156,6 +159,7 @@ class _Run:
         stop: StopSignal,
         on_epoch: OnEpoch | None,
         on_step: OnStep | None,
+        draw_every: float,
     ) -> None:
         self.config, self.accelerator, self.display, self.output = config, accelerator, display, output
         self.data, self.training, self.stop = data, training, stop
@@ -164,7 +168,7 @@ class _Run:
         self.progress = Progress()
         self.every_seconds, self.every_steps = parse_interval(config.machine.save_every)
         self.saved_at, self.saved_step = time.monotonic(), 0
-        self.drawn_at = -DRAW_EVERY
+        self.draw_every, self.drawn_at = draw_every, -draw_every
         self.shown_at = 0.0
 
     def go(self) -> RunResult:
@@ -235,7 +239,7 @@ class _Run:
         self._save()
         if self.accelerator.is_main_process:
             self._publish()
-            if time.monotonic() - self.drawn_at > DRAW_EVERY and epoch < self.config.optimisation.epochs:
+            if time.monotonic() - self.drawn_at > self.draw_every and epoch < self.config.optimisation.epochs:
                 self._draw(final=False, confusions=confusions)
         self.accelerator.log({name: value for name, value in row.items() if isinstance(value, int | float)}, step=epoch)
         if self.on_epoch:

@@ -138,6 +138,7 @@ class Worker:
                     on_step=lambda step, total: self._after_step(task, step, total),
                     stop=self.stop,
                     display=display,
+                    draw_every=math.inf,
                 )
             if result.is_finished:
                 outcome = self._finish(task, result.history)

@@ -49,6 +49,7 @@ def pretend(
     on_step: Callable[[int, int], None],
     stop: Any,
     display: Any,
+    draw_every: float,
 ) -> RunResult:
     """As `matchai.run`: keeps a state, tells its epochs again when it goes on, and stops when asked to."""
     output = config.run.output
