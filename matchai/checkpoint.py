@@ -188,6 +188,17 @@ def lock_folder(folder: Path, say: Callable[[str], None] = print) -> Iterator[No
         yield
 
 
+def is_free(folder: Path) -> bool:
+    """Whether no process holds a run's folder; one that is not there is free."""
+    try:
+        with lock_folder(folder):
+            return True
+    except FileNotFoundError:
+        return True
+    except InputError:
+        return False
+
+
 def _lives(process: int) -> bool:
     try:
         os.kill(process, 0)

@@ -17,10 +17,12 @@ from typing import Any, ParamSpec, TypeVar
 
 import optuna
 
+from matchai.errors import LockLostError, StoreError
 from matchai.files import Holds
-from matchai.store import LockLostError, Store, StoreError
+from matchai.store import Store
 
-LEASE = 300.0  # seconds without a step; preparing slices comes before a claim, so that the longest pause is one step
+LEASE = 300.0  # seconds without a step or a validation batch; slices are prepared before any claim
+AVOID = 20.0  # seconds until something that could not be worked on is looked at again
 RENEW_EVERY = 20.0  # seconds between two records of progress
 
 
@@ -66,9 +68,12 @@ class Claims:
         self.token = uuid.uuid4().hex
         self._seen: dict[str, tuple[Any, float]] = {}
         self._renewed: dict[str, float] = {}
+        self._avoided: dict[str, float] = {}
 
     def take(self, key: str) -> bool:
-        """Takes `key` unless a living worker holds it; returns whether it is held now."""
+        """Takes `key` unless a living worker holds it, or it is avoided; returns whether it is held now."""
+        if time.monotonic() < self._avoided.get(key, 0.0):
+            return False
         if self.store.is_server:
             owner = self._owner(key)
             if owner is not None and owner["place"] != self.place:
@@ -84,7 +89,8 @@ class Claims:
         if not self.holds.take(key):
             return False
         try:
-            self._write(key, 0)
+            with self.store.locked(key):
+                self._write(key, 0)
         except StoreError:
             self.holds.drop(key)  # else this very process could not take it again
             raise
@@ -97,7 +103,7 @@ class Claims:
         To be called as often as one likes, without the lock.
         """
         if self.store.is_server and time.monotonic() - self._renewed.get(key, 0.0) > RENEW_EVERY:
-            with self.store.locked(self.study.study_name):
+            with self.store.locked(key):  # not the study's, under which others may be busy proposing
                 if self.is_mine(key):
                     self._write(key, step)
 
@@ -105,6 +111,11 @@ class Claims:
         """Whether this worker still holds `key`."""
         owner = self._owner(key) if self.store.is_server else None
         return owner is None or owner["token"] == self.token
+
+    def avoid(self, key: str) -> None:
+        """Lets go of `key`, and leaves it to others for a while."""
+        self._avoided[key] = time.monotonic() + AVOID
+        self.drop(key)
 
     def drop(self, key: str) -> None:
         """Lets go of `key`."""

@@ -13,3 +13,15 @@ class InputError(ValueError):
     def __init__(self, *problems: str) -> None:
         super().__init__("\n".join(problems))
         self.problems = problems
+
+
+class StoreError(RuntimeError):
+    """A study's store failed for another reason than being busy, or was busy for too long; one sentence."""
+
+
+class StoppedError(StoreError):
+    """Waiting for the store was given up, as `Store.should_stop` said so; nothing was written."""
+
+
+class LockLostError(StoreError):
+    """A server's connection broke while its lock was held; take the lock again and decide anew."""

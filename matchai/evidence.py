@@ -19,7 +19,8 @@ class Contender:
         values: The objective on each seed, in the seeds' order.
         mean: Their mean.
         sd: Their standard deviation over the seeds (n - 1); NaN for one seed.
-        difference: Its mean minus the recipe's; positive is better, whichever way the objective goes.
+        difference: Its mean minus the recipe's; positive is better, whichever way the objective goes; infinite where one
+            of the two failed on a seed.
         low: Lower end of the interval for that difference.
         high: Upper end.
     """
@@ -67,8 +68,9 @@ def judge(
     configuration's mean and its seed's mean are taken away is noise, whose variance is pooled over all configurations,
     with (k - 1)(n - 1) degrees of freedom for k configurations and n seeds (Montgomery, Design and Analysis of
     Experiments, section 4.1). The intervals are Student's with Bonferroni's correction, so that all of them hold
-    together, and the best of several challengers is not declared by luck. A challenger with a non-finite value is
-    left out of the pool and cannot win.
+    together, and the best of several challengers is not declared by luck. A value that is not finite is a run that
+    failed: a challenger with one is left out of the pool and cannot win, and a recipe with one loses to the best
+    challenger without.
 
     Args:
         values: For each trial the objective on each seed; the recipe's among them.
@@ -94,20 +96,22 @@ def judge(
         half = quantile * math.sqrt(2 * float((residual**2).sum()) / freedom / len(seeds))
 
     def contender(number: int) -> Contender:
-        row, spread = rows[number], half if number in pool else math.inf
-        difference = float(row.mean() - rows[recipe].mean()) if number != recipe else 0.0
+        row, has_failed = rows[number], not np.isfinite(rows[number]).all()
+        mean = -math.inf if has_failed else float(row.mean())
         if number == recipe:
-            spread = 0.0
+            difference, low, high = 0.0, 0.0, 0.0
+        elif has_failed:
+            difference, low, high = -math.inf, -math.inf, -math.inf
+        elif not np.isfinite(rows[recipe]).all():
+            difference, low, high = math.inf, math.inf, math.inf
+        else:
+            difference = mean - float(rows[recipe].mean())
+            low, high = difference - half, difference + half
+        sd = math.nan if has_failed else float(row.std(ddof=1))
         return Contender(
-            number,
-            tuple(float(value) for value in values[number]),
-            sign * float(row.mean()),
-            float(row.std(ddof=1)) if np.isfinite(row).all() else math.nan,
-            difference,
-            difference - spread if math.isfinite(difference) else -math.inf,
-            difference + spread if math.isfinite(difference) else math.inf,
+            number, tuple(float(value) for value in values[number]), sign * mean, sd, difference, low, high
         )
 
-    ranked = sorted((contender(number) for number in challengers), key=lambda one: (-one.difference, one.number))
-    winner = next((one.number for one in ranked if one.low > 0), recipe)
+    ranked = sorted((contender(number) for number in challengers), key=lambda one: (-sign * one.mean, one.number))
+    winner = next((one.number for one in ranked if one.number in pool and one.low > 0), recipe)
     return Verdict(contender(recipe), tuple(ranked), winner, tuple(seeds))

@@ -7,7 +7,7 @@ the same outcome, by the next one that adopts its trial.
 
 import contextlib
 import functools
-import getpass
+import os
 import shutil
 import socket
 import subprocess
@@ -81,31 +81,18 @@ class Ledger:
 
     def __init__(self, plan: Plan, stage: Stage, store: Store, description: dict[str, Any] | None = None) -> None:
         self.plan, self.stage, self.store = plan, stage, store
-        told = {
-            **(description or {}),
-            "id": uuid.uuid4().hex,
-            "preset": plan.config.run.preset,
-            "seed": plan.config.run.seed,
-        }
-        self.study = store.open_study(stage.name, plan.direction, {"matchai": told})
-        found = self.study.user_attrs.get("matchai")
-        if found is None:
-            raise InputError(
-                f"{store.shown} holds a study {stage.name} that matchai did not make; name another --study-name."
-            )
-        direction = self.study.direction.name.lower()
-        asked = description or {**found, "objective": plan.settings.objective, "space": plan.space.entries}
-        wrong = differences({**found, "direction": direction}, {**asked, "direction": plan.direction})
-        if wrong:
-            raise InputError(
-                f"{store.shown} holds another study {stage.name}: {'; '.join(wrong)}. Give the old settings, or name "
-                "another --study-name."
-            )
-        self.id = str(found["id"])
+        if description is not None:
+            told = {"id": uuid.uuid4().hex, "preset": plan.config.run.preset, "seed": plan.config.run.seed}
+            store.open_study(stage.name, plan.direction, {"matchai": told | description})
+            check_study(plan, stage, store, description)  # another process may have been faster
+        self.study = store.open_study(stage.name, plan.direction, {})
+        self.about = self.about_study(store, stage.name)
+        self.seeds: list[int] = self.about["fresh_seeds"]
         if store.path:
             self.claims = Claims(store, self.study, store.path.parent, f"{store.path.name}.trials")
         else:
-            folder = Path(tempfile.gettempdir()) / f"matchai-{getpass.getuser()}-{self.id}"
+            user = os.getuid() if hasattr(os, "getuid") else 0
+            folder = Path(tempfile.gettempdir()) / f"matchai-{user}-{self.about['id']}"
             folder.mkdir(parents=True, exist_ok=True)
             self.claims = Claims(store, self.study, folder, "trials")
         name = plan.settings.pruner if plan.settings.prune and len(plan.stages) == 1 else "none"
@@ -114,6 +101,16 @@ class Ledger:
             with store.locked(stage.name):
                 self._own_folder()
                 self.tidy()
+
+    @staticmethod
+    def about_study(store: Store, name: str) -> dict[str, Any]:
+        """What a study of a store was made as; InputError if matchai did not make it."""
+        found: dict[str, Any] | None = store.open_study(name, "maximize", {}).user_attrs.get("matchai")
+        if found is None:
+            raise InputError(
+                f"{store.shown} holds a study {name} that matchai did not make; name another --study-name."
+            )
+        return found
 
     @decided_anew
     def next_task(self, ranking: list[FrozenTrial] | None = None) -> Task | str:
@@ -192,24 +189,28 @@ class Ledger:
         with self.store.locked(self.stage.name):
             if not self.claims.is_mine(task.key):
                 raise LostClaimError(f"trial {task.number} was taken over by another worker.")
-            for name, attribute in attributes.items():
+            stale = {"reason": None} if self.store.trials(self.study)[task.number].user_attrs.get("reason") else {}
+            for name, attribute in (stale | attributes).items():
                 self.store.set_attr(self.study, task.number, name, attribute)
             self.store.finish(self.study, task.number, state, value)
             self.claims.drop(task.key)
             self.tidy()
 
     @decided_anew
-    def note_error(self, task: Task, message: str) -> bool:
-        """Keeps an error of the machine with the trial; the third without a new epoch makes it fail. Whether it did."""
+    def note_error(self, task: Task, message: str, epochs: int) -> bool:
+        """Keeps an error of the machine with the trial, which has come to an epoch; the third there makes it fail.
+
+        Returns:
+            Whether it has failed.
+        """
         with self.store.locked(self.stage.name):
             if not self.claims.is_mine(task.key):
                 return False
             trial = self.store.trials(self.study)[task.number]
-            errors = [*trial.user_attrs.get("errors", []), [trial.last_step or 0, message[:500]]][-MAX_ERRORS:]
+            errors = [*trial.user_attrs.get("errors", []), [epochs, message[:500]]][-MAX_ERRORS:]
             self.store.set_attr(self.study, task.number, "errors", errors)
             has_failed = len(errors) == MAX_ERRORS and len({epoch for epoch, _ in errors}) == 1
             if has_failed:
-                self.store.set_attr(self.study, task.number, "reason", message[:500])
                 self.store.finish(self.study, task.number, TrialState.FAIL, None)
             self.claims.drop(task.key)
             return has_failed
@@ -254,6 +255,8 @@ class Ledger:
             if trial.state.is_finished():
                 with contextlib.suppress(OSError):
                     shutil.rmtree(folder / LAST)
+                for left in folder.glob(".*.tmp"):  # of a killed process
+                    left.unlink(missing_ok=True)
                 if trial.number not in kept and not trial.user_attrs.get("is_recipe"):
                     with contextlib.suppress(OSError):
                         (folder / BEST).unlink(missing_ok=True)
@@ -282,8 +285,8 @@ class Ledger:
                         f"{folder} holds runs that are not of study {self.stage.name} in {self.store.shown}; name "
                         "another folder with --output, or another --study-name."
                     )
-                write_whole(mark, f"{self.id}\n".encode())
-            elif mark.read_text(encoding="utf-8").strip() != self.id:
+                write_whole(mark, f"{self.about['id']}\n".encode())
+            elif mark.read_text(encoding="utf-8").strip() != self.about["id"]:
                 raise InputError(
                     f"{folder} holds the trials of another study than {self.stage.name} in {self.store.shown}; name "
                     "another folder with --output, or move the old one away."
@@ -294,13 +297,32 @@ class Ledger:
             ) from None
 
 
+def check_study(plan: Plan, stage: Stage, store: Store, description: dict[str, Any]) -> None:
+    """Refuses a study of the stage's name that is another one; one that is not there is well.
+
+    Raises:
+        InputError: With every difference, and the way out.
+    """
+    if not store.has_study(stage.name):
+        return
+    found = Ledger.about_study(store, stage.name)
+    direction = store.open_study(stage.name, plan.direction, {}).direction.name.lower()
+    wrong = differences({**found, "direction": direction}, description)
+    if wrong:
+        raise InputError(
+            f"{store.shown} holds another study {stage.name}: {'; '.join(wrong)}. Give the old settings, or name "
+            "another --study-name."
+        )
+
+
 def ranked(trials: list[FrozenTrial], *, is_maximised: bool) -> list[FrozenTrial]:
     """The complete trials but the recipe, the best first; of equal ones the earlier."""
     sign = -1.0 if is_maximised else 1.0
     complete = [
         trial
         for trial in trials
-        if trial.state == TrialState.COMPLETE and not {"reason", "is_recipe"} & trial.user_attrs.keys()
+        if trial.state == TrialState.COMPLETE
+        and not (trial.user_attrs.get("reason") or trial.user_attrs.get("is_recipe"))
     ]
     return sorted(complete, key=lambda trial: (sign * float(trial.value or 0.0), trial.number))
 

@@ -63,12 +63,15 @@ def set_threads(num_local_processes: int) -> int:
     return torch.get_num_threads()
 
 
+# torch's words for it, the CPU's allocator's, and those of CUDA's libraries
+_NO_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "alloc_failed")
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that a device, or the host, has no more memory to give."""
     said = str(error).lower()
     return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError)
-        and any(words in said for words in ("out of memory", "not enough memory", "can't allocate memory"))
+        isinstance(error, RuntimeError) and any(words in said for words in _NO_MEMORY)
     )
 
 

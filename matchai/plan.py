@@ -1,10 +1,12 @@
 """What a study is, resolved before its first trial: recipe, space and stages, and how all that is recognised again."""
 
+import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,10 +18,12 @@ from matchai.build import build_model_of, step_problems
 from matchai.config import FREE, TrainConfig, check
 from matchai.data import Data
 from matchai.errors import InputError
+from matchai.machine import choose_precision
 from matchai.space import Space, default_space, load_space
 from matchai.tuning import OBJECTIVES, StudySettings, TuneConfig, check_study, refuse_restart
 
 NUM_SEEDS = 3  # fresh seeds of a confirmation
+MOST_CHECKED = 10_000  # combinations of the sizes of a step
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ class Plan:
         space: What is searched.
         direction: `maximize` or `minimize`.
         stages: One, or a screening and what follows it.
-        argv: The command line.
+        num_workers: Loader processes of a worker that shares a host with others; None for the setting's own.
     """
 
     config: TrainConfig
@@ -61,17 +65,12 @@ class Plan:
     space: Space
     direction: Literal["maximize", "minimize"]
     stages: tuple[Stage, ...]
-    argv: tuple[str, ...] = ()
+    num_workers: int | None = None
 
     @property
     def is_maximised(self) -> bool:
         """Whether more of the objective is better."""
         return self.direction == "maximize"
-
-    @property
-    def seeds(self) -> tuple[int, ...]:
-        """The fresh seeds of the confirmation, none of which a trial uses."""
-        return tuple((self.config.run.seed + number) % 2**63 for number in range(1, NUM_SEEDS + 1))
 
     @property
     def num_promoted(self) -> int:
@@ -98,13 +97,12 @@ class Plan:
         return max(found, key=lambda one: (sign * one[0], -one[1]), default=None)
 
 
-def make_plan(tune: TuneConfig, fixed: Collection[str] = (), argv: Collection[str] = ()) -> Plan:
+def make_plan(tune: TuneConfig, fixed: Collection[str] = ()) -> Plan:
     """Resolves the settings of a study.
 
     Args:
         tune: All settings.
         fixed: Settings given by flags, which leave the space.
-        argv: The command line, to be shown.
 
     Raises:
         InputError: With every problem found, before anything is written.
@@ -135,32 +133,69 @@ def make_plan(tune: TuneConfig, fixed: Collection[str] = (), argv: Collection[st
     if settings.screen_epochs:
         screening = Stage(f"{name}-screen", settings.screen_epochs, "screen")
         stages = (screening, dataclasses.replace(stages[0], promotes=screening))
-    return Plan(config, settings, name, folder, space, OBJECTIVES[settings.objective], stages, tuple(argv))
+    return Plan(config, settings, name, folder, space, OBJECTIVES[settings.objective], stages)
 
 
 def refused_values(plan: Plan, data: Data, num_processes: int, device: torch.device) -> list[str]:
-    """The values of the space that a run on this data would refuse, one sentence each."""
-    problems = []
-    for name, entry in plan.space.entries.items():
-        if name not in ("batch_size", "accumulate", "image_size", "encoder", "encoder_weights"):
-            continue
-        values = list(plan.space.choices.get(name, {}).values())
-        if not values:
-            values = list(range(entry["low"], entry["high"] + 1, entry.get("step", 1)))
-        for value in values:
-            config = plan.config.updated_from({name: value})
-            found = step_problems(config, len(data.train), num_processes, device)
-            try:
-                if name in ("encoder", "encoder_weights"):
-                    build_model_of(config, is_resuming=False)
-            except InputError as error:
-                found += error.problems
-            problems += [f"The space's {name} {value} would be refused: {problem}" for problem in found]
-    return problems
+    """The values of the space, and their combinations, that a run on this data would refuse, one sentence each."""
+    problems: list[str] = []
+
+    def values(name: str) -> list[Any]:
+        entry = plan.space.entries.get(name, {})
+        if "choices" in entry:
+            return list(plan.space.choices[name].values())
+        return list(range(entry["low"], entry["high"] + 1, entry.get("step", 1))) if entry else []
+
+    def hold(names: list[str], combination: tuple[Any, ...], check_it: Callable[[TrainConfig], list[str]]) -> None:
+        config = plan.config.updated(**dict(zip(names, combination, strict=True)))
+        try:
+            found = check_it(config)
+        except InputError as error:
+            found = list(error.problems)
+        shown = ", ".join(f"{name} {value}" for name, value in zip(names, combination, strict=True))
+        problems.extend(f"The space's {shown} would be refused: {problem}" for problem in found)
+
+    sizes = [name for name in ("batch_size", "accumulate", "image_size") if values(name)]
+    for combination in itertools.islice(itertools.product(*map(values, sizes)), MOST_CHECKED if sizes else 0):
+        hold(sizes, combination, lambda config: step_problems(config, len(data.train), num_processes, device))
+    for precision in values("mixed_precision"):
+        hold(["mixed_precision"], (precision,), lambda config: _precision_problems(config, device))
+    networks = [name for name in ("encoder", "encoder_weights") if values(name)]
+    for combination in itertools.product(*map(values, networks)) if networks else ():
+        hold(networks, combination, _model_problems)
+    return problems[:20]
 
 
-def describe(plan: Plan, stage: Stage, data: Data) -> dict[str, Any]:
-    """What makes a stage this study and no other; plain JSON values."""
+def _precision_problems(config: TrainConfig, device: torch.device) -> list[str]:
+    choose_precision(config.optimisation.mixed_precision, device)
+    return []
+
+
+def _model_problems(config: TrainConfig) -> list[str]:
+    build_model_of(config, is_resuming=False)
+    return []
+
+
+def fresh_seeds(plan: Plan, read: Callable[[TrainConfig], Data]) -> list[int]:
+    """The seeds of the confirmation, none of which a trial uses: the next ones whose split the data allows.
+
+    Args:
+        plan: The study.
+        read: Reads the data as settings say, or raises InputError.
+    """
+    seeds: list[int] = []
+    for number in range(1, 1000):
+        seed = (plan.config.run.seed + number) % 2**63
+        with contextlib.suppress(InputError):
+            read(plan.config.updated(seed=seed))
+            seeds.append(seed)
+        if len(seeds) == NUM_SEEDS:
+            break
+    return seeds
+
+
+def describe(plan: Plan, stage: Stage, data: Data, seeds: Sequence[int]) -> dict[str, Any]:
+    """What makes a stage this study and no other, and its fresh seeds; plain JSON values."""
     recipe = plan.config.updated(epochs=stage.epochs).flat()
     split = json.dumps([data.train, data.val]).encode()
     found = {
@@ -170,6 +205,8 @@ def describe(plan: Plan, stage: Stage, data: Data) -> dict[str, Any]:
         "screen_epochs": plan.settings.screen_epochs if stage.promotes else 0,
         "recipe": {name: value for name, value in recipe.items() if name not in FREE},
         "data": data.digests,
+        "fresh_seeds": list(seeds),
+        "is_synthetic": plan.config.input.data is None,
         "split": hashlib.sha256(split).hexdigest()[:16],
     }
     plain: dict[str, Any] = json.loads(json.dumps(found, default=str))

@@ -87,7 +87,8 @@ def run(
         on_epoch: Called on every process with the history row of each epoch: after it, once its state is saved, and
             when a run goes on first for all epochs that it has behind it, so that no row is missed whenever a process
             was killed. An exception ends the run, which stays resumable.
-        on_step: Called on every process after each step with the steps done and their total.
+        on_step: Called on every process after each step, and each batch of a validation pass, with the steps done and
+            their total.
         stop: What hears of signals, where the caller listens already.
         display: Where to say things; without it, the terminal.
         draw_every: Seconds between drawings of the figures, infinite for none but the last.
@@ -268,6 +269,8 @@ class _Run:
             raise _StoppedError
 
     def _after_val_batch(self, is_stopping: bool) -> None:
+        if self.on_step:
+            self.on_step(self.training.step, self.training.scheduler.total_steps)
         if is_stopping:
             self._save()
             raise _StoppedError

@@ -30,7 +30,7 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
 from matchai import address
-from matchai.errors import InputError
+from matchai.errors import InputError, LockLostError, StoppedError, StoreError
 from matchai.files import Holds
 
 PATIENCE = 900.0  # seconds that a call waits for a busy store, or for a server that went away
@@ -38,20 +38,13 @@ SAY_AFTER = 5.0  # seconds of waiting that are not worth a word
 T = TypeVar("T")
 
 
-class StoreError(RuntimeError):
-    """The store failed for another reason than being busy, or was busy for longer than `PATIENCE`; one sentence."""
-
-
-class LockLostError(StoreError):
-    """A server's connection broke while its lock was held; take the lock again and decide anew."""
-
-
-def open_store(storage: str, say: Callable[[str], None] = print) -> "Store":
-    """Opens a store of studies, and creates it where there is none.
+def open_store(storage: str, say: Callable[[str], None] = print, *, may_create: bool = True) -> "Store":
+    """Opens a store of studies, and creates it where there is none, if it may.
 
     Args:
         storage: A path that ends in `.db`, or a URL of SQLite, PostgreSQL or MySQL as SQLAlchemy has them.
         say: Told once per wait that the store is busy.
+        may_create: Whether a file that is not there is made.
 
     Raises:
         InputError: If it cannot be a store, or is one that cannot be used; nothing was changed then.
@@ -60,6 +53,8 @@ def open_store(storage: str, say: Callable[[str], None] = print) -> "Store":
     if optuna.logging.get_verbosity() < optuna.logging.WARNING:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
     store = Store(address.parse_storage(storage), say)
+    if store.path and not may_create and not store.path.exists():
+        raise InputError(f"There is no store {store.path}; see --storage, or run the study first.")
     store._open()
     return store
 
@@ -75,12 +70,14 @@ class Store:
         path: The file of SQLite, else None.
         is_server: Whether other hosts may share it.
         say: As of `open_store`.
+        should_stop: Asked while the store is waited for.
     """
 
     def __init__(self, url: sql.URL, say: Callable[[str], None]) -> None:
         self.url = url.render_as_string(hide_password=False)
         self.is_server = url.get_backend_name() != "sqlite"
         self.say = say
+        self.should_stop: Callable[[], bool] = lambda: False
         self._url = url
         self.shown = address.shown_url(url)
         self.path = None if self.is_server else Path(str(url.database))
@@ -169,7 +166,7 @@ class Store:
                 if not is_told and time.monotonic() - since > SAY_AFTER:
                     is_told = True
                     self.say(f"another process works at {name} in the store {self.shown}; waiting for it")
-                time.sleep(pause)
+                self._pause(pause)
                 pause = min(2 * pause, 0.2)
             self._held[key] = waiting[0] if waiting else None
             yield
@@ -356,8 +353,13 @@ class Store:
                 if waited > SAY_AFTER and not is_told:
                     is_told = True
                     self.say(f"the store {self.shown} is busy ({self._reason(error)}); waiting for it")
-            time.sleep(pause)
+            self._pause(pause)
             pause = min(2 * pause, 2.0)
+
+    def _pause(self, seconds: float) -> None:
+        if self.should_stop():
+            raise StoppedError(f"Waiting for the store {self.shown} was given up; nothing is lost.")
+        time.sleep(seconds)
 
     def _reason(self, error: BaseException) -> str:
         cause = address.cause_of(error)

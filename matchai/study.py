@@ -6,20 +6,22 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from optuna.trial import TrialState
 
+from matchai.checkpoint import is_free
 from matchai.claims import LostClaimError
 from matchai.confirm import Confirmation, conclude, config_of
 from matchai.console import Display
-from matchai.errors import InputError
-from matchai.ledger import DONE, Ledger, Task
+from matchai.errors import InputError, StoppedError, StoreError
+from matchai.ledger import DONE, Ledger, Task, check_study
 from matchai.loop import DivergedError
 from matchai.machine import is_out_of_memory
 from matchai.opening import on_main_first, read
-from matchai.plan import Plan, describe, refused_values
+from matchai.plan import Plan, describe, fresh_seeds, refused_values
 from matchai.processes import (
     StopSignal,
     any_process,
@@ -27,16 +29,20 @@ from matchai.processes import (
     check_launch,
     decide,
     end_with_launcher,
+    is_lost_process,
     join_group,
+    lost_process_message,
     num_processes,
     share_error,
 )
 from matchai.runner import run
-from matchai.store import StoreError, open_store
+from matchai.store import open_store
 
 POLL = 0.5  # seconds between two looks at what others are running
 TELL_EVERY = 0.2  # seconds between two words about a trial's steps
-MAX_ERRORS_IN_ROW = 5  # of a worker, without a finished epoch in between: the machine is broken, not the trial
+MAX_ERRORS_IN_ROW = 5  # of a worker, without a new epoch in between: the machine is broken, not the trial
+MAX_FAILED_IN_ROW = 2  # trials, without one that ended in between
+MAX_MEMORY_ERRORS_IN_ROW = 3  # then somebody else has the memory, or the recipe needs more than there is
 
 Tell = Callable[[dict[str, Any]], None]
 
@@ -47,6 +53,16 @@ class BrokenError(RuntimeError):
 
 class _HopelessError(Exception):
     """The pruner ends the trial, on all processes."""
+
+
+@dataclass(frozen=True)
+class _End:
+    """How a run of the study ended: as what it is told, or left as it is (no state) for the reason in `words`."""
+
+    state: TrialState | None
+    value: float | None = None
+    attributes: dict[str, Any] = field(default_factory=dict)
+    words: str = ""
 
 
 class Worker:
@@ -61,7 +77,9 @@ class Worker:
     def __init__(self, plan: Plan, tell: Tell, stop: StopSignal) -> None:
         self.plan, self.stop, self.tell = plan, stop, tell
         self.ledgers: list[Ledger] = []
-        self.errors_in_row, self.told_at = 0, 0.0
+        self.errors_in_row = self.failed_in_row = self.memory_errors_in_row = 0
+        self.epochs, self.seconds, self.told_at = 0, 0.0, 0.0
+        self.seen: dict[str, int] = {}
 
     def work(self) -> bool:
         """Works until the study is done, which is then concluded and true, or until a signal comes.
@@ -73,18 +91,19 @@ class Worker:
         """
         with ExitStack() as stack:
             self._open(stack)
+            stack.enter_context(self.stop.listening())  # before that, signals end the process, and nothing is lost
             gc.freeze()  # what was imported stays: a collection after each run then takes 1 ms instead of 260
             stack.callback(gc.unfreeze)  # else some packages complain of leaks when Python ends
-            while not any_process(self.stop.received is not None):
-                task = decide(self._next)
-                if task == DONE:
-                    answer, best, command = decide(lambda: conclude(self.ledgers, self._mention))
-                    self.tell({"kind": "answer", "text": answer, "best": str(best), "command": command})
-                    return True
-                if isinstance(task, Task):
-                    self._perform(task)
-                else:
-                    time.sleep(POLL)
+            with contextlib.suppress(StoppedError):
+                while not any_process(self.stop.received is not None):
+                    task = decide(self._next)
+                    if task == DONE:
+                        self.tell({"kind": "answer", **decide(lambda: conclude(self.ledgers, self._mention))})
+                        return True
+                    if isinstance(task, Task):
+                        self._perform(task)
+                    else:
+                        time.sleep(POLL)
         return False
 
     def _open(self, stack: ExitStack) -> None:
@@ -105,11 +124,16 @@ class Worker:
         if problems:
             raise InputError(*problems)
         check_agreement(data.digests, "all of them must read the same slices.")
+        seeds = decide(lambda: fresh_seeds(plan, lambda config: read(config, cache, display)))
 
         def open_ledgers() -> None:
             store = open_store(plan.settings.storage, self._mention)
             stack.callback(store.close)
-            self.ledgers = [Ledger(plan, stage, store, describe(plan, stage, data)) for stage in plan.stages]
+            store.should_stop = lambda: self.stop.received is not None
+            told = {stage.name: describe(plan, stage, data, seeds) for stage in plan.stages}
+            for stage in plan.stages:  # all, before any is made
+                check_study(plan, stage, store, told[stage.name])
+            self.ledgers = [Ledger(plan, stage, store, told[stage.name]) for stage in plan.stages]
 
         decide(open_ledgers)
         self.tell({"kind": "ready"})
@@ -127,9 +151,29 @@ class Worker:
 
     def _perform(self, task: Task) -> None:
         """Runs a trial or a confirming run to its end, whatever that is; leaves it resumable if a signal comes."""
-        config = config_of(self.plan, task.settings, epochs=task.epochs, seed=task.seed, output=task.output)
+        if not decide(lambda: is_free(task.output)):
+            # of a process that has lost its claim but not its life: stopped, or on a host that does not answer
+            if self.ledgers:
+                self._ledger(task).claims.avoid(task.key)
+            return
         self._say(task, "begin", title=_title(task), epochs=task.epochs, is_adopted=task.is_adopted)
-        outcome = "stopped, resumable"
+        self.epochs, self.seconds = 0, 0.0
+        words = "stopped by an error"
+        try:
+            words = self._end(task, self._run(task))
+        except LostClaimError as error:
+            words = f"left to another worker: {error}"
+        finally:
+            if self.ledgers:
+                self._ledger(task).claims.drop(task.key)
+            self._say(task, "end", title=_title(task), outcome=words)
+            gc.collect()  # a run's loader, model and optimiser refer to each other
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+    def _run(self, task: Task) -> _End:
+        """Runs it; how it ended."""
+        config = config_of(self.plan, task.settings, epochs=task.epochs, seed=task.seed, output=task.output)
         try:
             with self._log(task) as display:
                 result = run(
@@ -140,87 +184,92 @@ class Worker:
                     display=display,
                     draw_every=math.inf,
                 )
-            if result.is_finished:
-                outcome = self._finish(task, result.history)
         except _HopelessError:
-            outcome = self._end(task, TrialState.PRUNED, None, {})
+            return _End(TrialState.PRUNED)
         except DivergedError as error:
-            outcome = self._end_failed(task, f"diverged: {error}")
-        except LostClaimError as error:
-            outcome = f"left to another worker: {error}"
-        except (StoreError, KeyboardInterrupt):
+            return self._failed(f"diverged: {error}")
+        except (LostClaimError, StoreError):
             raise
         except Exception as error:
             # whatever a run may raise: what is wrong with the settings counts, what is wrong with the machine does not
-            outcome = self._survive(task, error)
-        finally:
-            if self.ledgers:
-                self._ledger(task).claims.drop(task.key)
-                self._tell_counts(self._ledger(task))
-            self._say(task, "end", title=_title(task), outcome=outcome)
-            gc.collect()  # a run's loader, model and optimiser refer to each other
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-
-    def _finish(self, task: Task, history: list[dict[str, Any]]) -> str:
-        best = self.plan.best_of(history)
+            return self._survive(task, error)
+        best = self.plan.best_of(result.history)
+        if not result.is_finished:
+            return _End(None, words="stopped, resumable")
         if best is None:
-            return self._end_failed(task, f"{self.plan.settings.objective} was undefined in every epoch")
-        value, epoch = best
-        seconds = sum(row["seconds"] for row in history)
-        return self._end(task, TrialState.COMPLETE, value, {"best_epoch": epoch, "seconds": seconds})
+            return self._failed(f"{self.plan.settings.objective} was undefined in every epoch")
+        return _End(TrialState.COMPLETE, best[0], {"best_epoch": best[1]})
 
-    def _end_failed(self, task: Task, reason: str) -> str:
+    def _failed(self, reason: str) -> _End:
         """A failure of the settings: the worst value there is, with its reason, so that the search learns from it."""
-        floor = 0.0 if self.plan.is_maximised else math.inf
-        return self._end(task, TrialState.COMPLETE, floor, {"reason": reason})
+        return _End(TrialState.COMPLETE, 0.0 if self.plan.is_maximised else math.inf, {"reason": reason})
 
-    def _end(self, task: Task, state: TrialState, value: float | None, attributes: dict[str, Any]) -> str:
-        """Tells how a run of the study ended; returns it in words."""
+    def _end(self, task: Task, how: _End) -> str:
+        """Tells how a run of the study ended, unless it is left as it is; returns it in words."""
+        if how.state is None:
+            return how.words
+        attributes = {**how.attributes, "seconds": self.seconds}
 
         def tell() -> None:
             if task.is_confirmation:
-                has_failed = "reason" in attributes
-                Confirmation(self.ledgers[-1]).finish(task, {**attributes, "value": None if has_failed else value})
+                value = None if "reason" in attributes else how.value
+                Confirmation(self.ledgers[-1]).finish(task, {**attributes, "value": value})
             else:
-                self._ledger(task).finish(task, state, value, attributes)
+                assert how.state is not None
+                self._ledger(task).finish(task, how.state, how.value, attributes)
+            self._tell_counts(self._ledger(task))
 
         decide(tell)
-        self.errors_in_row = 0
-        figure = "" if value is None else f", {self.plan.settings.objective} {value:.4f}"
-        return state.name.lower() + figure + (f" ({attributes['reason']})" if "reason" in attributes else "")
+        self.errors_in_row = self.failed_in_row = 0
+        if "reason" not in attributes:
+            self.memory_errors_in_row = 0
+        figure = "" if how.value is None else f", {self.plan.settings.objective} {how.value:.4f}"
+        return how.state.name.lower() + figure + (f" ({attributes['reason']})" if "reason" in attributes else "")
 
-    def _survive(self, task: Task, error: Exception) -> str:
-        """After an error in a run: out of memory is the settings' fault, all else the machine's.
+    def _survive(self, task: Task, error: Exception) -> _End:
+        """After an error in a run: out of memory is the settings' fault, all else the machine's; a kill is nobody's.
 
         Raises:
             BrokenError: After too many in a row, or where several processes have lost each other over it.
         """
-        is_group = num_processes() > 1
+        is_group, lost = num_processes() > 1, lost_process_message() if is_lost_process(error) else ""
         cause = share_error(error)
+        if lost and cause is error:
+            raise BrokenError(lost)
         words = " ".join(str(cause).split())[:300]
         reason = words if isinstance(cause, InputError) else f"{type(cause).__name__}: {words}"
-        outcome = f"stopped by an error, resumable: {reason}"
+        how = _End(None, words=f"stopped by an error, resumable: {reason}")
         if is_out_of_memory(cause):
-            if self.ledgers:
-                outcome = self._end_failed(task, f"out of memory: {reason}")
+            self.memory_errors_in_row += 1
+            if self.memory_errors_in_row >= MAX_MEMORY_ERRORS_IN_ROW:
+                raise BrokenError(
+                    f"Trial after trial is out of memory, the last {_title(task)} ({reason}): free some, or give a "
+                    "smaller --batch-size, --image-size or --encoder to another --study-name; the same command goes on."
+                )
+            how = self._failed(f"out of memory: {reason}")
+            if is_group and self.ledgers:
+                self._end(task, how)
         else:
             self.errors_in_row += 1
-            if self.ledgers and not task.is_confirmation and self._ledger(task).note_error(task, reason):
-                outcome = f"failed after three errors, to be replaced: {reason}"
+            is_trial = self.ledgers and not task.is_confirmation
+            if is_trial and self._ledger(task).note_error(task, reason, self.epochs):
+                self.failed_in_row += 1
+                how = _End(None, words=f"failed after three errors, to be replaced: {reason}")
         if is_group:
             raise BrokenError(f"{_title(task)} ended all processes ({reason}); the same command goes on from there.")
-        if self.errors_in_row >= MAX_ERRORS_IN_ROW:
+        if self.errors_in_row >= MAX_ERRORS_IN_ROW or self.failed_in_row >= MAX_FAILED_IN_ROW:
             raise BrokenError(
-                f"{self.errors_in_row} errors in a row, the last in {_title(task)} ({reason}): mend that, and the same "
-                "command goes on."
+                f"Too many errors in a row, the last in {_title(task)} ({reason}): mend that, and the same command "
+                "goes on."
             )
-        return outcome
+        return how
 
     def _after_epoch(self, task: Task, row: dict[str, Any]) -> None:
         value = row[self.plan.settings.objective]
         self._say(task, "epoch", epoch=row["epoch"], value=value)
-        self.errors_in_row = 0
+        self.epochs, self.seconds = row["epoch"], self.seconds + row["seconds"]
+        if row["epoch"] > self.seen.get(task.key, 0):  # a run that goes on tells its old epochs again
+            self.seen[task.key], self.errors_in_row = row["epoch"], 0
         if not task.is_confirmation and decide(lambda: self._ledger(task).report(task, row)):
             raise _HopelessError
 

@@ -282,7 +282,7 @@ def _trials(rows: Sequence[Row], settings: Mapping[str, BaseDistribution], maxim
     if not rows:
         return Text("There is none yet.")
     digits, best = _digits(rows), find_best(rows, maximised)
-    has_reason = any("reason" in row.attributes for row in rows)
+    has_reason = any(row.attributes.get("reason") for row in rows)
     head = ["trial", "state", "value", "best epoch", *settings, "seconds", *(["reason"] if has_reason else [])]
     lines = []
     sign = -1 if maximised else 1

@@ -53,7 +53,7 @@ def _read_row(trial: FrozenTrial, maximised: bool) -> Row:
     value = math.nan
     if trial.state == TrialState.COMPLETE:
         value = math.nan if trial.value is None else float(trial.value)
-        if "reason" in trial.user_attrs or not math.isfinite(value):
+        if trial.user_attrs.get("reason") or not math.isfinite(value):
             kind = "failed for its settings"
     elif trial.state != TrialState.FAIL and curve:
         value = max(curve.values()) if maximised else min(curve.values())

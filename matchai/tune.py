@@ -1,5 +1,6 @@
 """`python -m matchai.tune`: searches better settings, or goes on with a study. `--help` lists every setting."""
 
+import dataclasses
 import os
 import signal
 import sys
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 # as in matchai.train; read when torch loads
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from matchai.errors import InputError
+from matchai.errors import InputError, StoreError
 from matchai.parsing import given, parse
 from matchai.tuning import TuneConfig
 
@@ -32,26 +33,26 @@ def main(argv: list[str] | None = None) -> int:
         # seconds of imports that --help does not need
         from matchai.console import StudyDisplay  # noqa: PLC0415
         from matchai.plan import make_plan  # noqa: PLC0415
-        from matchai.processes import StopSignal  # noqa: PLC0415
+        from matchai.processes import StopSignal, launcher  # noqa: PLC0415
         from matchai.workers import STOPPED, supervise, work  # noqa: PLC0415
 
         plan = make_plan(tune, given(argv))
-        is_launched = int(os.environ.get("WORLD_SIZE") or 1) > 1
-        if plan.settings.workers > 1 and is_launched:
+        if plan.settings.workers > 1 and (launcher() or int(os.environ.get("WORLD_SIZE") or 1) > 1):
             raise InputError(
-                f"--workers {plan.settings.workers} was given to {os.environ['WORLD_SIZE']} launched processes, which "
-                "train each trial together: drop --workers, or start without the launcher."
+                f"--workers {plan.settings.workers} was given to launched processes, which train each trial together: "
+                "drop --workers, or start without the launcher."
             )
         display = StudyDisplay(plan.settings.objective, plan.settings.workers)
         is_main = os.environ.get("RANK", "0") == "0"
         if plan.settings.report:
-            return _report(plan)
+            return _report(plan) if is_main else 0
         if is_main:
             _greet(plan, display.say)
         stop = StopSignal()
-        with stop.listening():
+        try:
             status = supervise(plan, display, stop) if plan.settings.workers > 1 else work(plan, display.hear, stop)
-        display.close()
+        finally:
+            display.close()
         if is_main:
             _say_how_it_ended(plan, display, stop.received)
         if stop.received is not None:
@@ -98,21 +99,30 @@ def _say_how_it_ended(plan: "Plan", display: Any, received: signal.Signals | Non
 
 
 def _report(plan: "Plan") -> int:
-    from matchai.confirm import write_answer  # noqa: PLC0415
+    """Draws the report of a study as the store has it; writes nothing else."""
+    from matchai.confirm import Confirmation, best_file, draw_report  # noqa: PLC0415
     from matchai.ledger import Ledger  # noqa: PLC0415
+    from matchai.plan import Stage  # noqa: PLC0415
     from matchai.store import open_store  # noqa: PLC0415
 
-    store = open_store(plan.settings.storage)
     try:
-        missing = [stage.name for stage in plan.stages if not store.has_study(stage.name)]
-        if missing:
+        store = open_store(plan.settings.storage, may_create=False)
+        if not store.has_study(plan.name):
             raise InputError(
-                f"{store.shown} holds no study {missing[0]}, so there is nothing to report; run it first, or give its "
+                f"{store.shown} holds no study {plan.name}, so there is nothing to report; run it first, or give its "
                 "--study-name."
             )
-        print(f"Report: {write_answer([Ledger(plan, stage, store) for stage in plan.stages])}")
-    finally:
+        about = Ledger.about_study(store, plan.name)
+        settings = dataclasses.replace(plan.settings, objective=about["objective"])
+        plan = dataclasses.replace(plan, settings=settings, direction=about["direction"])
+        names = [name for name in (f"{plan.name}-screen", plan.name) if store.has_study(name)]
+        ledgers = [Ledger(plan, Stage(name, 1, ""), store) for name in names]
+        best = best_file(plan, Confirmation(ledgers[-1]).verdict())
+        print(f"Report: {draw_report(ledgers, best if best.exists() else None)}")
         store.close()
+    except StoreError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -14,11 +14,10 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from matchai.console import StudyDisplay
-from matchai.errors import InputError
+from matchai.errors import InputError, StoreError
 from matchai.machine import num_cores
 from matchai.plan import Plan
 from matchai.processes import StopSignal, end_with_parent, is_lost_process, leave_group, lost_process_message
-from matchai.store import StoreError
 from matchai.study import BrokenError, Worker
 
 MAX_DEATHS = 3  # of one worker without an epoch in between; it is started again before that
@@ -37,6 +36,7 @@ class _Seat:
     is_ready: bool = False
     is_over: bool = False
     keys: set[str] = field(default_factory=set)
+    epochs: dict[str, int] = field(default_factory=dict)
 
 
 def work(plan: Plan, tell: Callable[[dict[str, Any]], None], stop: StopSignal | None = None) -> int:
@@ -50,24 +50,22 @@ def work(plan: Plan, tell: Callable[[dict[str, Any]], None], stop: StopSignal | 
     Returns:
         0 when the study is done, else `BROKEN`, `MISTAKE` or `STOPPED`.
     """
-    listener = stop or StopSignal()
-    with listener.listening():
-        try:
-            return 0 if Worker(plan, tell, listener).work() else STOPPED
-        except InputError as error:
-            for problem in error.problems:
-                tell({"kind": "error", "text": problem})
-            return MISTAKE
-        except (BrokenError, StoreError) as error:
-            tell({"kind": "error", "text": str(error)})
-            return BROKEN
-        except RuntimeError as error:
-            if not is_lost_process(error):
-                raise
-            tell({"kind": "error", "text": lost_process_message()})
-            return BROKEN
-        finally:
-            leave_group()
+    try:
+        return 0 if Worker(plan, tell, stop or StopSignal()).work() else STOPPED
+    except InputError as error:
+        for problem in error.problems:
+            tell({"kind": "error", "text": problem})
+        return MISTAKE
+    except (BrokenError, StoreError) as error:
+        tell({"kind": "error", "text": str(error)})
+        return BROKEN
+    except RuntimeError as error:
+        if not is_lost_process(error):
+            raise
+        tell({"kind": "error", "text": lost_process_message()})
+        return BROKEN
+    finally:
+        leave_group()
 
 
 def supervise(plan: Plan, display: StudyDisplay, stop: StopSignal) -> int:
@@ -79,25 +77,27 @@ def supervise(plan: Plan, display: StudyDisplay, stop: StopSignal) -> int:
     gpus = _gpus()
     if gpus and plan.config.machine.num_workers is None:
         loaders = max(0, min(8, num_cores() // plan.settings.workers - 1))
-        plan = dataclasses.replace(plan, config=plan.config.updated(num_workers=loaders))
+        plan = dataclasses.replace(plan, num_workers=loaders)
     seats = [_Seat(number) for number in range(plan.settings.workers)]
-    status, asked_at = 0, None
+    statuses: list[int] = []
+    asked_at = None
     try:
-        while True:
-            if stop.received is None and not status:
-                waiting = (seat for seat in seats if seat.process is None and not seat.is_over)
-                for seat in [one for one in waiting if one.number == 0 or seats[0].is_ready]:
-                    _start(plan, seat, gpus)
-            elif stop.received is not None and asked_at is None:
-                asked_at = time.monotonic()
-                display.say(f"stopping {len(seats)} workers; all trials stay resumable")
-                _signal(seats, signal.SIGTERM)
-            elif asked_at is not None and time.monotonic() - asked_at > PATIENCE:
-                _signal(seats, signal.SIGKILL)
-            if not any(seat.process for seat in seats):
-                return status
-            _listen(seats, display)
-            status = max([status, *(_bury(seat, display, is_stopping=asked_at is not None) for seat in seats)])
+        with stop.listening():
+            while True:
+                if stop.received is None and not {BROKEN, MISTAKE} & set(statuses):
+                    waiting = (seat for seat in seats if seat.process is None and not seat.is_over)
+                    for seat in [one for one in waiting if one.number == 0 or seats[0].is_ready]:
+                        _start(plan, seat, gpus)
+                elif stop.received is not None and asked_at is None:
+                    asked_at = time.monotonic()
+                    display.say(f"stopping {len(seats)} workers; all trials stay resumable")
+                    _signal(seats, signal.SIGTERM)
+                elif asked_at is not None and time.monotonic() - asked_at > PATIENCE:
+                    _signal(seats, signal.SIGKILL)
+                if not any(seat.process for seat in seats):
+                    return 0 if display.answer else max(statuses, default=0)
+                _listen(seats, display)
+                statuses += [status for seat in seats if (status := _bury(seat, display, asked_at is not None))]
     finally:
         _signal(seats, signal.SIGKILL)
 
@@ -127,12 +127,13 @@ def _listen(seats: list[_Seat], display: StudyDisplay) -> None:
             seat.is_ready = True
         elif event["kind"] == "begin":
             seat.keys.add(event["key"])
-        elif event["kind"] in ("epoch", "end"):
-            seat.deaths = 0
+        elif event["kind"] == "epoch" and event["epoch"] > seat.epochs.get(event["key"], 0):
+            # a run that goes on tells its old epochs again
+            seat.epochs[event["key"]], seat.deaths = event["epoch"], 0
         display.hear(event)
 
 
-def _bury(seat: _Seat, display: StudyDisplay, *, is_stopping: bool) -> int:
+def _bury(seat: _Seat, display: StudyDisplay, is_stopping: bool) -> int:
     """Takes leave of a worker that has ended; returns the status that the study deserves for it."""
     if seat.process is None or seat.process.is_alive() or seat.inbox is not None:
         return 0
@@ -195,6 +196,9 @@ def _gpus() -> list[str]:
 def _work(plan: Plan, number: int, outbox: Connection) -> None:
     """The life of a worker process."""
     end_with_parent(signal.SIGTERM)
+    parent = multiprocessing.parent_process()
+    if parent is None or not parent.is_alive():  # it had died before it could be watched
+        sys.exit(0)
     # a terminal's Ctrl-C reaches the whole group; the one who watches passes it on
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 

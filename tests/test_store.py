@@ -28,9 +28,9 @@ from optuna.trial import TrialState
 
 from matchai import address, store
 from matchai.address import filesystem_of, parse_storage, secrets_of, shown_url
-from matchai.errors import InputError
+from matchai.errors import InputError, LockLostError, StoreError
 from matchai.files import Holds
-from matchai.store import LockLostError, Store, StoreError, open_store
+from matchai.store import Store, open_store
 from tests.conftest import PASSWORD, connect_admin
 
 SPACE: dict[str, optuna.distributions.BaseDistribution] = {"x": FloatDistribution(0, 1)}
