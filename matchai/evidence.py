@@ -19,8 +19,8 @@ class Contender:
         values: The objective on each seed, in the seeds' order.
         mean: Their mean.
         sd: Their standard deviation over the seeds (n - 1); NaN for one seed.
-        difference: Its mean minus the recipe's; positive is better, whichever way the objective goes; infinite where one
-            of the two failed on a seed.
+        difference: Its mean minus the recipe's; positive is better, whichever way the objective goes; infinite where
+            one of the two failed on a seed.
         low: Lower end of the interval for that difference.
         high: Upper end.
     """

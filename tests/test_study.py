@@ -6,6 +6,8 @@ import os
 import random
 import signal
 import sqlite3
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +20,7 @@ import yaml
 from optuna.trial import TrialState
 
 from matchai.config import TrainConfig
+from matchai.loop import DivergedError
 from matchai.processes import any_process, is_main_process
 from matchai.runner import RunResult
 from matchai.space import load_space
@@ -211,9 +214,6 @@ def test_a_kill_between_state_and_report_loses_nothing(argv: list[str], tmp_path
 
 def hold(file: Path, seconds: float) -> Any:
     """Holds the write lock of a store for a while, from another process."""
-    import subprocess
-    import sys
-
     code = (
         f"import sqlite3, time; c = sqlite3.connect({str(file)!r}, isolation_level=None, timeout=60); "
         f"c.execute('BEGIN EXCLUSIVE'); print('held', flush=True); time.sleep({seconds}); c.execute('ROLLBACK')"
@@ -286,7 +286,7 @@ def test_a_trial_fails_after_three_errors_and_is_replaced(argv: list[str], tmp_p
     assert study(argv, fail_in(2, OSError(28, "No space left on device"), 9)) == 0
     found = rows(tmp_path)
     assert found[2].state == TrialState.FAIL
-    assert "No space left" in found[2].user_attrs["reason"]
+    assert "No space left" in found[2].user_attrs["errors"][-1][1]
     assert sum(row.state in FINISHED for row in found) == TRIALS
 
 
@@ -583,3 +583,140 @@ def test_a_living_trial_on_another_host_is_left_to_it_and_a_stopped_one_is_not(
     assert {row.state for row in found} <= set(FINISHED)
     assert found[3].user_attrs["run"]
     assert (tmp_path / "b" / "study" / "trials" / "0003").exists()
+
+
+def late_error(config: TrainConfig, on_epoch: Callable[[dict[str, Any]], None], **more: Any) -> RunResult:
+    """A run that fails after all its epochs, each time it is started."""
+    pretend(config, on_epoch, **more)
+    raise OSError(28, "No space left on device")
+
+
+def test_an_error_that_always_comes_after_the_last_epoch_stops_the_study(argv: list[str], tmp_path: Path) -> None:
+    assert study(argv, late_error) == 1
+    assert [row.state for row in rows(tmp_path)] == [TrialState.FAIL] * 2
+    assert study(argv) == 0
+    assert sum(row.state in FINISHED for row in rows(tmp_path)) == TRIALS
+
+
+def test_an_error_in_every_confirming_run_stops_the_study(argv: list[str], tmp_path: Path) -> None:
+    def run(config: TrainConfig, *args: Any, **more: Any) -> RunResult:
+        assert config.run.output is not None
+        return (late_error if config.run.output.name.startswith("trial-") else pretend)(config, *args, **more)
+
+    assert study([*argv, "--trials", "3", "--confirm", "1"], run) == 1
+    assert study([*argv, "--trials", "3", "--confirm", "1"]) == 0
+    assert (tmp_path / "study" / "best.yaml").is_file()
+
+
+def test_trial_after_trial_out_of_memory_stops_the_study(argv: list[str], tmp_path: Path, capsys: Any) -> None:
+    def full(*_: Any, **__: Any) -> RunResult:
+        raise RuntimeError("CUDA out of memory")
+
+    assert study(argv, full) == 1
+    assert "out of memory" in capsys.readouterr().err
+    assert [row.state for row in rows(tmp_path)] == [TrialState.COMPLETE, TrialState.COMPLETE, TrialState.RUNNING]
+
+
+def test_a_reason_that_no_longer_holds_is_taken_back(argv: list[str], tmp_path: Path, reference: Path) -> None:
+    calls: list[int] = []
+
+    def killed(config: TrainConfig, *args: Any, **more: Any) -> RunResult:
+        assert config.run.output is not None
+        if config.run.output.name == "0001" and not calls:
+            calls.append(1)
+            optuna_study = optuna.load_study(study_name="study", storage=f"sqlite:///{tmp_path / 'store.db'}")
+            trial = optuna.trial.Trial(optuna_study, optuna_study.get_trials()[1]._trial_id)
+            trial.set_user_attr("reason", "out of memory")
+            raise KeyboardInterrupt
+        return pretend(config, *args, **more)
+
+    assert study(argv, killed) == 130
+    assert study(argv, killed) == 0
+    assert table(tmp_path) == table(reference)
+
+
+def test_a_trial_whose_folder_another_process_still_holds_is_left_to_it(
+    argv: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("matchai.claims.AVOID", 0.5)
+    (tmp_path / "study" / "trials").mkdir(parents=True)
+    folder = tmp_path / "study" / "trials" / "0001"
+    code = (
+        "import sys, time; from pathlib import Path; from matchai.checkpoint import lock_folder\n"
+        "folder = Path(sys.argv[1]); folder.mkdir()\n"
+        "with lock_folder(folder): print('held', flush=True); time.sleep(4)"
+    )
+    holders: list[Any] = []
+
+    def run(config: TrainConfig, *args: Any, **more: Any) -> RunResult:
+        if not holders:
+            command = [sys.executable, "-c", code, str(folder)]
+            holders.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+            holders[0].stdout.readline()
+        return pretend(config, *args, **more)
+
+    assert study([*argv, "--trials", "3"], run) == 0
+    assert holders[0].wait() == 0
+    assert [row.state for row in rows(tmp_path)] == [TrialState.COMPLETE] * 3
+    assert "errors" not in rows(tmp_path)[1].user_attrs
+
+
+def test_a_recipe_that_fails_on_a_fresh_seed_is_not_the_answer(argv: list[str], tmp_path: Path, capsys: Any) -> None:
+    def run(config: TrainConfig, *args: Any, **more: Any) -> RunResult:
+        assert config.run.output is not None
+        if config.run.output.name == "trial-0000-seed-2":
+            raise DivergedError("not finite")
+        return pretend(config, *args, **more)
+
+    assert study([*argv, "--confirm", "1"], run) == 0
+    assert "the recipe failed on one of them" in capsys.readouterr().out
+    best = yaml.safe_load((tmp_path / "study" / "best.yaml").read_text())
+    assert best["recorded"]["trial"] != 0
+    assert not list((tmp_path / "study" / "confirm").glob("*/last"))
+
+
+def test_a_report_leaves_the_answer_and_the_store_as_they_are(
+    argv: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert study([*argv, "--confirm", "1"]) == 0
+    best = (tmp_path / "study" / "best.yaml").read_bytes()
+    before = table(tmp_path)
+    place = ["--storage", str(tmp_path / "store.db"), "--output", str(tmp_path / "study")]
+    assert study(["--report", "--confirm", "1", "--seed", "7", *place]) == 0
+    assert (tmp_path / "study" / "best.yaml").read_bytes() == best
+    assert table(tmp_path) == before
+    monkeypatch.chdir(tmp_path)
+    assert study(["--report", "--storage", "nowhere/none.db"]) == 2
+    assert not (tmp_path / "nowhere").exists()
+
+
+def killed_on_one(config: TrainConfig, *args: Any, **more: Any) -> RunResult:
+    assert config.run.output is not None
+    if config.run.output.name == "0001":
+        if not is_main_process():
+            os.kill(os.getpid(), signal.SIGKILL)
+        any_process(False)
+    return pretend(config, *args, **more)
+
+
+@pytest.mark.timeout(100)
+def test_a_killed_process_of_two_is_no_error_of_the_trial(argv: list[str], tmp_path: Path, reference: Path) -> None:
+    assert [end(process, 30) for process in start_group(argv, 2, tmp_path / "told", killed_on_one)] == [1, -9]
+    assert "lost another" in (tmp_path / "told" / "0").read_text()
+    assert "errors" not in rows(tmp_path)[1].user_attrs
+    assert study(argv) == 0
+    assert table(tmp_path) == table(reference)
+
+
+@pytest.mark.timeout(60)
+def test_a_signal_is_heard_while_the_store_is_waited_for(argv: list[str], tmp_path: Path) -> None:
+    process = start(argv, 0.05)
+    until = time.monotonic() + 30
+    while not (tmp_path / "study" / "trials" / "0001").exists() and time.monotonic() < until:
+        time.sleep(0.02)
+    holder = hold(tmp_path / "store.db", 50)
+    time.sleep(1)
+    os.kill(process.pid, signal.SIGTERM)
+    assert end(process, 20) == 0
+    holder.kill()
+    holder.wait()
