@@ -144,9 +144,9 @@ def _confirmed(rows: Sequence[Row], label: str, evidence: Verdict) -> list[Piece
     if evidence.is_difference:
         winner = next(one for one in evidence.challengers if one.number == evidence.winner)
         gain = f"{_write(winner.difference, digits)} {label}"
-        pieces: list[Piece] = [
-            Answer(f"Trial {winner.number} beats the recipe by {gain} ({interval(winner)}).", "good")
-        ]
+        says = f"beats the recipe by {gain} ({interval(winner)})"
+        says = says if math.isfinite(winner.difference) else "is the answer, as the recipe failed on a fresh seed"
+        pieces: list[Piece] = [Answer(f"Trial {winner.number} {says}.", "good")]
     elif evidence.challengers:
         nearest = evidence.challengers[0]
         side = "better" if nearest.difference >= 0 else "worse"
@@ -178,28 +178,20 @@ def _compare(rows: Sequence[Row], evidence: Verdict, label: str) -> list[Piece]:
             *(_write(value, digits) for value in one.values),
         ]
 
-    lines = [
-        line(
-            evidence.recipe, f"recipe (trial {evidence.recipe.number})", "" if evidence.is_difference else "the answer"
-        )
-    ]
+    has_failed = not math.isfinite(evidence.recipe.mean)
+    says = "failed on a seed" if has_failed else "" if evidence.is_difference else "the answer"
+    lines = [line(evidence.recipe, f"recipe (trial {evidence.recipe.number})", says)]
     for one in evidence.challengers:
         says = "better" if one.low > 0 else "worse" if one.high < 0 else "no difference shown"
+        says = says if math.isfinite(one.mean) else "failed on a seed"
         lines.append(line(one, f"trial {one.number}", "better: the answer" if one.number == evidence.winner else says))
     numbers = [evidence.recipe.number, *(one.number for one in evidence.challengers)]
     caption = (
         f"{label} on the same fresh seeds for all, none of them used in the search. sd: between seeds. The intervals "
         f"of the difference to the recipe hold all together with {evidence.confidence * 100:g} %; positive is better."
     )
-    head = [
-        "configuration",
-        "mean",
-        "sd",
-        "difference",
-        "interval",
-        "says",
-        *(f"seed {seed}" for seed in evidence.seeds),
-    ]
+    columns = ("configuration", "mean", "sd", "difference", "interval", "says")
+    head = [*columns, *(f"seed {seed}" for seed in evidence.seeds)]
     return [Table(head, lines, marked=[numbers.index(evidence.winner)], caption=capitalise(caption))]
 
 
@@ -282,7 +274,7 @@ def _trials(rows: Sequence[Row], settings: Mapping[str, BaseDistribution], maxim
     if not rows:
         return Text("There is none yet.")
     digits, best = _digits(rows), find_best(rows, maximised)
-    has_reason = any(row.attributes.get("reason") for row in rows)
+    has_reason = any(_reason(row) for row in rows)
     head = ["trial", "state", "value", "best epoch", *settings, "seconds", *(["reason"] if has_reason else [])]
     lines = []
     sign = -1 if maximised else 1
@@ -299,7 +291,7 @@ def _trials(rows: Sequence[Row], settings: Mapping[str, BaseDistribution], maxim
                 _best_epoch(row, maximised),
                 *(format_setting(row.settings.get(name)) for name in settings),
                 "–" if seconds is None else f"{seconds:.0f}",
-                *([_plain(row.attributes.get("reason"), "")] if has_reason else []),
+                *([_reason(row)] if has_reason else []),
             ]
         )
     marked = [place for place, row in enumerate(rows) if row is best or row.is_recipe]
@@ -307,6 +299,13 @@ def _trials(rows: Sequence[Row], settings: Mapping[str, BaseDistribution], maxim
         "Complete trials first, the best on top. The value of a pruned or running trial is its best epoch's so far."
     )
     return Table(head, lines, marked, caption)
+
+
+def _reason(row: Row) -> str:
+    """Why a trial failed: for its settings, or the last error of the machine."""
+    errors = row.attributes.get("errors") if row.kind == "failed for the machine" else None
+    last = errors[-1][1:] if isinstance(errors, list) and errors and isinstance(errors[-1], list) else []
+    return _plain(row.attributes.get("reason") or " ".join(map(str, last)), "")
 
 
 def _best_epoch(row: Row, maximised: bool) -> str:

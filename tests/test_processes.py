@@ -108,7 +108,9 @@ def finished(phantom: Path, cache: Path, tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize(
+    "world", [pytest.param(2, marks=pytest.mark.slow), 3]
+)  # from three on DDP reorders its buckets
 def test_killed_processes_end_bit_for_bit_where_uninterrupted_ones_do(
     world: int, finished: Path, phantom: Path, cache: Path, tmp_path: Path
 ) -> None:
@@ -184,7 +186,7 @@ def test_processes_that_were_given_different_settings_are_refused(phantom: Path,
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("stopped", [0, 1])
+@pytest.mark.parametrize("stopped", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_process_that_does_not_answer_is_given_up_within_the_time_out(
     stopped: int, phantom: Path, cache: Path, tmp_path: Path
 ) -> None:

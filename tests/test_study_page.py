@@ -152,9 +152,18 @@ def test_recipe_and_challengers_stand_side_by_side(tmp_path: Path) -> None:
 def test_a_challenger_that_diverged_has_no_interval(tmp_path: Path) -> None:
     page = report(tmp_path, four_trials(), verdict([0.84, math.nan, 0.86]))
     assert tables(page)["configuration"][2] == [
-        *("trial 3", "–", "–", "–", "unknown", "no difference shown", "0.8400", "–", "0.8600"),
+        *("trial 3", "–", "–", "–", "unknown", "failed on a seed", "0.8400", "–", "0.8600"),
     ]
     assert "nan" not in words(page).split()
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_recipe_that_failed_on_a_fresh_seed_is_no_answer(tmp_path: Path) -> None:
+    evidence = judge({0: [0.8, -math.inf, 0.8], 3: [0.7, 0.7, 0.7]}, 0, (11, 12, 13))
+    page = report(tmp_path, four_trials(), evidence)
+    assert answer(page) == "Trial 3 is the answer, as the recipe failed on a fresh seed."
+    assert tables(page)["configuration"][1][5] == "failed on a seed"
+    assert not {"inf", "-inf", "nan"} & set(words(page).split())
 
 
 @pytest.mark.usefixtures("undrawn")

@@ -125,7 +125,7 @@ def test_a_report_is_drawn_of_a_study_as_it_stands(
 def test_killed_in_the_middle_of_a_trial_a_study_ends_as_an_uninterrupted_one(
     finished: Path, phantom: Path, cache: Path, tmp_path: Path
 ) -> None:
-    arguments = small(phantom, cache, "--save-every", "3")
+    arguments = small(phantom, cache, "--save-every", "3", "--confirm", "0")
     command = [sys.executable, "-m", "matchai.tune", *arguments]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     until = time.monotonic() + 60
@@ -139,15 +139,13 @@ def test_killed_in_the_middle_of_a_trial_a_study_ends_as_an_uninterrupted_one(
     done = tune(*arguments, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert table(tmp_path) == table(finished)
-    said = (finished / "said.txt").read_text().splitlines()
-    assert next(line for line in said if "interval" in line) in done.stdout
 
 
 @pytest.mark.timeout(250)
 def test_workers_share_a_study_and_neither_their_death_nor_that_of_who_watches_loses_a_trial(
     phantom: Path, cache: Path, tmp_path: Path
 ) -> None:
-    arguments = small(phantom, cache, "--workers", "2", "--trials", "6", "--confirm", "0")
+    arguments = small(phantom, cache, "--workers", "2", "--trials", "4", "--confirm", "0")
     command = [sys.executable, "-m", "matchai.tune", *arguments]
     trials = tmp_path / "studies" / "study" / "trials"
     log = tmp_path / "log.txt"
@@ -175,9 +173,9 @@ def test_workers_share_a_study_and_neither_their_death_nor_that_of_who_watches_l
     done = tune(*arguments, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     found = table(tmp_path)
-    assert [row[0] for row in found] == list(range(6))
+    assert [row[0] for row in found] == list(range(4))
     assert {row[1] for row in found} <= {"COMPLETE", "PRUNED"}
-    assert len({json.dumps(row[3], sort_keys=True) for row in found}) == 6
+    assert len({json.dumps(row[3], sort_keys=True) for row in found}) == 4
 
 
 @pytest.mark.timeout(250)
