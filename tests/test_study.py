@@ -212,6 +212,33 @@ def test_a_kill_between_state_and_report_loses_nothing(argv: list[str], tmp_path
     assert table(tmp_path) == table(reference)
 
 
+@pytest.mark.parametrize("pruner", ["one-cycle", "median"])
+def test_a_kill_after_the_last_report_of_a_trial_changes_no_verdict(
+    pruner: str, phantom: Path, cache: Path, tmp_path: Path
+) -> None:
+    class KilledError(BaseException):
+        pass
+
+    seen: list[str] = []
+
+    def killed(config: TrainConfig, *args: Any, **more: Any) -> RunResult:
+        result = pretend(config, *args, **more)
+        assert config.run.output is not None
+        if result.is_finished and config.run.output.name not in seen:
+            seen.append(config.run.output.name)
+            raise KilledError
+        return result
+
+    for name, run in (("a", pretend), ("b", killed)):
+        while True:
+            flags_of = flags(tmp_path / name, phantom, cache, "--trials", "8", "--pruner", pruner)
+            with contextlib.suppress(KilledError):
+                assert study(flags_of, run) == 0
+                break
+    assert len(seen) > 3
+    assert table(tmp_path / "b") == table(tmp_path / "a")
+
+
 def hold(file: Path, seconds: float) -> Any:
     """Holds the write lock of a store for a while, from another process."""
     code = (
