@@ -207,7 +207,7 @@ class Ledger:
             if not self.claims.is_mine(task.key):
                 return False
             trial = self.store.trials(self.study)[task.number]
-            errors = [*trial.user_attrs.get("errors", []), [epochs, message[:500]]][-MAX_ERRORS:]
+            errors = [*trial.user_attrs.get("errors", []), [epochs, message]][-MAX_ERRORS:]
             self.store.set_attr(self.study, task.number, "errors", errors)
             has_failed = len(errors) == MAX_ERRORS and len({epoch for epoch, _ in errors}) == 1
             if has_failed:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from optuna.trial import TrialState
 
+from matchai.build import build_model_of, step_problems
 from matchai.checkpoint import is_free
 from matchai.claims import LostClaimError
 from matchai.confirm import Confirmation, conclude, config_of
@@ -19,7 +20,7 @@ from matchai.console import Display
 from matchai.errors import InputError, StoppedError, StoreError
 from matchai.ledger import DONE, Ledger, Task, check_study
 from matchai.loop import DivergedError
-from matchai.machine import is_out_of_memory
+from matchai.machine import choose_precision, is_out_of_memory
 from matchai.opening import on_main_first, read
 from matchai.plan import Plan, describe, fresh_seeds, refused_values
 from matchai.processes import (
@@ -107,7 +108,7 @@ class Worker:
         return False
 
     def _open(self, stack: ExitStack) -> None:
-        """Reads the data, checks the space against it, and opens every stage in the store."""
+        """Reads the data, sees that recipe and space can be trained on it, and opens every stage in the store."""
         plan = self.plan
         end_with_launcher()
         state = join_group(plan.config.machine.collective_timeout)
@@ -120,7 +121,10 @@ class Worker:
         cache = plan.config.input.cache
         data = on_main_first(state, lambda: read(plan.config, cache, display))
         display.close()
-        problems = refused_values(plan, data, state.num_processes, state.device)
+        on_main_first(state, lambda: build_model_of(plan.config, is_resuming=False))  # fetches pretrained weights once
+        problems = step_problems(plan.config, len(data.train), state.num_processes, state.device)
+        choose_precision(plan.config.optimisation.mixed_precision, state.device)
+        problems += refused_values(plan, data, state.num_processes, state.device)
         if problems:
             raise InputError(*problems)
         check_agreement(data.digests, "all of them must read the same slices.")
@@ -236,7 +240,7 @@ class Worker:
         cause = share_error(error)
         if lost and cause is error:
             raise BrokenError(lost)
-        words = " ".join(str(cause).split())[:300]
+        words = " ".join(str(cause).split())[:600]
         reason = words if isinstance(cause, InputError) else f"{type(cause).__name__}: {words}"
         how = _End(None, words=f"stopped by an error, resumable: {reason}")
         if is_out_of_memory(cause):

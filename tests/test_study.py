@@ -410,6 +410,24 @@ def test_values_that_the_data_refuses_are_told_before_the_first_trial(
     assert not (tmp_path / "store.db").exists()
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (["--encoder", "resnet1888"], "resnet1888"),
+        (["--encoder-weights", "nowhere.safetensors"], "nowhere.safetensors"),
+        (["--batch-size", "23", "--image-size", "32"], "batch of one slice"),
+        (["--mixed-precision", "fp16"], "fp16"),
+    ],
+)
+def test_a_recipe_that_cannot_be_trained_is_told_before_the_first_trial(
+    change: list[str], words: str, argv: list[str], tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert study([*argv, *change]) == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "store.db").exists()
+
+
 def test_a_screening_is_a_study_of_its_own_whose_best_are_trained_at_full_length(
     argv: list[str], tmp_path: Path
 ) -> None:
