@@ -175,9 +175,7 @@ class Ledger:
         if value is not None:
             self.store.report(self.study, task.number, value, row["epoch"])
         trial = self.store.trials(self.study)[task.number]
-        # of an epoch that is told again, when a run goes on, the verdict was given then
-        is_due = trial.last_step == row["epoch"] < task.epochs and not trial.user_attrs.get("is_recipe")
-        return is_due and bool(self.pruner.prune(self.study, trial))
+        return bool(self.pruner.prune(self.study, trial))
 
     @decided_anew
     def finish(self, task: Task, state: TrialState, value: float | None, attributes: dict[str, Any]) -> None:
