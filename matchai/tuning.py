@@ -42,7 +42,7 @@ class StudySettings:
     """What proposes settings: tpe (multivariate), gp-tpe (which leaves every other trial to a Gaussian process), or
     random."""
     pruner: Literal["one-cycle", "median", "none"] = "one-cycle"
-    """What ends hopeless trials early: one-cycle knows that curves cross until half-time; the others do not."""
+    """What ends hopeless trials from half-time on: one-cycle with a margin for noise, median boldly, none never."""
     prune: bool = True
     """Whether trials may be ended early at all."""
     screen_epochs: int = 0
