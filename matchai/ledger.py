@@ -47,7 +47,6 @@ class Task:
         seed: Of the run.
         output: Its folder.
         is_confirmation: Whether it confirms a trial, and is none itself.
-        is_adopted: Whether another worker began it.
     """
 
     key: str
@@ -58,7 +57,6 @@ class Task:
     seed: int
     output: Path
     is_confirmation: bool = False
-    is_adopted: bool = False
 
 
 WAIT = "wait"  # for what others are running
@@ -124,7 +122,7 @@ class Ledger:
             running = [trial for trial in trials if trial.state == TrialState.RUNNING]
             for trial in running:
                 if self.claims.take(self._key(trial.number)):
-                    return self._task(trial, is_adopted=True)
+                    return self._task(trial)
             finished = sum(trial.state in FINISHED for trial in trials)
             if finished + len(running) >= self.plan.total(self.stage):
                 return WAIT if running else DONE
@@ -259,14 +257,12 @@ class Ledger:
                     with contextlib.suppress(OSError):
                         (folder / BEST).unlink(missing_ok=True)
 
-    def _task(self, trial: FrozenTrial, *, is_adopted: bool = False) -> Task:
+    def _task(self, trial: FrozenTrial) -> Task:
         folder = self.plan.trial_folder(self.stage, trial.number)
         seed = self.plan.config.run.seed
         key = self._key(trial.number)
         settings = self.settings_of(trial)
-        return Task(
-            key, self.stage.name, trial.number, settings, self.stage.epochs, seed, folder, is_adopted=is_adopted
-        )
+        return Task(key, self.stage.name, trial.number, settings, self.stage.epochs, seed, folder)
 
     def _key(self, number: int) -> str:
         return f"{self.stage.name}-{number:04d}"

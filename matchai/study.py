@@ -128,12 +128,14 @@ class Worker:
         if problems:
             raise InputError(*problems)
         check_agreement(data.digests, "all of them must read the same slices.")
-        seeds = decide(lambda: fresh_seeds(plan, lambda config: read(config, cache, display)))
 
         def open_ledgers() -> None:
             store = open_store(plan.settings.storage, self._mention)
             stack.callback(store.close)
             store.should_stop = lambda: self.stop.received is not None
+            # a study that is there has its seeds; to find them reads the data once for each
+            is_new = not all(store.has_study(stage.name) for stage in plan.stages)
+            seeds = fresh_seeds(plan, lambda config: read(config, cache, display)) if is_new else []
             told = {stage.name: describe(plan, stage, data, seeds) for stage in plan.stages}
             for stage in plan.stages:  # all, before any is made
                 check_study(plan, stage, store, told[stage.name])
@@ -160,7 +162,7 @@ class Worker:
             if self.ledgers:
                 self._ledger(task).claims.avoid(task.key)
             return
-        self._say(task, "begin", title=_title(task), epochs=task.epochs, is_adopted=task.is_adopted)
+        self._say(task, "begin", title=_title(task), epochs=task.epochs)
         self.epochs, self.seconds = 0, 0.0
         words = "stopped by an error"
         try:
