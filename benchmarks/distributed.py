@@ -306,10 +306,10 @@ def first_moments(case: Case, training: Training) -> list[Tensor]:
     begin = copy.deepcopy(training.raw_model.state_dict())
     found = []
     for epoch in range(1, 1 + NUM_BATCHES):
-        _, is_done, _ = train_step(training, epoch, BATCH_SIZE, *batch_of(case, training, epoch))
+        _, is_done, _ = train_step(training, epoch, BATCH_SIZE, *batch_of(case, training, epoch)).read()
         if not is_done:
             raise RuntimeError("the step was skipped, as its gradient is not finite.")
-        state = training.optimizer.optimizer.state
+        state = training.optimizer.state
         found.append(torch.cat([state[parameter]["exp_avg"].flatten() for parameter in training.parameters]))
         state.clear()
         training.raw_model.load_state_dict(begin)

@@ -19,13 +19,14 @@ from torch.utils.data import DataLoader
 from matchai.augmentation import Augmentation
 from matchai.config import TrainConfig
 from matchai.data import Data
-from matchai.dropout import set_dropout
+from matchai.dropout import keyed_layers, set_dropout
+from matchai.kernels import quicken
 from matchai.lockstep import Lockstep
 from matchai.loop import Training
 from matchai.losses import SegmentationLoss, balanced_class_weights
 from matchai.machine import default_workers, num_local_processes
 from matchai.model import PROBE_SIZE, build_model
-from matchai.normalisation import synchronise_processes
+from matchai.normalisation import join_buffers, synchronise_processes
 from matchai.sampling import DistributedWeightedSampler, collate, slice_weights
 from matchai.slices import SliceDataset
 
@@ -85,6 +86,8 @@ def build_training(
     names, seed, device = list(config.input.class_names), config.run.seed, accelerator.device
     batch_size, optimisation = config.sampling.batch_size, config.optimisation
     model = model.to(device).to(memory_format=torch.channels_last)
+    if device.type == "cpu":
+        quicken(model)
     ema = None
     if optimisation.ema_decay:
         average = get_ema_multi_avg_fn(optimisation.ema_decay)  # type: ignore[no-untyped-call]
@@ -93,7 +96,7 @@ def build_training(
         [p for p in model.parameters() if p.requires_grad],
         lr=optimisation.max_lr,
         weight_decay=optimisation.weight_decay,
-        fused=device.type in ("cpu", "cuda"),
+        fused=True,
     )
     sampler = DistributedWeightedSampler(
         slice_weights_of(config, data),
@@ -121,12 +124,17 @@ def build_training(
         worker_init_fn=_init_worker,
         generator=torch.Generator(),  # else every pass would draw from the global one
     )
+    in_lockstep = _in_lockstep(config, device)
+    if accelerator.num_processes > 1 and not in_lockstep:
+        if config.network.sync_batch_norm:
+            model = synchronise_processes(model)
+        model = accelerator.prepare(model)
+        _settle_buckets(model, seed)
+    buffers = join_buffers(model)  # after Accelerate, which puts other tensors in their place
     lockstep = None
-    if _in_lockstep(config, device):
+    if in_lockstep:
         torch.set_num_threads(1)
         lockstep = Lockstep(model, batch_size, accelerator.num_processes, accelerator.process_index)
-    elif accelerator.num_processes > 1 and config.network.sync_batch_norm:
-        model = synchronise_processes(model)
     # kernels round differently for batches of other sizes, so in lockstep every slice is predicted alone
     val_batch_size = 1 if lockstep else batch_size
     mine = range(accelerator.process_index, len(data.val), accelerator.num_processes)
@@ -139,14 +147,13 @@ def build_training(
         focal_weight=config.loss.focal_weight,
         focal_gamma=config.loss.focal_gamma,
     )
-    if accelerator.num_processes > 1 and lockstep is None:
-        model = accelerator.prepare(model)
-        _settle_buckets(model, seed)
     return Training(
         accelerator=accelerator,
         model=model,
+        buffers=buffers,
+        keyed_layers=keyed_layers(model),
         loss=loss.to(device),
-        optimizer=accelerator.prepare(optimizer),
+        optimizer=optimizer,
         scheduler=scheduler,
         sampler=sampler,
         loader=load(train_set, batch_sampler=sampler),
@@ -170,7 +177,7 @@ def _settle_buckets(model: nn.Module, seed: int) -> None:
     blank = next(model.parameters()).new_zeros(2, 1, PROBE_SIZE, PROBE_SIZE)
     model.train()
     for _ in range(2):
-        set_dropout(model, seed, 0, [0, 1])
+        set_dropout(keyed_layers(model), seed, 0, [0, 1], blank.device)
         model(blank).sum().backward()
         model.zero_grad(set_to_none=True)
     with torch.no_grad():

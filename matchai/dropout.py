@@ -1,5 +1,7 @@
 """Dropout and drop path whose masks are a pure function of (seed, epoch, position, layer), slice by slice."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -71,23 +73,33 @@ def key_dropout(model: nn.Module) -> None:
                 setattr(module, name, KeyedDropout(child.p, of_channels=not isinstance(child, nn.Dropout)))
 
 
-def set_dropout(model: nn.Module, seed: int, epoch: int, positions: list[int]) -> None:
-    """Tells every keyed layer which slices come next.
+KeyedLayer = KeyedDropPath | KeyedDropout
+
+
+def keyed_layers(model: nn.Module) -> list[KeyedLayer]:
+    """The keyed layers of a model that `key_dropout` has changed, possibly wrapped."""
+    return [module for module in model.modules() if isinstance(module, KeyedLayer)]
+
+
+def set_dropout(
+    layers: Sequence[KeyedLayer], seed: int, epoch: int, positions: list[int], device: torch.device | str = "cpu"
+) -> None:
+    """Tells keyed layers which slices come next.
 
     Args:
-        model: A model that `key_dropout` has changed, possibly wrapped.
+        layers: All of a model's `keyed_layers`.
         seed: Seed of the run.
         epoch: The epoch.
         positions: (B,) places of the batch's draws in the epoch; B may be 0.
+        device: Where the model runs.
     """
-    paths = [module for module in model.modules() if isinstance(module, KeyedDropPath)]
-    drops = [module for module in model.modules() if isinstance(module, KeyedDropout)]
-    if not paths and not drops:
+    if not layers:
         return
+    paths = [layer for layer in layers if isinstance(layer, KeyedDropPath)]
+    drops = [layer for layer in layers if isinstance(layer, KeyedDropout)]
     keyed = [np.random.default_rng(seed_sequence(_STREAM, seed, epoch, position)) for position in positions]
     numbers = np.array([generator.random(len(paths)) for generator in keyed], dtype=np.float32)
-    uniforms = torch.from_numpy(numbers.reshape(len(positions), len(paths)).T.copy())
-    uniforms = uniforms.to(next(model.parameters()).device, non_blocking=True)
+    uniforms = torch.from_numpy(numbers.reshape(len(positions), len(paths)).T.copy()).to(device, non_blocking=True)
     for path, row in zip(paths, uniforms, strict=True):
         path.uniforms = row
     seeds = [generator.integers(2**63, size=len(drops)).tolist() for generator in keyed]

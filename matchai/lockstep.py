@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from matchai.dropout import set_dropout
+from matchai.dropout import keyed_layers, set_dropout
 from matchai.losses import SegmentationLoss
 from matchai.normalisation import gather_processes, synchronise
 from matchai.sampling import share
@@ -45,6 +45,7 @@ class Lockstep:
             one = copy.deepcopy(model, shared)
             synchronise(one, self.meeting.gather_of(number), is_updating=number == 0)
             self.copies.append(one)
+        self.keyed = [keyed_layers(one) for one in self.copies]
         # told to each thread, as some kernels ask OpenMP before torch has passed its own number on
         self.pool = ThreadPoolExecutor(largest, "slice", lambda: torch.set_num_threads(1))
 
@@ -84,7 +85,7 @@ class Lockstep:
             try:
                 model = self.copies[number].train()
                 part = slice(number, number + 1)
-                set_dropout(model, seed, epoch, positions[part])
+                set_dropout(self.keyed[number], seed, epoch, positions[part])
                 with autocast():
                     logits = model(images[part])
                 sums = loss.sums(logits, target[part])

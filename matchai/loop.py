@@ -1,8 +1,10 @@
-"""The training loop: a step, an epoch of steps, a validation pass."""
+"""The training loop: a step, an epoch of steps, a validation pass.
+
+No step waits for the device: what it came to is copied to the host aside, and read when the next one is under way.
+"""
 
 import contextlib
 import itertools
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,12 +19,13 @@ from torch.optim.lr_scheduler import OneCycleLR
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
-from matchai.dropout import set_dropout
+from matchai.dropout import KeyedLayer, set_dropout
 from matchai.keys import seed_sequence
 from matchai.lockstep import Lockstep
 from matchai.losses import SegmentationLoss
 from matchai.metrics import Counts, confusion_counts
 from matchai.sampling import DistributedWeightedSampler, micro_shares
+from matchai.tally import Outcome, Tally
 
 MAX_SKIPPED = 10  # steps in a row without a finite gradient before the run ends
 _STREAM = 0xD20  # keeps these random numbers apart from all others
@@ -33,37 +36,17 @@ class DivergedError(RuntimeError):
 
 
 @dataclass
-class Tally:
-    """What an epoch has added up so far; stored with the state, so that an interrupted epoch's figures are whole.
-
-    Attributes:
-        consumed: Draws of the epoch that were used, over all processes.
-        loss_sum: Sum over steps of loss times draws.
-        num_draws: The draws behind it.
-        skipped: Steps skipped in this epoch.
-        seconds: Time spent in the steps.
-        waited: Of it, time spent waiting for data.
-        lr: Learning rate of the last step.
-    """
-
-    consumed: int = 0
-    loss_sum: float = 0.0
-    num_draws: int = 0
-    skipped: int = 0
-    seconds: float = 0.0
-    waited: float = 0.0
-    lr: float = 0.0
-
-
-@dataclass
 class Training:
     """The parts that a step needs, and where it stands.
 
     Attributes:
         accelerator: Devices, precision, processes.
         model: As prepared by the accelerator.
+        buffers: Its buffers, joined by `matchai.normalisation.join_buffers`.
+        keyed_layers: Its dropouts and drop paths.
         loss: The loss.
-        optimizer: As prepared by the accelerator.
+        optimizer: Not prepared, as Accelerate's wrapping takes longer than a small step's own bookkeeping; fused, so
+            that it can leave out a step by itself.
         scheduler: Stepped once a step; not prepared, as Accelerate would step it once a process.
         sampler: Deals the draws.
         loader: Loads them, a process's share of a step at a time.
@@ -76,12 +59,15 @@ class Training:
         is_asked_to_stop: Whether a signal came.
         step: Optimiser steps done or skipped.
         skipped_in_row: Steps skipped since the last good one.
+        outcome: Of the last step, until the epoch ends.
     """
 
     accelerator: Accelerator
     model: nn.Module
+    buffers: list[Tensor]
+    keyed_layers: list[KeyedLayer]
     loss: SegmentationLoss
-    optimizer: Any
+    optimizer: torch.optim.AdamW
     scheduler: OneCycleLR
     sampler: DistributedWeightedSampler
     loader: DataLoader[Any]
@@ -94,12 +80,11 @@ class Training:
     is_asked_to_stop: Callable[[], bool]
     step: int = 0
     skipped_in_row: int = 0
+    outcome: Outcome | None = None
     parameters: list[nn.Parameter] = field(init=False)
-    buffers: list[Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self.buffers = list(self.model.buffers())
 
     @property
     def raw_model(self) -> nn.Module:
@@ -119,7 +104,7 @@ def train_epoch(training: Training, epoch: int, tally: Tally, after_step: Callab
     Args:
         training: The parts.
         epoch: From 1.
-        tally: Updated after every step.
+        tally: Updated after every step; the loss of the last one comes with the next, or with `count_step`.
         after_step: Called after every step, with whether all processes have agreed to stop; may raise to leave.
 
     Raises:
@@ -135,33 +120,54 @@ def train_epoch(training: Training, epoch: int, tally: Tally, after_step: Callab
         waited = time.perf_counter() - last
         num_draws = min(sampler.batch_size, sampler.num_samples - tally.consumed)
         tally.lr = float(training.scheduler.get_last_lr()[0])
-        loss, is_done, is_stopping = train_step(training, epoch, num_draws, images, target, positions.tolist())
+        before, training.outcome = (
+            training.outcome,
+            train_step(training, epoch, num_draws, images, target, positions.tolist()),
+        )
         training.scheduler.step()
         training.step += 1
-        training.skipped_in_row = 0 if is_done else training.skipped_in_row + 1
         tally.consumed += num_draws
-        if is_done:
-            tally.loss_sum += loss * num_draws
-            tally.num_draws += num_draws
-        else:
-            tally.skipped += 1
+        is_stopping = count_step(training, tally, before)
         now = time.perf_counter()
         tally.seconds += now - last
         tally.waited += waited
         last = now
-        if training.skipped_in_row >= MAX_SKIPPED:
-            raise DivergedError(
-                f"The loss or its gradient was not finite in {MAX_SKIPPED} steps in a row, up to step {training.step} "
-                f"(epoch {epoch}); no weights were changed by them. Try a lower --max-lr, --clip-grad-norm 1, or "
-                "--mixed-precision no."
-            )
-        after_step(is_stopping)
+        # several processes must leave after the same step, so what they agreed on counts a step later on all of them
+        alone = training.accelerator.num_processes == 1
+        after_step(training.is_asked_to_stop() if alone else is_stopping)
+    count_step(training, tally, training.outcome)
+    training.outcome = None
+
+
+def count_step(training: Training, tally: Tally, outcome: Outcome | None) -> bool:
+    """Adds what a step came to, once, and waits for it where it is under way; returns whether all agreed to stop.
+
+    Raises:
+        DivergedError: If it was the last of `MAX_SKIPPED` skipped steps in a row.
+    """
+    if outcome is None:
+        return False
+    loss, is_done, is_stopping = outcome.read()
+    if not outcome.is_counted:
+        outcome.is_counted = True
+        training.skipped_in_row = 0 if is_done else training.skipped_in_row + 1
+        if is_done:
+            tally.loss_sum += loss * outcome.num_draws
+            tally.num_draws += outcome.num_draws
+        else:
+            tally.skipped += 1
+    if training.skipped_in_row >= MAX_SKIPPED:
+        raise DivergedError(
+            f"The loss or its gradient was not finite in {MAX_SKIPPED} steps in a row, up to step {training.step}; no "
+            "weights were changed by them. Try a lower --max-lr, --clip-grad-norm 1, or --mixed-precision no."
+        )
+    return is_stopping
 
 
 def train_step(
     training: Training, epoch: int, num_draws: int, images: Tensor, target: Tensor, positions: list[int]
-) -> tuple[float, bool, bool]:
-    """One optimiser step on this process's share of a global batch.
+) -> Outcome:
+    """One optimiser step on this process's share of a global batch; a non-finite one is skipped on all processes.
 
     Args:
         training: The parts.
@@ -170,12 +176,8 @@ def train_step(
         images: (B, 1, S, S) this process's share; B may be 0.
         target: (B, S, S).
         positions: (B,) places of the draws in the epoch.
-
-    Returns:
-        The loss of the global batch, whether the weights were updated (a non-finite loss or gradient skips the step
-        on all processes), and whether all processes agree to stop.
     """
-    accelerator = training.accelerator
+    accelerator, optimizer = training.accelerator, training.optimizer
     kept_buffers = [buffer.clone() for buffer in training.buffers]
     _seed_torch(training.seed, epoch, positions)
     images, target = _to_device(images, accelerator.device), target.to(accelerator.device, non_blocking=True)
@@ -190,23 +192,28 @@ def train_step(
             epoch=epoch,
             autocast=accelerator.autocast,
         )
-        is_stopping = agree_to_stop(training)
+        num_asked = _num_asked_to_stop(training)
     else:
-        value, is_stopping = _gradient(training, epoch, num_draws, images, target, positions, kept_buffers)
-    accelerator.unscale_gradients(training.optimizer)
-    grads = [p.grad for p in training.parameters if p.grad is not None]
-    norm = get_total_norm(grads)
+        value, num_asked = _gradient(training, epoch, num_draws, images, target, positions, kept_buffers)
+    if accelerator.scaler is not None:
+        accelerator.scaler.unscale_(optimizer)
+    norm = get_total_norm([p.grad for p in training.parameters if p.grad is not None])
     if training.clip_grad_norm:
         clip_grads_with_norm_(training.parameters, training.clip_grad_norm, norm)
-    loss_value, is_finite = float(value), bool(torch.isfinite(value) & torch.isfinite(norm))
-    if is_finite or accelerator.scaler is not None:
-        training.optimizer.step()  # the scaler of fp16 skips by itself, and lowers its scale
-    if is_finite and training.ema:
+    is_finite = torch.isfinite(value) & torch.isfinite(norm)
+    if accelerator.scaler is not None:
+        accelerator.scaler.step(optimizer)  # skips by itself, and lowers its scale
+        accelerator.scaler.update()
+    else:
+        # as a gradient scaler does: the fused kernel reads it on the device, and leaves weights and moments alone
+        optimizer.found_inf = (~is_finite).float()  # type: ignore[attr-defined]
+        optimizer.step()
+    for buffer, kept in zip(training.buffers, kept_buffers, strict=True):
+        buffer.copy_(torch.where(is_finite, buffer, kept))
+    if training.ema:
         training.ema.update_parameters(training.raw_model)
-    if not is_finite:
-        _restore(training.buffers, kept_buffers)
-    training.optimizer.zero_grad(set_to_none=True)
-    return loss_value, is_finite, is_stopping
+    optimizer.zero_grad(set_to_none=True)
+    return Outcome(torch.stack((value.double(), is_finite.double(), num_asked.double())), num_draws)
 
 
 def _gradient(
@@ -217,7 +224,7 @@ def _gradient(
     target: Tensor,
     positions: list[int],
     kept_buffers: list[Tensor],
-) -> tuple[Tensor, bool]:
+) -> tuple[Tensor, Tensor]:
     """Accumulates the gradient of the whole batch's loss, whatever processes and micro-batches it is spread over.
 
     The sums behind the loss are added up first, and every part then goes backward through its own sums. Batch norm
@@ -225,7 +232,7 @@ def _gradient(
     put back to `kept_buffers`.
 
     Returns:
-        The loss of the global batch, and whether all processes agree to stop.
+        The loss of the global batch, and how many processes were asked to stop.
     """
     accelerator, loss, sampler = training.accelerator, training.loss, training.sampler
     shares = micro_shares(num_draws, sampler.accumulate, accelerator.num_processes, accelerator.process_index)
@@ -233,7 +240,7 @@ def _gradient(
     parts = [(images[a:b], target[a:b], positions[a:b]) for a, b in itertools.pairwise(ends)]
 
     def forward(part_images: Tensor, part_target: Tensor, part_positions: list[int]) -> Tensor:
-        set_dropout(training.model, training.seed, epoch, part_positions)
+        set_dropout(training.keyed_layers, training.seed, epoch, part_positions, images.device)
         with accelerator.autocast():
             logits = training.model(part_images)
         return loss.sums(logits, part_target)
@@ -245,9 +252,12 @@ def _gradient(
         sums = []
         with torch.no_grad():
             local = torch.stack([forward(*part) for part in parts]).sum(0)
-        _restore(training.buffers, kept_buffers)
-    stop = local.new_tensor([float(training.is_asked_to_stop())])
-    total = accelerator.reduce(torch.cat((local, stop)), "sum")
+        for buffer, kept in zip(training.buffers, kept_buffers, strict=True):
+            buffer.copy_(kept)
+    asked = torch.full((1,), float(training.is_asked_to_stop()), dtype=local.dtype, device=local.device)
+    total = torch.cat((local, asked))
+    if accelerator.num_processes > 1:
+        total = accelerator.reduce(total, "sum")
     value, slopes = loss.value_and_slopes(total[:-1])
     for number, part in enumerate(parts):
         # DDP averages gradients over the processes, so each hands in num_processes times its part of the sum
@@ -255,16 +265,21 @@ def _gradient(
         with contextlib.nullcontext() if is_last else accelerator.no_sync(training.model):
             part_sums = sums[number] if sums else forward(*part)
             accelerator.backward((slopes * part_sums).sum() * accelerator.num_processes)
-    return value, bool(total[-1] > 0)
+    return value, total[-1]
+
+
+def _num_asked_to_stop(training: Training) -> Tensor:
+    """How many processes were asked to stop; all of them must ask together."""
+    flag = torch.tensor(float(training.is_asked_to_stop()), device=training.accelerator.device)
+    num_asked: Tensor = training.accelerator.reduce(flag, "sum")
+    return num_asked
 
 
 def agree_to_stop(training: Training) -> bool:
     """Whether any process was asked to stop; all of them must ask together."""
-    asked = training.is_asked_to_stop()
     if training.accelerator.num_processes == 1:
-        return asked
-    flag = torch.tensor(float(asked), device=training.accelerator.device)
-    return bool(training.accelerator.reduce(flag, "sum") > 0)
+        return training.is_asked_to_stop()
+    return bool(_num_asked_to_stop(training) > 0)
 
 
 def validate(
@@ -320,31 +335,3 @@ def _seed_torch(seed: int, epoch: int, positions: list[int]) -> None:
     """Seeds what a model may draw from torch's own generator (none of smp's does), so that a resumed run repeats it."""
     key = seed_sequence(_STREAM, seed, epoch, *positions[:1])
     torch.manual_seed(int(key.generate_state(1, np.uint64)[0]))
-
-
-def _restore(buffers: list[Tensor], kept: list[Tensor]) -> None:
-    with torch.no_grad():
-        for buffer, value in zip(buffers, kept, strict=True):
-            buffer.copy_(value)
-
-
-def epoch_row(epoch: int, tally: Tally, val_loss: float, metrics: dict[str, Any], seconds: float) -> dict[str, Any]:
-    """One row of the history, in plain JSON values; NaN becomes None."""
-    row = {
-        "epoch": epoch,
-        "train_loss": tally.loss_sum / tally.num_draws if tally.num_draws else math.nan,
-        "val_loss": val_loss,
-        **metrics,
-        "lr": tally.lr,
-        "skipped_steps": tally.skipped,
-        "images_per_second": tally.consumed / tally.seconds if tally.seconds else math.nan,
-        "data_wait_share": tally.waited / tally.seconds if tally.seconds else math.nan,
-        "seconds": seconds,
-    }
-    return {name: _plain(value) for name, value in row.items()}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -85,7 +85,7 @@ class SegmentationLoss(nn.Module):
                 -(log_probs.gather(1, target) * pixel_weights).sum(),
                 pixel_weights.sum(),
                 focal.sum(),
-                logits.new_tensor(float(logits.numel())),
+                torch.full((), float(logits.numel()), dtype=logits.dtype, device=logits.device),
             )
         )
         overlap = (probs * is_target).sum((0, 2, 3))

@@ -26,6 +26,8 @@ except (RuntimeError, OSError, ImportError) as error:
         "`pip install --force-reinstall torch torchvision`."
     ) from error
 
+__all__ = ["PROBE_SIZE", "build_model", "smp", "timm"]  # the libraries, too: their import is guarded here alone
+
 PROBE_SIZE = 64  # pixels; enough for five halvings
 
 

@@ -50,7 +50,8 @@ def make_accelerator(config: TrainConfig, output: Path, problems: list[str]) -> 
         log_with=trackers or None,
         project_config=ProjectConfiguration(project_dir=str(output), logging_dir=str(output)),
         kwargs_handlers=[
-            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+            # the running statistics are made equal before each validation, see `matchai.loop.validate`
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False),
             # from torch's 65536 sixteen halvings may go before the first step, more than may be skipped in a row
             GradScalerKwargs(init_scale=2.0**13),
         ],

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from matchai.checkpoint import State
-from matchai.loop import Tally, Training
+from matchai.loop import Training
+from matchai.tally import Tally
 
 
 @dataclass
@@ -36,13 +37,13 @@ def collect(training: Training, progress: Progress) -> State:
     raw = training.raw_model
     tensors = {f"model.{name}": tensor for name, tensor in raw.state_dict().items()}
     for name, parameter in _trained(raw):
-        for key, value in training.optimizer.optimizer.state.get(parameter, {}).items():
+        for key, value in training.optimizer.state.get(parameter, {}).items():
             tensors[f"optimizer.{key}.{name}"] = value
     if training.ema:
         tensors |= {f"ema.{name}": tensor for name, tensor in training.ema.state_dict().items()}
     if progress.best_confusions is not None:
         tensors["best_confusions"] = progress.best_confusions
-    group = training.optimizer.optimizer.param_groups[0]
+    group = training.optimizer.param_groups[0]
     scaler = training.accelerator.scaler
     record = {
         "step": training.step,
@@ -65,7 +66,7 @@ def restore(training: Training, state: State) -> Progress:
     raw.load_state_dict(_under("model.", tensors))
     if training.ema:
         training.ema.load_state_dict(_under("ema.", tensors))
-    optimizer = training.optimizer.optimizer
+    optimizer = training.optimizer
     for name, parameter in _trained(raw):
         moments = {
             key: tensors[f"optimizer.{key}.{name}"]

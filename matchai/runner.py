@@ -20,7 +20,7 @@ from matchai.console import Display, epoch_line
 from matchai.data import Data
 from matchai.errors import InputError
 from matchai.files import write_whole
-from matchai.loop import DivergedError, Tally, Training, epoch_row, predict, train_epoch, validate
+from matchai.loop import DivergedError, Training, count_step, predict, train_epoch, validate
 from matchai.metrics import Counts, summarise
 from matchai.opening import (
     claim_experiment,
@@ -37,6 +37,7 @@ from matchai.opening import (
 from matchai.processes import StopSignal, check_agreement, end_with_launcher
 from matchai.report import draw_figures
 from matchai.resume import Progress, collect, restore
+from matchai.tally import Tally, epoch_row
 
 DRAW_EVERY = 30.0  # seconds between drawings of the figures, half a second each
 
@@ -276,6 +277,7 @@ class _Run:
             raise _StoppedError
 
     def _save(self) -> None:
+        count_step(self.training, self.progress.tally, self.training.outcome)
         if self.accelerator.is_main_process:
             try:
                 checkpoint.save_state(self.output, collect(self.training, self.progress))

@@ -1,13 +1,10 @@
 """`python -m matchai.train`: trains a UNet++ on CT slices, or goes on with a run. `--help` lists every setting."""
 
-import os
 import signal
 import sys
 
-# libgomp's waiting threads spin, which makes a step ten times as slow when anything else runs; read when torch loads
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
 from matchai.config import TrainConfig
+from matchai.environment import choose_waiting
 from matchai.errors import InputError
 from matchai.parsing import parse
 
@@ -21,6 +18,7 @@ def main(argv: list[str] | None = None) -> int:
     """Trains as the command line says; returns the exit status: 0, 1 diverged, 2 the user's mistake, 130 Ctrl-C."""
     try:
         config = parse(sys.argv[1:] if argv is None else argv, DESCRIPTION, "python -m matchai.train", TrainConfig)
+        choose_waiting()
         # seconds of imports that --help does not need
         from matchai.machine import is_out_of_memory  # noqa: PLC0415
         from matchai.processes import is_lost_process, leave_group, lost_process_message  # noqa: PLC0415

@@ -7,9 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-# as in matchai.train; read when torch loads
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
+from matchai.environment import choose_waiting
 from matchai.errors import InputError, StoreError
 from matchai.parsing import given, parse
 from matchai.tuning import TuneConfig
@@ -30,6 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     try:
         tune = parse(argv, DESCRIPTION, "python -m matchai.tune", TuneConfig, first_look="study")
+        choose_waiting()
         # seconds of imports that --help does not need
         from matchai.console import StudyDisplay  # noqa: PLC0415
         from matchai.plan import make_plan  # noqa: PLC0415

@@ -128,10 +128,10 @@ def step(
     if poison and rank == world - 1:
         images[-1, 0, 3, 3] = torch.nan
     num_draws = min(training.sampler.batch_size, training.sampler.num_samples)
-    loss, is_done, _ = train_step(training, 1, num_draws, images.double(), target, positions)
+    loss, is_done, _ = train_step(training, 1, num_draws, images.double(), target, positions).read()
     raw = training.raw_model
     moments = {
-        name: training.optimizer.optimizer.state[parameter]["exp_avg"]
+        name: training.optimizer.state[parameter]["exp_avg"]
         for name, parameter in raw.named_parameters()
         if is_done and parameter.requires_grad
     }

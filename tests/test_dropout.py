@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from matchai.dropout import KeyedDropout, KeyedDropPath, key_dropout, set_dropout
+from matchai.dropout import KeyedDropout, KeyedDropPath, key_dropout, keyed_layers, set_dropout
 from matchai.model import build_model
 
 RECIPE = "timm-efficientnet-b3"
@@ -20,7 +20,7 @@ def built(encoder: str) -> nn.Module:
 
 def drop_masks(model: nn.Module, epoch: int, positions: list[int], seed: int = 0) -> Tensor:
     """(layers, B) what each drop-path layer multiplies each slice by."""
-    set_dropout(model, seed, epoch, positions)
+    set_dropout(keyed_layers(model), seed, epoch, positions)
     layers = [module for module in model.modules() if isinstance(module, KeyedDropPath)]
     return torch.stack([layer.train()(torch.ones(len(positions), 2, 3, 3))[:, 0, 0, 0] for layer in layers])
 
@@ -42,7 +42,7 @@ def test_another_seed_epoch_or_position_drops_other_paths(other: dict[str, Any])
 def test_paths_are_dropped_by_their_chance_and_the_rest_scaled_up() -> None:
     layer = KeyedDropPath(0.25).train()
     model = nn.Sequential(nn.Linear(1, 1), layer)
-    set_dropout(model, 0, 0, list(range(4000)))
+    set_dropout(keyed_layers(model), 0, 0, list(range(4000)))
     kept = layer(torch.ones(4000, 1))
     assert set(kept.flatten().tolist()) == {0.0, float(torch.tensor(1.0) / 0.75)}
     assert float((kept > 0).float().mean()) == pytest.approx(0.75, abs=4 * (0.25 * 0.75 / 4000) ** 0.5)
@@ -68,7 +68,7 @@ def dropped() -> nn.Sequential:
 
 def masks(model: nn.Sequential, positions: list[int], epoch: int = 1) -> Tensor:
     """(B, 8, 4, 4), 1 where the model lets a value through."""
-    set_dropout(model, 0, epoch, positions)
+    set_dropout(keyed_layers(model), 0, epoch, positions)
     values = torch.ones(len(positions), 8, 4, 4)
     for layer in model[1:]:
         values = layer(values)
@@ -95,7 +95,7 @@ def test_dropout_reads_and_changes_no_global_random_state() -> None:
 
 def test_channels_are_dropped_whole_by_dropout_of_channels() -> None:
     layer = KeyedDropout(0.5, of_channels=True).train()
-    set_dropout(nn.Sequential(nn.Linear(1, 1), layer), 0, 0, list(range(50)))
+    set_dropout(keyed_layers(nn.Sequential(nn.Linear(1, 1), layer)), 0, 0, list(range(50)))
     kept = layer(torch.ones(50, 8, 4, 4)).flatten(2)
     assert set(kept.unique().tolist()) == {0.0, 2.0}
     assert torch.equal(kept.amin(2), kept.amax(2))
@@ -103,7 +103,7 @@ def test_channels_are_dropped_whole_by_dropout_of_channels() -> None:
 
 def test_values_are_dropped_by_their_chance() -> None:
     layer = KeyedDropout(0.25, of_channels=False).train()
-    set_dropout(nn.Sequential(nn.Linear(1, 1), layer), 0, 0, list(range(10)))
+    set_dropout(keyed_layers(nn.Sequential(nn.Linear(1, 1), layer)), 0, 0, list(range(10)))
     kept = layer(torch.ones(10, 400))
     assert float((kept > 0).float().mean()) == pytest.approx(0.75, abs=4 * (0.25 * 0.75 / 4000) ** 0.5)
 
@@ -111,9 +111,9 @@ def test_values_are_dropped_by_their_chance() -> None:
 def test_windows_of_a_slice_are_masked_with_it() -> None:
     layer = KeyedDropout(0.5, of_channels=False).train()
     model = nn.Sequential(nn.Linear(1, 1), layer)
-    set_dropout(model, 0, 0, [5, 6])
+    set_dropout(keyed_layers(model), 0, 0, [5, 6])
     both = layer(torch.ones(6, 40))  # three windows of each slice
-    set_dropout(model, 0, 0, [6])
+    set_dropout(keyed_layers(model), 0, 0, [6])
     assert torch.equal(both[3:], layer(torch.ones(3, 40)))
 
 

@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "matchai"
 
 FLOORS = [
-    {"config", "errors", "files", "keys", "parsing", "tuning"},
+    {"config", "environment", "errors", "files", "keys", "parsing", "tuning"},
     {
         "address",
         "arrays",
@@ -19,6 +19,7 @@ FLOORS = [
         "dropout",
         "evidence",
         "figures",
+        "kernels",
         "lockstep",
         "losses",
         "laws",
@@ -37,6 +38,7 @@ FLOORS = [
         "study_figures",
         "study_page",
         "study_rows",
+        "tally",
         "data",
     },
     {"loop", "build", "resume", "report", "opening", "space"},

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from matchai.data import Data
-from matchai.loop import MAX_SKIPPED, DivergedError, Tally, train_epoch, train_step, validate
+from matchai.loop import MAX_SKIPPED, DivergedError, train_epoch, train_step, validate
+from matchai.tally import Tally
 from tests.steps import NormedNet, TinyNet, first_batch, model_of, read_small, step, training_of
 
 
@@ -46,8 +47,7 @@ def test_a_non_finite_step_changes_neither_weights_nor_statistics(data: Data) ->
     before = copy.deepcopy(training.raw_model.state_dict())
     images, target, positions = first_batch(training)
     images[2, 0, 3, 3] = float("nan")
-    _, is_done, _ = train_step(training, 1, 6, images, target, positions)
-    assert not is_done
+    assert not train_step(training, 1, 6, images, target, positions).read()[1]
     for name, value in training.raw_model.state_dict().items():
         assert torch.equal(value, before[name]), name
 

@@ -13,7 +13,7 @@ import segmentation_models_pytorch as smp
 import torch
 from torch import Tensor, nn
 
-from matchai.dropout import set_dropout
+from matchai.dropout import keyed_layers, set_dropout
 from matchai.errors import InputError
 from matchai.model import build_model
 
@@ -61,7 +61,7 @@ def test_another_seed_gives_other_weights() -> None:
 def test_the_global_random_state_is_left_as_it_was() -> None:
     before = torch.get_rng_state()
     model = build_model(RECIPE, 4, seed=5)
-    set_dropout(model, 0, 0, [0])
+    set_dropout(keyed_layers(model), 0, 0, [0])
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -72,7 +72,7 @@ def test_images_become_logits_of_the_same_size() -> None:
 @pytest.mark.parametrize("encoder", ["resnet18", RECIPE])
 def test_every_trained_parameter_gets_a_gradient_and_every_frozen_one_gets_none(encoder: str) -> None:
     model = built(encoder).train()
-    set_dropout(model, 0, 0, [0, 1])
+    set_dropout(keyed_layers(model), 0, 0, [0, 1])
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     for parameter in model.parameters():
         parameter.requires_grad_(True)

@@ -1,0 +1,80 @@
+"""What steps come to, added up over an epoch, and its row of the history."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Tally:
+    """What an epoch has added up so far; stored with the state, so that an interrupted epoch's figures are whole.
+
+    Attributes:
+        consumed: Draws of the epoch that were used, over all processes.
+        loss_sum: Sum over steps of loss times draws.
+        num_draws: The draws behind it.
+        skipped: Steps skipped in this epoch.
+        seconds: Time spent in the steps.
+        waited: Of it, time spent waiting for data.
+        lr: Learning rate of the last step.
+    """
+
+    consumed: int = 0
+    loss_sum: float = 0.0
+    num_draws: int = 0
+    skipped: int = 0
+    seconds: float = 0.0
+    waited: float = 0.0
+    lr: float = 0.0
+
+
+class Outcome:
+    """What a step came to, on its way from the device.
+
+    Args:
+        values: (3,) loss of the global batch, whether it and its gradient were finite, how many processes were asked
+            to stop.
+        num_draws: Slices of the global batch.
+    """
+
+    def __init__(self, values: Tensor, num_draws: int) -> None:
+        self.num_draws = num_draws
+        self.is_counted = False
+        self._values, self._arrival = values, None
+        if values.is_cuda:
+            self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self._values.copy_(values, non_blocking=True)
+            self._arrival = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._arrival.record()
+
+    def read(self) -> tuple[float, bool, bool]:
+        """The loss, whether the weights were updated, whether all processes agree to stop; waits for the step."""
+        if self._arrival is not None:
+            self._arrival.synchronize()
+        loss, is_done, num_asked = self._values.tolist()
+        return loss, bool(is_done), num_asked > 0
+
+
+def epoch_row(epoch: int, tally: Tally, val_loss: float, metrics: dict[str, Any], seconds: float) -> dict[str, Any]:
+    """One row of the history, in plain JSON values; NaN becomes None."""
+    row = {
+        "epoch": epoch,
+        "train_loss": tally.loss_sum / tally.num_draws if tally.num_draws else math.nan,
+        "val_loss": val_loss,
+        **metrics,
+        "lr": tally.lr,
+        "skipped_steps": tally.skipped,
+        "images_per_second": tally.consumed / tally.seconds if tally.seconds else math.nan,
+        "data_wait_share": tally.waited / tally.seconds if tally.seconds else math.nan,
+        "seconds": seconds,
+    }
+    return {name: _plain(value) for name, value in row.items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,166 @@
+"""The faster layers: the same numbers to rounding, under the same names."""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from segmentation_models_pytorch.decoders.unetplusplus.decoder import DecoderBlock
+from timm.layers import Swish
+from timm.models._efficientnet_blocks import SqueezeExcite
+from torch import Tensor, nn
+
+from matchai import kernels
+from matchai.dropout import keyed_layers, set_dropout
+from matchai.model import build_model
+from matchai.normalisation import SyncBatchNorm
+
+ENCODER = "timm-efficientnet-b0"  # has every layer that is replaced; the recipe's is three times as large
+
+
+def gradients(model: nn.Module, x: Tensor, seed: int = 0) -> list[Tensor]:
+    """Output and gradients, of the input and of all parameters, of a fixed scalar function of the output."""
+    x = x.clone(memory_format=torch.preserve_format).requires_grad_()
+    y = model(x)
+    weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(y.dtype)
+    (y * weights).sum().backward()
+    assert x.grad is not None
+    return [y.detach(), x.grad, *(p.grad for p in model.parameters() if p.grad is not None)]
+
+
+def assert_as_exact(plain: nn.Module, changed: nn.Module, x: Tensor) -> None:
+    """Both lie within float32's rounding of the plain layer in float64."""
+    exact = gradients(copy.deepcopy(plain).double(), x.double())
+    for found, expected in zip(gradients(changed, x), exact, strict=True):
+        error = (found.double() - expected).abs().max() / expected.abs().max().clamp_min(1e-3)
+        assert error < 2e-5
+
+
+def channels_last(*shape: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator).contiguous(memory_format=torch.channels_last)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    channels=st.integers(2, 40),
+    kernel=st.tuples(st.integers(1, 8), st.integers(1, 8)),
+    stride=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    padding=st.tuples(st.integers(0, 4), st.integers(0, 4)),
+    size=st.tuples(st.integers(8, 20), st.integers(8, 20)),
+)
+def test_a_split_depthwise_convolution_has_the_gradients_of_the_whole(
+    channels: int, kernel: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int], size: tuple[int, int]
+) -> None:
+    torch.manual_seed(0)
+    plain = nn.Conv2d(channels, channels, kernel, stride, padding, groups=channels, bias=False)
+    changed = copy.deepcopy(plain)
+    kernels.split_depthwise(changed)
+    assert type(changed) is kernels.DepthwiseConv2d
+    assert_as_exact(plain, changed, channels_last(2, channels, *size))
+
+
+def test_under_autocast_a_split_convolution_computes_in_bf16_and_keeps_float_gradients() -> None:
+    conv = nn.Conv2d(32, 32, 5, 2, 2, groups=32, bias=False)
+    kernels.split_depthwise(conv)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = conv(channels_last(2, 32, 16, 16))
+    y.float().sum().backward()
+    assert y.dtype == torch.bfloat16
+    assert conv.weight.grad is not None
+    assert conv.weight.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "conv",
+    [
+        nn.Conv2d(8, 8, 3),
+        nn.Conv2d(8, 16, 3, groups=8),
+        nn.Conv2d(8, 8, 3, groups=8),
+        nn.Conv2d(8, 8, 3, groups=8, dilation=2, bias=False),
+        nn.Conv2d(8, 8, 3, groups=8, padding="same", bias=False),
+        nn.Conv2d(8, 8, 3, groups=8, padding=1, padding_mode="reflect", bias=False),
+    ],
+    ids=["dense", "two filters a channel", "with a bias", "dilated", "named padding", "reflecting"],
+)
+def test_other_convolutions_stay_as_they_are(conv: nn.Conv2d) -> None:
+    kernels.split_depthwise(conv)
+    assert type(conv) is nn.Conv2d
+
+
+def test_swish_in_one_operation_is_swish() -> None:
+    changed: nn.Module = Swish(inplace=True)
+    kernels.join_silu(changed)
+    assert type(changed) is nn.SiLU
+    assert_as_exact(Swish(), changed, channels_last(2, 8, 4, 4))
+
+
+def test_squeeze_and_excitation_by_rows_is_that_of_timm() -> None:
+    torch.manual_seed(0)
+    plain = SqueezeExcite(24, act_layer=nn.SiLU)
+    changed = copy.deepcopy(plain)
+    kernels.pool_by_rows(changed)
+    assert type(changed) is kernels.SqueezeExcite
+    assert_as_exact(plain, changed, channels_last(3, 24, 9, 7))
+
+
+def test_a_decoder_block_with_a_dense_gradient_is_that_of_smp() -> None:
+    torch.manual_seed(0)
+    plain = DecoderBlock(8, 4, 16)
+    changed = copy.deepcopy(plain)
+    kernels.keep_gradients_dense(changed)
+    assert type(changed) is kernels.DecoderBlock
+    skip = channels_last(2, 4, 12, 12, seed=1)
+    with_skip: list[Callable[[Tensor], Tensor]] = [lambda x: plain(x, skip), lambda x: changed(x, skip)]
+    x = channels_last(2, 8, 6, 6)
+    inputs = [x.clone().requires_grad_() for _ in with_skip]
+    for one, block in zip(inputs, with_skip, strict=True):
+        block(one).square().sum().backward()  # type: ignore[no-untyped-call]
+    torch.testing.assert_close(inputs[1].grad, inputs[0].grad, rtol=1e-4, atol=1e-4)
+    for other, mine in zip(plain.parameters(), changed.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, other.grad, rtol=1e-4, atol=1e-3)
+
+
+def test_only_batch_norms_of_few_channels_that_fill_no_registers_are_widened() -> None:
+    model = nn.Sequential(*(nn.BatchNorm2d(channels) for channels in (16, 24, 40, 48, 136)))
+    kernels.widen_batch_norm(model)
+    assert [isinstance(norm, SyncBatchNorm) for norm in model] == [False, True, True, False, False]
+
+
+def test_a_quickened_model_is_as_near_to_the_exact_gradient_as_the_plain_one() -> None:
+    plain = build_model(ENCODER, 4, seed=3).to(memory_format=torch.channels_last)
+    changed, exact = copy.deepcopy(plain), copy.deepcopy(plain).double()
+    kernels.quicken(changed)
+    x = channels_last(4, 1, 64, 64)
+    found = []
+    for model in (exact, plain, changed):
+        set_dropout(keyed_layers(model), 0, 0, [0, 1, 2, 3])
+        loss = model(x.to(next(model.parameters()).dtype)).square().mean()
+        loss.backward()
+        grads = [parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None]
+        found.append(torch.cat([loss.detach().view(1), *grads]).double())
+    errors = [(one - found[0]).norm() for one in found[1:]]
+    assert errors[1] < 3 * errors[0]  # equal but for chance; a wrong formula is off by the gradient's own size
+    assert errors[1] < 0.02 * found[0].norm()
+
+
+def test_a_quickened_model_keeps_the_names_and_the_values_of_its_state() -> None:
+    plain = build_model(ENCODER, 4)
+    state = copy.deepcopy(plain.state_dict())
+    kernels.quicken(plain)
+    assert list(plain.state_dict()) == list(state)
+    assert all(torch.equal(value, state[name]) for name, value in plain.state_dict().items())
+
+
+def test_a_copy_of_a_quickened_model_has_layers_of_its_own() -> None:
+    model = build_model(ENCODER, 4)
+    kernels.quicken(model)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.zero_()
+    x = channels_last(2, 1, 64, 64)
+    assert model.eval()(x).abs().max() > 0
+    assert other.eval()(x).abs().max() == 0

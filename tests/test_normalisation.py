@@ -1,0 +1,64 @@
+"""Batch norm with its pixels side by side, and buffers side by side; over several processes see test_distributed."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from matchai.normalisation import SyncBatchNorm, join_buffers
+
+
+@pytest.mark.parametrize(
+    ("channels", "size"), [(40, 8), (24, 6), (3, 4), (40, 5)], ids=["40", "24", "3", "pixels that fill no row"]
+)
+@pytest.mark.parametrize("memory", [torch.channels_last, torch.contiguous_format], ids=["channels last", "contiguous"])
+def test_batch_norm_of_widened_pixels_is_that_of_torch(channels: int, size: int, memory: torch.memory_format) -> None:
+    torch.manual_seed(0)
+    exact = nn.BatchNorm2d(channels).double()
+    nn.init.normal_(exact.weight)
+    nn.init.normal_(exact.bias)
+    plain = copy.deepcopy(exact).float()
+    norm = SyncBatchNorm(plain)
+    x = (3 * torch.randn(3, channels, size, size) + 1).contiguous(memory_format=memory)
+    slope = torch.randn(x.shape)
+    inputs = [x.double().requires_grad_(), x.clone(memory_format=torch.preserve_format).requires_grad_()]
+    outputs = [exact(inputs[0]), norm(inputs[1])]
+    for output in outputs:
+        (output * slope).sum().backward()
+    found = [outputs[1], inputs[1].grad, norm.weight.grad, norm.bias.grad, norm.running_mean, norm.running_var]
+    expected = [outputs[0], inputs[0].grad, exact.weight.grad, exact.bias.grad, exact.running_mean, exact.running_var]
+    for one, other in zip(found, expected, strict=True):
+        assert one is not None
+        assert other is not None
+        torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=2e-5)
+
+
+def test_an_activation_may_work_in_place_on_widened_pixels() -> None:
+    model = nn.Sequential(SyncBatchNorm(nn.BatchNorm2d(40)), nn.ReLU(inplace=True))
+    x = torch.randn(2, 40, 4, 4).contiguous(memory_format=torch.channels_last).requires_grad_()
+    y = model(x)
+    y.sum().backward()
+    torch.testing.assert_close(y, torch.relu(nn.BatchNorm2d(40)(x)))
+
+
+def test_a_model_of_joined_buffers_trains() -> None:
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 5, 1), nn.BatchNorm2d(5))
+    join_buffers(model)
+    model(torch.randn(4, 3, 2, 2)).square().sum().backward()
+
+
+def test_joined_buffers_hold_the_values_of_the_model_and_are_its_own() -> None:
+    first = nn.BatchNorm2d(3)
+    model = nn.Sequential(first, nn.BatchNorm2d(70))
+    model.load_state_dict({name: torch.full_like(value, 7) for name, value in model.state_dict().items()})
+    before = copy.deepcopy(model.state_dict())
+    joined = join_buffers(model)
+    assert len(joined) == 2  # floats, and the counts of batches
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    kept = [one.clone() for one in joined]
+    first(torch.randn(4, 3, 2, 2))
+    assert not torch.equal(model.state_dict()["0.running_mean"], before["0.running_mean"])
+    for one, value in zip(joined, kept, strict=True):
+        one.copy_(value)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
