@@ -14,7 +14,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-
 RECORD = "record.json"  # in a job's output
 
 

@@ -115,7 +115,7 @@ def make_loaders(
 
 def make_model(job: Job) -> nn.Module:
     model: nn.Module = smp.UnetPlusPlus(job.encoder, encoder_weights=None, in_channels=1, classes=NUM_CLASSES)
-    return model.to(job.device)
+    return model.to(torch.device(job.device))
 
 
 class RecipeLoss(nn.Module):
@@ -129,8 +129,9 @@ class RecipeLoss(nn.Module):
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         """0.25 cross-entropy + 0.5 Dice + 0.25 focal."""
-        loss: Tensor = 0.25 * self.cross_entropy(logits, target) + 0.5 * self.dice(logits, target)
-        return loss + 0.25 * self.focal(logits, target)
+        cross_entropy, dice, focal = (term(logits, target) for term in (self.cross_entropy, self.dice, self.focal))
+        loss: Tensor = 0.25 * cross_entropy + 0.5 * dice + 0.25 * focal
+        return loss
 
 
 class Peer:
@@ -147,6 +148,7 @@ class Peer:
         self.overlap, self.sizes = (torch.zeros(NUM_CLASSES, device=self.device) for _ in range(2))
 
     def to_device(self, images: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Moves a batch, without waiting for it."""
         moved = images.to(self.device, non_blocking=True).to(memory_format=torch.channels_last)
         return moved, target.to(self.device, non_blocking=True)
 
@@ -158,6 +160,7 @@ class Peer:
         self.sizes += predicted.sum((1, 2, 3)) + true.sum((1, 2, 3))
 
     def dice(self) -> list[float]:
+        """The classes' Dice of what was counted, which is counted anew from here."""
         dice: list[float] = (2 * self.overlap / self.sizes).tolist()
         self.overlap.zero_()
         self.sizes.zero_()
@@ -243,7 +246,7 @@ def run_raw(job: Job, clock: Clock) -> None:
         total = torch.zeros((), device=peer.device)
         for batch in peer.loader:
             _, loss = forward(*peer.to_device(*batch))
-            scaler.scale(loss).backward()
+            scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
             scaler.step(peer.optimizer)
             scaler.update()
             peer.optimizer.zero_grad(set_to_none=True)
@@ -384,11 +387,19 @@ def run_monai(job: Job, clock: Clock) -> None:
         optim_set_to_none=True,
         **shared,
     )
-    trainer.add_event_handler(events.ITERATION_COMPLETED, peer.scheduler.step)
+
+    # functions without arguments, as ignite hands the engine to whatever takes one
+    def step_schedule() -> None:
+        peer.scheduler.step()
+
+    def validate() -> None:
+        clock.mark("trained")
+        evaluator.run(trainer.state.epoch)
+        clock.mark("validated")
+
+    trainer.add_event_handler(events.ITERATION_COMPLETED, step_schedule)
     trainer.add_event_handler(events.EPOCH_STARTED, clock.mark, "begin")
-    trainer.add_event_handler(events.EPOCH_COMPLETED, clock.mark, "trained")
-    trainer.add_event_handler(events.EPOCH_COMPLETED, evaluator.run)
-    trainer.add_event_handler(events.EPOCH_COMPLETED, clock.mark, "validated")
+    trainer.add_event_handler(events.EPOCH_COMPLETED, validate)
     trainer.run()
 
 

@@ -1,4 +1,4 @@
-"""matchai's epoch in a process of its own, timed from outside through its callbacks; started by `benchmarks/train.py`."""
+"""matchai's epoch in a process of its own, timed through its callbacks; started by `benchmarks/train.py`."""
 
 import contextlib
 import sys

@@ -10,15 +10,16 @@ import dataclasses
 import importlib.util
 import json
 import os
+import resource
 import shlex
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -37,8 +38,10 @@ from matchai.phantom import write_phantom
 HERE = Path(__file__).parent
 PHANTOM_SIZE = 512  # pixels, as in the arrays of the recipe
 PHANTOM_VAL_FRACTION = 1 / 3  # of 36 slices in volumes of 8: 24 and 12
-PACKAGES = ("numpy", "torch", "segmentation-models-pytorch", "timm", "albumentations", "accelerate")
-PACKAGES += ("lightning", "monai", "pytorch-ignite", "matchai")
+PACKAGES = (
+    *("numpy", "torch", "segmentation-models-pytorch", "timm", "albumentations", "accelerate"),
+    *("lightning", "monai", "pytorch-ignite", "matchai"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +157,9 @@ def prepare(folder: Path, size: int, options: argparse.Namespace) -> Job:
     )
 
 
-def measure(arguments: Sequence[str], job: Job, output: Path, options: argparse.Namespace, **environment: str) -> Record:
+def measure(
+    arguments: Sequence[str], job: Job, output: Path, options: argparse.Namespace, **environment: str
+) -> Record:
     """Runs a script on a job in a process of its own.
 
     Args:
@@ -165,7 +170,7 @@ def measure(arguments: Sequence[str], job: Job, output: Path, options: argparse.
         environment: What its environment has more.
 
     Returns:
-        What it measured, with the machine's `load` before it began; or an `error` in words.
+        What it measured, or an `error` in words; with `others`, the cores that the rest of the machine used meanwhile.
     """
     output = output.with_name(f"{output.name}-{job.size}")
     output.mkdir()
@@ -174,18 +179,26 @@ def measure(arguments: Sequence[str], job: Job, output: Path, options: argparse.
     if options.device == "cpu":
         surroundings["ACCELERATE_USE_CPU"] = "true"
     command = [sys.executable, str(HERE / arguments[0]), str(output / "job.json"), *arguments[1:]]
-    load = round(os.getloadavg()[0], 2)
+    begin, busy = time.perf_counter(), others_cpu_seconds()
     try:
         done = subprocess.run(
             command, env=surroundings, timeout=options.time_limit, capture_output=True, text=True, check=False
         )
     except subprocess.TimeoutExpired:
-        return {"load": load, "error": f"> {options.time_limit:g} s"}
+        return {"error": f"> {options.time_limit:g} s"}
+    others = round((others_cpu_seconds() - busy) / (time.perf_counter() - begin), 3)
     if done.returncode:
         print(done.stderr, file=sys.stderr)
-        return {"load": load, "error": (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]}
+        return {"others": others, "error": (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]}
     found: Record = json.loads((output / RECORD).read_text(encoding="utf-8"))
-    return {"load": load, **found}
+    return {"others": others, **found}
+
+
+def others_cpu_seconds() -> float:
+    """CPU seconds of the whole machine so far, less those of this process and of those that it has waited for."""
+    user, nice, system = map(int, Path("/proc/stat").read_text(encoding="ascii").split()[1:4])
+    own = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return (user + nice + system) / os.sysconf("SC_CLK_TCK") - own.ru_utime - own.ru_stime - time.process_time()
 
 
 def about_this(options: argparse.Namespace) -> Record:
@@ -237,6 +250,7 @@ def report(about: Record, records: Sequence[Record], options: argparse.Namespace
         "optimiser, schedule, and for the notebook its Dice of every batch; validation has loss and Dice.",
         "- Memory is the largest resident set of the process, imports included"
         + (", and the most that CUDA's allocator held." if options.device == "cuda" else "."),
+        quietness(records),
     ]
     for size in options.size:
         waits = [one for one in chosen(records, "matchai", size) if "epoch_s" in one]
@@ -248,6 +262,15 @@ def report(about: Record, records: Sequence[Record], options: argparse.Namespace
                 f"{three_figures(epoch - passes)} s are for the saved state, the best weights and the history."
             )
     return "\n".join([*lines, *footnotes(about)])
+
+
+def quietness(records: Sequence[Record]) -> str:
+    """What else the machine did, as spinning threads of the peers suffer by it."""
+    others = [one["others"] for one in records if "others" in one] or [0.0]
+    return (
+        f"- The rest of the machine used {statistics.median(others):.2f} cores meanwhile (median of the measurements; "
+        f"{max(others):.2f} at most)."
+    )
 
 
 def chosen(records: Sequence[Record], key: str, size: int) -> list[Record]:
