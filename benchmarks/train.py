@@ -17,12 +17,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
+import overhead
 import torch
+import waterfall
 from clock import RECORD, Job
 from sampler import Record, cpu_model, shortened, three_figures, total_memory, versions
 
@@ -69,34 +71,27 @@ CONTENDERS = {
     "monai": Contender("MONAI", ("peers.py", "monai"), ("monai", "ignite")),
 }
 REFERENCE = "notebook"
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # the loop's own time is one thread's, and so a tiny step varies less
 
 
 def main() -> None:
     options = parse(sys.argv[1:])
-    missing = [key for key in options.contenders if not all(map(importlib.util.find_spec, CONTENDERS[key].needs))]
-    keys = [key for key in options.contenders if key not in missing]
-    records: list[Record] = []
+    what = "waterfall" if options.waterfall else "overhead" if options.overhead else ""
+    path = options.output or HERE / "results" / f"{'_'.join(filter(None, ('train', what, options.device)))}.json"
+    about = about_this(options)
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        jobs = {size: prepare(folder, size, options) for size in options.size}
-        # rounds outermost and their order turned, so that a busy spell of the machine falls on all alike
-        for number in range(options.rounds):
-            first = number % len(keys)
-            for size in options.size:
-                for key in keys[first:] + keys[:first]:
-                    if not any("error" in one for one in records if (one["contender"], one["size"]) == (key, size)):
-                        record: Record = {"contender": key, "size": size, "round": number}
-                        record |= measure(CONTENDERS[key].arguments, jobs[size], folder / f"{key}-{number}", options)
-                        records.append(record)
-                        print(json.dumps(record), file=sys.stderr)
-    job = jobs[options.size[0]]
-    about = about_this(options) | {
-        "train_slices": len(job.train),
-        "val_slices": len(job.val),
-        "missing": [CONTENDERS[key].name for key in missing],
-    }
-    store(options.output or HERE / "results" / f"train_{options.device}.json", about, records)
-    print(report(about, records, options))
+        if options.waterfall:
+            records = measure_waterfall(Path(name), options)
+            table = report_waterfall(about, records, options)
+        elif options.overhead:
+            records = measure_overhead(Path(name), options)
+            table = report_overhead(about, records, options)
+        else:
+            about["missing"] = [CONTENDERS[key].name for key in options.contenders if not is_installed(key)]
+            records = measure_epochs(Path(name), options)
+            table = report_epochs(about, records, options)
+    store(path, about, records)
+    print(table)
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -110,6 +105,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     parser.add_argument("--data", type=Path, help="a folder in the Kaggle layout (default: the built-in phantom)")
     parser.add_argument("--slices", type=int, default=36, help="of the phantom; a third of them validates")
+    parser.add_argument("--waterfall", action="store_true", help="the notebook's step, and each measure added to it")
+    parser.add_argument("--steps", type=int, default=6, help="timed steps of every process of --waterfall")
+    parser.add_argument("--overhead", action="store_true", help="matchai's own time a step over a plain loop's")
     parser.add_argument("--time-limit", type=float, default=900, help="seconds after which a process is killed")
     parser.add_argument("--output", type=Path, help="JSON file (default: in benchmarks/results)")
     options = parser.parse_args(arguments)
@@ -157,6 +155,73 @@ def prepare(folder: Path, size: int, options: argparse.Namespace) -> Job:
     )
 
 
+def is_installed(key: str) -> bool:
+    return all(map(importlib.util.find_spec, CONTENDERS[key].needs))
+
+
+def measure_epochs(folder: Path, options: argparse.Namespace) -> list[Record]:
+    """A timed epoch of every contender in every round, each in a process of its own."""
+    keys = [key for key in options.contenders if is_installed(key)]
+    jobs = {size: prepare(folder, size, options) for size in options.size}
+    return take_turns(
+        keys, jobs, options, lambda key, job, place: measure(CONTENDERS[key].arguments, job, place, options)
+    )
+
+
+def measure_waterfall(folder: Path, options: argparse.Namespace) -> list[Record]:
+    """The steps of every variant in every round, each in a process of its own."""
+    jobs = {size: prepare(folder, size, options) for size in options.size}
+    rows, surroundings = waterfall.variants(), waterfall.own_environment()
+
+    def measure_variant(label: str, job: Job, place: Path) -> Record:
+        environment = surroundings if any(one.is_surrounding for one in rows[label]) else {}
+        return measure(("waterfall.py", label, str(options.steps)), job, place, options, **environment)
+
+    return take_turns(list(rows), jobs, options, measure_variant)
+
+
+def measure_overhead(folder: Path, options: argparse.Namespace) -> list[Record]:
+    """Matchai's loop and a plain one in turns, within one process for each of two models in every round."""
+    cases = [(options.encoder, 128, overhead.NUM_PAIRS, {}), (*overhead.TINY, overhead.NUM_TINY_PAIRS, ONE_THREAD)]
+    jobs = {size: dataclasses.replace(prepare(folder, size, options), encoder=encoder) for encoder, size, *_ in cases}
+    surroundings = waterfall.own_environment()
+    records = []
+    for number in range(options.rounds):
+        for encoder, size, num_pairs, threads in cases:
+            place = folder / f"{size}-{number}"
+            record: Record = {"encoder": encoder, "size": size, "round": number}
+            environment = surroundings | threads
+            record |= measure(("overhead.py", str(num_pairs)), jobs[size], place, options, **environment)
+            records.append(record)
+            print(json.dumps(record), file=sys.stderr)
+    return records
+
+
+def take_turns(
+    names: Sequence[str],
+    jobs: dict[int, Job],
+    options: argparse.Namespace,
+    measure_one: Callable[[str, Job, Path], Record],
+) -> list[Record]:
+    """Measures all by rounds, their order turned, so that a busy spell of the machine falls on all alike.
+
+    What fails or is killed once is not tried again at that size.
+    """
+    records: list[Record] = []
+    folder = Path(next(iter(jobs.values())).cache).parent
+    for number in range(options.rounds):
+        first = number % len(names)
+        for size, job in jobs.items():
+            for place, name in enumerate([*names[first:], *names[:first]]):
+                if any("error" in one for one in chosen(records, name, size)):
+                    continue
+                record: Record = {"contender": name, "size": size, "round": number}
+                record |= measure_one(name, job, folder / f"{size}-{number}-{place}")
+                records.append(record)
+                print(json.dumps(record), file=sys.stderr)
+    return records
+
+
 def measure(
     arguments: Sequence[str], job: Job, output: Path, options: argparse.Namespace, **environment: str
 ) -> Record:
@@ -172,7 +237,6 @@ def measure(
     Returns:
         What it measured, or an `error` in words; with `others`, the cores that the rest of the machine used meanwhile.
     """
-    output = output.with_name(f"{output.name}-{job.size}")
     output.mkdir()
     dataclasses.replace(job, output=str(output)).save(output / "job.json")
     surroundings = {**os.environ, "OMP_NUM_THREADS": str(options.threads), **environment}
@@ -226,10 +290,12 @@ def store(path: Path, about: Record, records: Sequence[Record]) -> None:
     write_whole(path, f'{head},\n "measurements": [\n{lines}\n ]\n}}\n'.encode())
 
 
-def report(about: Record, records: Sequence[Record], options: argparse.Namespace) -> str:
+def report_epochs(about: Record, records: Sequence[Record], options: argparse.Namespace) -> str:
     """The table in Markdown, with what one must know to read it."""
+    sizes = {(one["train_slices"], one["val_slices"]) for one in records if "error" not in one}
+    train_slices, val_slices = next(iter(sizes), ("no", "none"))
     lines = [
-        f"A training epoch of {about['train_slices']} slices and a validation pass over {about['val_slices']}, UNet++ "
+        f"A training epoch of {train_slices} slices and a validation pass over {val_slices}, UNet++ "
         f"with {options.encoder}, batch {options.batch_size}, {options.threads} threads, {options.device}. Medians of "
         f"{options.rounds} rounds (smallest–largest); a round has a process of each, whose second epoch is timed.",
         "",
@@ -261,6 +327,35 @@ def report(about: Record, records: Sequence[Record], options: argparse.Namespace
                 f"- matchai's user waits {three_figures(epoch)} s for such an epoch at {size} px, of which "
                 f"{three_figures(epoch - passes)} s are for the saved state, the best weights and the history."
             )
+    return "\n".join([*lines, *footnotes(about)])
+
+
+def report_waterfall(about: Record, records: Sequence[Record], options: argparse.Namespace) -> str:
+    """The waterfall's table, with what one must know to read it."""
+    lines = [
+        f"Seconds of a training step on fixed tensors, UNet++ with {options.encoder}, batch {options.batch_size}, "
+        f"{options.threads} threads, {options.device}. Medians of {options.rounds} processes (smallest–largest), each "
+        f"of which gives the median of {options.steps} steps.",
+        "",
+        *waterfall.report(records, options.size),
+        "",
+        "- Each row with a + has all measures above it too.",
+        quietness(records),
+    ]
+    return "\n".join([*lines, *footnotes(about)])
+
+
+def report_overhead(about: Record, records: Sequence[Record], options: argparse.Namespace) -> str:
+    """The overhead's table, with what one must know to read it."""
+    lines = [
+        f"matchai's own time a step: its epochs and a plain loop's in turns, batch {options.batch_size}, "
+        f"{options.threads} threads, {options.device}; medians.",
+        "",
+        *overhead.report(records),
+        "",
+        f"- {overhead.TINY[0]} has one thread. Differences are of neighbouring epochs.",
+        quietness(records),
+    ]
     return "\n".join([*lines, *footnotes(about)])
 
 
