@@ -21,11 +21,12 @@ from torch.optim.lr_scheduler import OneCycleLR
 from matchai.build import build_model_of, build_training
 from matchai.config import TrainConfig
 from matchai.console import Display
-from matchai.dropout import set_dropout
+from matchai.dropout import keyed_layers, set_dropout
 from matchai.errors import InputError
-from matchai.loop import Tally, Training, train_epoch
+from matchai.loop import Training, train_epoch
 from matchai.machine import keep_heap, set_threads
 from matchai.opening import make_accelerator, read
+from matchai.tally import Tally
 
 TINY = ("tu-test_resnet", 64)  # encoder, size: all that is fixed in a step, and little else
 NUM_PAIRS, NUM_TINY_PAIRS = 4, 60  # of epochs, a round
@@ -39,7 +40,7 @@ def main(path: Path, num_pairs: int) -> None:
     training = build(job)
     model = copy.deepcopy(training.raw_model)
     # once: a plain loop leaves the masks of its drop path to a generator, which costs next to nothing
-    set_dropout(model, 0, 0, list(range(job.batch_size)))
+    set_dropout(keyed_layers(model), 0, 0, list(range(job.batch_size)), job.device)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=5e-4, weight_decay=1e-4, fused=True)
     scheduler = OneCycleLR(optimizer, 5e-4, total_steps=EPOCHS * job.steps)
@@ -94,7 +95,7 @@ def build(job: Job) -> Training:
 def report(records: Sequence[Record]) -> list[str]:
     """The table in Markdown."""
     lines = [
-        "| model | px | time | matchai, ms a step | plain loop, ms a step | difference, ms (quartiles) | of the plain |",
+        "| model | px | time | matchai, ms a step | plain loop, ms a step | difference (quartiles) | of the plain |",
         "|---|---|---|---|---|---|---|",
     ]
     for encoder, size in dict.fromkeys((one["encoder"], one["size"]) for one in records):

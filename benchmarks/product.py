@@ -7,10 +7,8 @@ from typing import Any
 
 from clock import Clock, Job
 
-# first of all, as the command does: it sets what torch reads when it loads
-import matchai.train  # noqa: F401
 from matchai.config import TrainConfig
-from matchai.runner import run
+from matchai.environment import choose_waiting
 
 
 class FinishedError(Exception):
@@ -19,6 +17,10 @@ class FinishedError(Exception):
 
 def main(path: Path, precision: str) -> None:
     """Times the second epoch of a run; the marks of the first are overwritten."""
+    # as the command does, before torch is loaded
+    choose_waiting()
+    from matchai.runner import run  # noqa: PLC0415
+
     job = Job.load(path)
     clock = Clock(job.device)
     calls = 0

@@ -265,13 +265,13 @@ def others_cpu_seconds() -> float:
     return (user + nice + system) / os.sysconf("SC_CLK_TCK") - own.ru_utime - own.ru_stime - time.process_time()
 
 
-def about_this(options: argparse.Namespace) -> Record:
+def about_this(options: argparse.Namespace, script: str = "train") -> Record:
     """When, where, with what and how the measurements were taken."""
     machine: Record = {"cpu": cpu_model(), "cores": num_cores(), "memory_gb": round(total_memory() / 1e9, 1)}
     if options.device == "cuda":
         machine["gpu"] = torch.cuda.get_device_name()
     return {
-        "command": shlex.join(["python", "benchmarks/train.py", *sys.argv[1:]]),
+        "command": shlex.join(["python", f"benchmarks/{script}.py", *sys.argv[1:]]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": machine,
         "versions": versions(PACKAGES),

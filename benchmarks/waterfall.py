@@ -5,8 +5,8 @@ Run as a script, it times one variant's steps on fixed tensors, in a process of 
 
 import dataclasses
 import json
+import os
 import statistics
-import subprocess
 import sys
 import time
 import warnings
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import default_collate
 
 from matchai import kernels
+from matchai.environment import choose_waiting
 from matchai.losses import SegmentationLoss
 from matchai.machine import choose_precision, keep_heap
 
@@ -108,7 +109,7 @@ MEASURES = [
     Measure("the loss in one pass", use_one_loss, is_alone=False),
     Measure("fused AdamW", use_fused_adamw, is_alone=False),
     Measure("heap kept", lambda _: keep_heap()),
-    Measure("matchai's environment", is_surrounding=True),
+    Measure("short waits of threads", is_surrounding=True),
     Measure("join_silu", change_model(kernels.join_silu)),
     Measure("split_depthwise", change_model(kernels.split_depthwise)),
     Measure("pool_by_rows", change_model(kernels.pool_by_rows)),
@@ -129,10 +130,13 @@ def variants() -> dict[str, list[Measure]]:
 
 def own_environment() -> dict[str, str]:
     """What matchai's command changes in its environment before torch is loaded."""
-    code = "import json, os; was = dict(os.environ); import matchai.train; print(json.dumps([was, dict(os.environ)]))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
-    before, after = json.loads(done.stdout)
-    return {name: value for name, value in after.items() if before.get(name) != value}
+    before = dict(os.environ)
+    try:
+        choose_waiting()
+        return {name: value for name, value in os.environ.items() if before.get(name) != value}
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def report(records: Sequence[Record], sizes: Sequence[int]) -> list[str]:
