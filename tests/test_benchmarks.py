@@ -55,3 +55,27 @@ def test_the_benchmark_of_several_processes_tabulates_and_stores_exactness_and_c
     assert {one["num_processes"]: max(one["errors"]) for one in several if one["deterministic"]} == {2: 0, 3: 0}
     assert len(found["cost"]) == 5
     assert all(min(one["seconds"]) > 0 for one in found["cost"])
+
+
+def test_the_training_benchmark_tabulates_and_stores_every_loop(tmp_path: Path) -> None:
+    output = tmp_path / "results" / "train.json"
+    flags = ["--encoder", "tu-test_resnet", "--size", "64", "--rounds", "1", "--slices", "12", "--threads", "1"]
+    done = subprocess.run(
+        [sys.executable, "benchmarks/train.py", *flags, "--contenders", "notebook", "matchai", "--output", str(output)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines() if "| 64 |" in line]
+    assert {(row[1], row[2]) for row in rows} == {
+        (what, loop) for what in ("training", "validation") for loop in ("notebook", "matchai")
+    }
+    found = json.loads(output.read_text(encoding="utf-8"))
+    assert {"command", "date", "machine", "versions", "missing"} <= found.keys()
+    assert {one["contender"] for one in found["measurements"]} == {"notebook", "matchai"}
+    for one in found["measurements"]:
+        assert "error" not in one
+        assert min(one["train_s"], one["train_cpu_s"], one["val_s"], one["val_cpu_s"], one["memory_mb"]) > 0
