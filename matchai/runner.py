@@ -35,7 +35,6 @@ from matchai.opening import (
     write_split,
 )
 from matchai.processes import StopSignal, check_agreement, end_with_launcher
-from matchai.report import draw_figures
 from matchai.resume import Progress, collect, restore
 from matchai.tally import Tally, epoch_row
 
@@ -297,6 +296,9 @@ class _Run:
 
     def _draw(self, *, final: bool, confusions: Counts | None = None) -> None:
         """Draws the figures, of the best weights at the end, of the current ones on the way."""
+        # matplotlib takes half a second to import, which the first step need not wait for
+        from matchai.report import draw_figures  # noqa: PLC0415
+
         model = self.training.validated_model
         if final:
             assert self.progress.best_confusions is not None

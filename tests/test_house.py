@@ -16,6 +16,7 @@ FLOORS = [
         "checkpoint",
         "claims",
         "console",
+        "digests",
         "dropout",
         "evidence",
         "figures",
