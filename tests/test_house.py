@@ -40,6 +40,7 @@ FLOORS = [
         "study_page",
         "study_rows",
         "tally",
+        "waiting",
         "data",
     },
     {"loop", "build", "resume", "report", "opening", "space"},
