@@ -9,9 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from matchai.arrays import open_sets
+from matchai.digests import fingerprint
 from matchai.errors import InputError
 from matchai.phantom import write_phantom
-from matchai.slices import Progress, Slices, fingerprint, prepare
+from matchai.slices import Progress, Slices, prepare
 from matchai.split import assign_folds, check_groups_array, find_groups
 
 PHANTOM_SIZE = 256  # pixels; the presets that use it train at 128 and below
@@ -83,7 +84,7 @@ def read_data(
     num_slices = sum(map(len, opened))
     known = _read_groups(folder / groups_name, num_slices)
     paths = [path for one in opened for path in (one.image_path, one.mask_path)]
-    digests = fingerprint([*paths, *([folder / groups_name] if known is not None else [])])
+    digests = fingerprint([*paths, *([folder / groups_name] if known is not None else [])], cache / "digests.json")
     slices = prepare(
         opened,
         {path.name: digests[path.name] for path in paths},

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+PATIENCE = 2.0  # seconds; to read what is prepared takes less
+
 _OPENED: dict[tuple[int, str], tuple[int, set[str]]] = {}  # by process and lock file: descriptor, names held
 _OPENING = threading.Lock()
 
@@ -105,12 +107,21 @@ class Holds:
 
 
 @contextlib.contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Lets one process at a time work in a folder; where it cannot be written, or has no locks, none waits."""
+def alone(folder: Path, on_wait: Callable[[], None] | None = None) -> Iterator[None]:
+    """Lets one process at a time work in a folder; where it cannot be written, or has no locks, none waits.
+
+    Args:
+        folder: Made if it is not there.
+        on_wait: Called once after `PATIENCE` seconds of waiting for another process.
+    """
     holds = Holds(folder, "folder.lock")
     with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
+        began = time.monotonic()
         while not holds.take("work"):
+            if on_wait is not None and time.monotonic() - began >= PATIENCE:
+                on_wait()
+                on_wait = None
             time.sleep(0.1)
     try:
         yield

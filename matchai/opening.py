@@ -122,7 +122,7 @@ def read(config: TrainConfig, cache: Path, display: Display) -> Data:
     settings = config.input
     if settings.background_class not in settings.class_names:
         raise InputError  # told by the check of the settings
-    with alone(cache):
+    with alone(cache, lambda: display.say(f"waiting for another run, which prepares slices in {cache}")):
         return read_data(
             settings.data or built_in_phantom(cache, settings.phantom_slices),
             cache,

@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 
 from matchai import checkpoint, machine
-from matchai.build import build_model_of, build_training, step_problems
+from matchai.build import build_model_of, build_training, end_workers, step_problems
 from matchai.config import FREE, TrainConfig, check, parse_interval
 from matchai.console import Display, epoch_line
 from matchai.data import Data
@@ -35,9 +35,9 @@ from matchai.opening import (
     write_split,
 )
 from matchai.processes import StopSignal, check_agreement, end_with_launcher
-from matchai.report import draw_figures
 from matchai.resume import Progress, collect, restore
 from matchai.tally import Tally, epoch_row
+from matchai.waiting import Waiting
 
 DRAW_EVERY = 30.0  # seconds between drawings of the figures, half a second each
 
@@ -143,6 +143,7 @@ def run(
         tell(display, accelerator, config, data, precision_reason)
         listener = stop or StopSignal()
         training = build_training(config, accelerator, data, model, lambda: listener.received is not None)
+        stack.callback(end_workers, training)
         hooks = on_epoch, on_step, draw_every
         return _Run(config, accelerator, display, output, data, training, listener, *hooks).go()
 
@@ -172,6 +173,8 @@ class _Run:
         self.saved_at, self.saved_step = time.monotonic(), 0
         self.draw_every, self.drawn_at = draw_every, -draw_every
         self.shown_at = 0.0
+        num_local = machine.num_local_processes(accelerator.num_processes)
+        self.waiting = Waiting(training.loader.num_workers, num_local)
 
     def go(self) -> RunResult:
         is_resumed = self._resume()
@@ -238,6 +241,8 @@ class _Run:
             self.progress.best = checkpoint.pack_weights(weights, self._about(row))
         self.display.close()
         self.display.say(epoch_line(row, self.config.optimisation.epochs, self.names, is_best))
+        if advice := self.waiting.after_epoch(tally.seconds, tally.waited):
+            self.display.warn(advice)
         self._save()
         if self.accelerator.is_main_process:
             self._publish()
@@ -249,6 +254,7 @@ class _Run:
 
     def _after_step(self, epoch: int, is_stopping: bool) -> None:
         tally, training = self.progress.tally, self.training
+        self.waiting.after_step(tally.seconds, tally.waited)
         if self.on_step:
             self.on_step(training.step, training.scheduler.total_steps)
         if time.monotonic() - self.shown_at > 0.1:
@@ -297,6 +303,9 @@ class _Run:
 
     def _draw(self, *, final: bool, confusions: Counts | None = None) -> None:
         """Draws the figures, of the best weights at the end, of the current ones on the way."""
+        # matplotlib takes half a second to import, which the first step need not wait for
+        from matchai.report import draw_figures  # noqa: PLC0415
+
         model = self.training.validated_model
         if final:
             assert self.progress.best_confusions is not None

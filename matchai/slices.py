@@ -20,13 +20,14 @@ from torch.utils.data import Dataset
 
 from matchai.arrays import ArraySet
 from matchai.augmentation import Augmentation
+from matchai.digests import fingerprint
 from matchai.errors import InputError
 from matchai.files import sync_folder, write_whole
+from matchai.machine import preparing_threads
 
 FORMAT = 1  # part of the cache's key: raised whenever the preparation changes
 STEPS = 65535  # uint16; over a window of 2000 HU a step is 0.03 HU and rounding 0.015, against CT noise of 10 to 30 HU
 THUMBNAIL = 64
-NUM_THREADS = 2
 MAX_PROBLEMS = 20
 
 Progress = Callable[[int, int], None]
@@ -100,17 +101,6 @@ class SliceDataset(Dataset[tuple[Tensor, Tensor, int]]):
             image, target = self.augmentation(image, target, draw.epoch, position)  # type: ignore[attr-defined]
         image = (image - np.float32(self.mean)) / np.float32(self.std + 1e-8)
         return torch.from_numpy(image)[None], torch.from_numpy(np.ascontiguousarray(target)), position
-
-
-def fingerprint(paths: Sequence[Path]) -> dict[str, str]:
-    """SHA-256 of whole files, by name; about 1 GB a second and core."""
-
-    def digest(path: Path) -> str:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-
-    with ThreadPoolExecutor(NUM_THREADS) as pool:
-        return {path.name: value for path, value in zip(paths, pool.map(digest, paths), strict=True)}
 
 
 def prepare(
@@ -235,7 +225,7 @@ def _make(
         return found | {"low": float(image.min()), "high": float(image.max())}
 
     found = []
-    with ThreadPoolExecutor(NUM_THREADS) as pool:
+    with ThreadPoolExecutor(preparing_threads()) as pool:
         for done, one in enumerate(pool.map(prepare_slice, range(num_slices)), 1):
             found.append(one)
             if progress:

@@ -1,12 +1,18 @@
 """A run from Python, as in a notebook."""
 
+import io
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
+import pytest
 import torch
 
 from matchai import TrainConfig, run
 from matchai.config import PRESETS
+from matchai.console import Display
+from matchai.slices import SliceDataset
 
 
 def config(data: Path, cache: Path, output: Path, **settings: Any) -> TrainConfig:
@@ -41,3 +47,48 @@ def test_options_of_training_run_together(phantom: Path, cache: Path, tmp_path: 
     result = run(config(phantom, cache, tmp_path / "run", **settings))
     assert result.is_finished
     assert list((tmp_path / "run").rglob("events.out.tfevents.*"))
+
+
+def children() -> set[int]:
+    """Processes of this one, those that ended and were not waited for included."""
+    return {child.pid for child in psutil.Process().children(recursive=True)}
+
+
+def test_loader_workers_persist_over_epochs_and_end_with_the_run(phantom: Path, cache: Path, tmp_path: Path) -> None:
+    before, seen = children(), []
+    settings = config(phantom, cache, tmp_path / "run", epochs=3, num_workers=2)
+    run(settings, on_epoch=lambda _: seen.append(children() - before))
+    assert [len(one) for one in seen] == [3, 3, 3]  # two for training, one for validation
+    assert seen[0] == seen[1] == seen[2]
+    assert children() == before
+
+
+@pytest.mark.parametrize("calls", [2, 6])
+def test_no_loader_worker_outlives_a_run_that_fails(calls: int, phantom: Path, cache: Path, tmp_path: Path) -> None:
+    """In the middle of the training's four steps, and in the validation's two."""
+    before, count = children(), iter(range(1, 100))
+
+    def fail(*_: int) -> None:
+        if next(count) == calls:
+            assert children() > before
+            raise RuntimeError("the caller's own")
+
+    with pytest.raises(RuntimeError, match="the caller's own") as kept:
+        run(config(phantom, cache, tmp_path / "run", num_workers=2), on_step=fail)
+    assert kept.tb is not None  # which holds every frame of the run
+    assert children() == before
+
+
+def test_a_run_that_waits_for_its_data_says_so_once(
+    phantom: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = SliceDataset.__getitem__
+
+    def load_slowly(self: SliceDataset, draw: int) -> Any:
+        time.sleep(0.02)
+        return load(self, draw)
+
+    monkeypatch.setattr(SliceDataset, "__getitem__", load_slowly)
+    said = io.StringIO()
+    run(config(phantom, cache, tmp_path / "run", epochs=2), display=Display(True, said))
+    assert said.getvalue().count("spent waiting for data") == 1

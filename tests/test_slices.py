@@ -9,8 +9,9 @@ from torch.utils.data import DataLoader
 
 from matchai.arrays import ArraySet, open_sets
 from matchai.augmentation import Augmentation
+from matchai.digests import fingerprint
 from matchai.sampling import DistributedWeightedSampler, collate
-from matchai.slices import STEPS, SliceDataset, Slices, fingerprint, prepare
+from matchai.slices import STEPS, SliceDataset, Slices, prepare
 from tests.steps import read_small
 
 NAMES = ("ground glass", "consolidation", "lungs other", "background")
