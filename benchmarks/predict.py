@@ -19,7 +19,19 @@ from peers import ResizedSlices, make_model
 from sampler import Record, shortened, three_figures
 from torch import nn
 from torch.utils.data import DataLoader
-from train import HERE, about_this, chosen, footnotes, measure, prepare, quietness, spread, store, take_turns
+from train import (
+    HERE,
+    about_this,
+    chosen,
+    end_with_children,
+    footnotes,
+    measure,
+    prepare,
+    quietness,
+    spread,
+    store,
+    take_turns,
+)
 from waterfall import own_environment
 
 from matchai.checkpoint import load_weights, pack_weights
@@ -37,6 +49,7 @@ NEEDS = {"onnx": ("onnx", "onnxscript", "onnxruntime")}
 
 def main() -> None:
     options = parse(sys.argv[1:])
+    end_with_children()
     missing = [name for name in LABELS if not all(map(importlib.util.find_spec, NEEDS.get(name, ())))]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

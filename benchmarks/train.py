@@ -12,6 +12,7 @@ import json
 import os
 import resource
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
@@ -76,6 +77,7 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # the loop's own time is one thread's, an
 
 def main() -> None:
     options = parse(sys.argv[1:])
+    end_with_children()
     what = "waterfall" if options.waterfall else "overhead" if options.overhead else ""
     path = options.output or HERE / "results" / f"{'_'.join(filter(None, ('train', what, options.device)))}.json"
     about = about_this(options)
@@ -153,6 +155,11 @@ def prepare(folder: Path, size: int, options: argparse.Namespace) -> Job:
         slice_weights=slice_weights_of(config, found).tolist(),
         class_weights=balanced_class_weights(pixels).tolist(),
     )
+
+
+def end_with_children() -> None:
+    """Turns SIGTERM into an exit that ends the measuring process too."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
 def is_installed(key: str) -> bool:
