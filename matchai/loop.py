@@ -196,10 +196,10 @@ def train_step(
         value, num_asked = _gradient(training, epoch, num_draws, images, target, positions, kept_buffers)
     if accelerator.scaler is not None:
         accelerator.scaler.unscale_(optimizer)
-    norm = get_total_norm([p.grad for p in training.parameters if p.grad is not None])
+    grads = [p.grad for p in training.parameters if p.grad is not None]
     if training.clip_grad_norm:
-        clip_grads_with_norm_(training.parameters, training.clip_grad_norm, norm)
-    is_finite = torch.isfinite(value + norm)
+        clip_grads_with_norm_(training.parameters, training.clip_grad_norm, get_total_norm(grads))
+    is_finite = torch.isfinite(value) & _are_finite(grads)
     _update(training, is_finite, kept_buffers)
     if training.ema:
         training.ema.update_parameters(training.raw_model)
@@ -222,6 +222,14 @@ def _update(training: Training, is_finite: Tensor, kept_buffers: list[Tensor]) -
     if not is_finite.is_cpu or not is_finite:
         for buffer, kept in zip(training.buffers, kept_buffers, strict=True):
             buffer.copy_(torch.where(is_finite, buffer, kept))
+
+
+def _are_finite(grads: list[Tensor]) -> Tensor:
+    """Whether all gradients are finite, a scalar on their device."""
+    found = torch.zeros(1, device=grads[0].device)
+    # a gradient scaler's kernel, here with a scale of 1: one pass, in half the time of a norm
+    torch._amp_foreach_non_finite_check_and_unscale_(grads, found, torch.ones_like(found))
+    return found[0] == 0
 
 
 def _gradient(
