@@ -27,6 +27,7 @@ from matchai.config import TrainConfig
 from matchai.console import Display
 from matchai.files import write_whole
 from matchai.machine import num_cores
+from matchai.normalisation import join_buffers
 from matchai.runner import run
 from matchai.tally import Outcome
 
@@ -42,10 +43,9 @@ def without_kernels(stack: ExitStack) -> None:
 def contiguous(stack: ExitStack) -> None:
     """Images and weights in contiguous memory, the layers as they are made."""
     without_kernels(stack)
-    made = matchai.build.join_buffers
 
     def joined(model: torch.nn.Module) -> list[Tensor]:
-        return made(model.to(memory_format=torch.contiguous_format))
+        return join_buffers(model.to(memory_format=torch.contiguous_format))
 
     stack.enter_context(mock.patch.object(matchai.build, "join_buffers", joined))
     stack.enter_context(mock.patch.object(matchai.loop, "_to_device", lambda images, device: images.contiguous()))

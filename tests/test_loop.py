@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from matchai.data import Data
-from matchai.loop import MAX_SKIPPED, DivergedError, train_epoch, train_step, validate
+from matchai.loop import MAX_SKIPPED, DivergedError, count_step, train_epoch, train_step, validate
 from matchai.tally import Tally
 from tests.steps import NormedNet, TinyNet, first_batch, model_of, read_small, step, training_of
 
@@ -50,6 +50,39 @@ def test_a_non_finite_step_changes_neither_weights_nor_statistics(data: Data) ->
     assert not train_step(training, 1, 6, images, target, positions).read()[1]
     for name, value in training.raw_model.state_dict().items():
         assert torch.equal(value, before[name]), name
+
+
+def test_an_epoch_ends_with_the_losses_of_all_its_steps(data: Data) -> None:
+    training, tally = training_of(TinyNet(), data), Tally()
+    seen: list[int] = []
+    train_epoch(training, 1, tally, lambda is_stopping: seen.append(tally.num_draws))
+    assert seen[0] == 0  # the loss of a step is read when the next is under way
+    assert tally.num_draws == tally.consumed == training.sampler.num_samples
+
+
+def test_a_step_is_counted_once(data: Data) -> None:
+    training, tally = training_of(TinyNet(), data), Tally()
+    images, target, positions = first_batch(training)
+    outcome = train_step(training, 1, 6, images, target, positions)
+    for _ in range(2):
+        count_step(training, tally, outcome)
+    assert tally.num_draws == 6
+    assert tally.loss_sum == pytest.approx(6 * outcome.read()[0])
+
+
+def test_a_fused_optimiser_told_of_a_non_finite_step_changes_nothing(data: Data) -> None:
+    training = training_of(TinyNet(), data)
+    images, target, positions = first_batch(training)
+    train_step(training, 1, 6, images, target, positions)
+    before = copy.deepcopy(training.raw_model.state_dict())
+    moments = copy.deepcopy(training.optimizer.state_dict()["state"])
+    for parameter in training.parameters:
+        parameter.grad = torch.full_like(parameter, torch.nan)
+    training.optimizer.found_inf = torch.ones(())  # type: ignore[attr-defined]  # as a step on a GPU does
+    training.optimizer.step()
+    assert all(torch.equal(value, before[name]) for name, value in training.raw_model.state_dict().items())
+    for number, state in training.optimizer.state_dict()["state"].items():
+        assert all(torch.equal(value, moments[number][name]) for name, value in state.items())
 
 
 def test_skipped_steps_are_counted_and_end_the_run_after_ten_in_a_row(
