@@ -79,7 +79,9 @@ def main() -> None:
     options = parse(sys.argv[1:])
     end_with_children()
     what = "waterfall" if options.waterfall else "overhead" if options.overhead else ""
-    path = options.output or HERE / "results" / f"{'_'.join(filter(None, ('train', what, options.device)))}.json"
+    # sizes apart, as one takes minutes and the other seconds
+    sizes = "" if options.overhead else "-".join(map(str, options.size))
+    path = options.output or HERE / "results" / f"{'_'.join(filter(None, ('train', what, options.device, sizes)))}.json"
     about = about_this(options)
     with tempfile.TemporaryDirectory() as name:
         if options.waterfall:
