@@ -160,21 +160,22 @@ def test_fifty_kills_of_random_processes_at_random_moments_change_nothing(
 def test_a_signal_to_one_process_stops_all_of_them_in_training_and_in_validation(
     finished: Path, phantom: Path, cache: Path, tmp_path: Path
 ) -> None:
-    arguments = [*small(phantom, cache, tmp_path / "run"), *EVERY_STEP]
     # 24 draws are 4 steps: after the fourth state of the first epoch comes its validation
     for number, state, rank in ((signal.SIGUSR1, 2, 1), (signal.SIGTERM, 4, 0)):
+        run = tmp_path / number.name
+        arguments = [*small(phantom, cache, run), *EVERY_STEP]
         with group(2, arguments) as processes:
-            wait_for_state(tmp_path / "run", state, processes[0])
+            wait_for_state(run, state, processes[0])
             processes[rank].send_signal(number)
             began = time.monotonic()
             said = [process.communicate(timeout=60) for process in processes]
             assert time.monotonic() - began < 30  # ten seconds of work, on a machine that does other things too
             assert [process.returncode for process in processes] == [0, 0], said
             assert "goes on from there" in said[0][0]
-        assert len(history(tmp_path / "run")) < 2
-    finish(2, arguments)
-    assert history(tmp_path / "run") == history(finished)
-    assert weights(tmp_path / "run")[0] == weights(finished)[0]
+        assert len(history(run)) < 2
+        finish(2, arguments)
+        assert history(run) == history(finished)
+        assert weights(run)[0] == weights(finished)[0]
 
 
 def test_processes_that_were_given_different_settings_are_refused(phantom: Path, cache: Path, tmp_path: Path) -> None:
