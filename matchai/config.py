@@ -58,6 +58,15 @@ class InputSettings:
     groups_name: str = "groups.npy"
     """File that names each slice's patient or volume (N,), over all sets in order. Where it is missing, groups are
     found by likeness."""
+    orientation: Literal["auto", "LP", "LA", "RP", "RA", "PL", "PR", "AL", "AR"] = "auto"
+    """Toward which sides of the patient the rows and columns of a slice run: L left, R right, A front, P back. auto:
+    LP for .npy arrays (as the Kaggle set lies), PL for pictures (upright, as a viewer shows them). NIfTI volumes know
+    theirs, and are turned to LP."""
+    rescale: tuple[float, float] = (1.0, 0.0)
+    """Slope and intercept that make HU of the files' numbers: HU = slope * number + intercept."""
+    label_map: tuple[str, ...] = ()
+    """Which class a number in mask files means, as NUMBER:CLASS. Without it: the class indices in .npy arrays; in
+    NIfTI and picture files 0 for the background and 1, 2, ... for the other classes in order."""
     class_names: tuple[str, ...] = ("ground glass", "consolidation", "lungs other", "background")
     """The classes, in channel order."""
     background_class: str = "background"
@@ -126,6 +135,8 @@ class NetworkSettings:
 
     encoder: str = "timm-efficientnet-b3"
     """Any encoder of segmentation-models-pytorch, by name."""
+    context: int = _number(0, 0, 16)
+    """How many neighbouring slices of the volume on each side are further input channels."""
     encoder_weights: str = "imagenet"
     """Pretrained encoder weights: imagenet, none, or a local file (.safetensors or .pth)."""
     sync_batch_norm: bool = True
@@ -144,6 +155,8 @@ class LossSettings:
     """Share of the focal loss."""
     focal_gamma: float = _number(2.5, 0, 100)
     """Exponent of the focal loss."""
+    soft_boundary: int = _number(0, 0, 64)
+    """Pixels on each side of a border between classes over which training softens the labels (0: none)."""
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ class Data:
         mean: Over the pixels of the training slices, in units of the window (0 to 1).
         std: Likewise.
         notes: What the user should know, in sentences.
+        orientation: Toward which sides of the patient the slices' rows and columns run (`matchai.config`).
     """
 
     slices: Slices
@@ -41,6 +42,7 @@ class Data:
     mean: float
     std: float
     notes: list[str]
+    orientation: str
 
     def presence(self) -> NDArray[np.bool_]:
         """(N, C), whether class c appears in slice n."""
@@ -65,6 +67,7 @@ def read_data(
     images_name: str,
     masks_name: str,
     groups_name: str,
+    orientation: str = "auto",
     class_names: Sequence[str],
     background_class: int,
     hu_window: tuple[float, float],
@@ -119,7 +122,17 @@ def read_data(
             f"No validation slice has a pixel of {class_names[c]}: its Dice is undefined and left out of every mean."
         )
     mean, std = slices.mean_std(train.tolist())
-    return Data(slices, digests, groups, train.tolist(), val.tolist(), mean, std, notes)
+    return Data(
+        slices,
+        digests,
+        groups,
+        train.tolist(),
+        val.tolist(),
+        mean,
+        std,
+        notes,
+        "LP" if orientation == "auto" else orientation,
+    )
 
 
 def _read_groups(path: Path, num_slices: int) -> NDArray[Any] | None:

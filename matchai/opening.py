@@ -130,6 +130,7 @@ def read(config: TrainConfig, cache: Path, display: Display) -> Data:
             images_name=settings.images_name,
             masks_name=settings.masks_name,
             groups_name=settings.groups_name,
+            orientation=settings.orientation,
             class_names=settings.class_names,
             background_class=settings.class_names.index(settings.background_class),
             hu_window=settings.hu_window,
@@ -159,6 +160,29 @@ def versions() -> dict[str, str]:
     """The versions of Python and of the packages that a run depends on."""
     packages = ("matchai", "torch", "segmentation-models-pytorch", "timm", "albumentations", "accelerate", "numpy")
     return {"python": platform.python_version(), **{name: metadata.version(name) for name in packages}}
+
+
+def describe_weights(config: TrainConfig, data: Data, row: dict[str, Any]) -> dict[str, Any]:
+    """What prediction needs beside the weights of an epoch, given its row of the history."""
+    settings, (low, high) = config.input, config.input.hu_window
+    return {
+        "class_names": list(settings.class_names),
+        "background_class": settings.background_class,
+        "lesion_classes": list(settings.lesion_classes),
+        "hu_window": [low, high],
+        "mean_hu": low + data.mean * (high - low),
+        "std_hu": data.std * (high - low),
+        "image_size": settings.image_size,
+        "orientation": data.orientation,
+        "rescale": list(settings.rescale),
+        "encoder": config.network.encoder,
+        "context": config.network.context,
+        "in_channels": 2 * config.network.context + 1,
+        "epoch": row["epoch"],
+        "mean_dice": row["mean_dice"],
+        "synthetic": settings.data is None,
+        "matchai": metadata.version("matchai"),
+    }
 
 
 def claim_experiment(output: Path, config: TrainConfig, record: dict[str, Any]) -> list[str]:

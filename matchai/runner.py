@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from matchai.loop import DivergedError, Training, count_step, predict, train_epo
 from matchai.metrics import Counts, summarise
 from matchai.opening import (
     claim_experiment,
+    describe_weights,
     greet,
     make_accelerator,
     make_record,
@@ -238,7 +238,7 @@ class _Run:
             self.progress.best_epoch, self.progress.best_mean_dice = epoch, row["mean_dice"]
             self.progress.best_confusions = torch.from_numpy(confusions)
             weights = self.training.validated_model.state_dict()
-            self.progress.best = checkpoint.pack_weights(weights, self._about(row))
+            self.progress.best = checkpoint.pack_weights(weights, describe_weights(self.config, self.data, row))
         self.display.close()
         self.display.say(epoch_line(row, self.config.optimisation.epochs, self.names, is_best))
         if advice := self.waiting.after_epoch(tally.seconds, tally.waited):
@@ -304,7 +304,7 @@ class _Run:
     def _draw(self, *, final: bool, confusions: Counts | None = None) -> None:
         """Draws the figures, of the best weights at the end, of the current ones on the way."""
         # matplotlib takes half a second to import, which the first step need not wait for
-        from matchai.report import draw_figures  # noqa: PLC0415
+        from matchai.run_figures import draw_figures  # noqa: PLC0415
 
         model = self.training.validated_model
         if final:
@@ -331,25 +331,6 @@ class _Run:
         drawn = [path.stat().st_mtime for path in (self.output / "figures").glob("*.png")]
         kept = [path.stat().st_mtime for path in (self.output / checkpoint.LAST).glob("state-*")]
         return bool(drawn) and min(drawn) >= max(kept)
-
-    def _about(self, row: dict[str, Any]) -> dict[str, Any]:
-        """What prediction needs beside the weights."""
-        settings, (low, high) = self.config.input, self.config.input.hu_window
-        return {
-            "class_names": self.names,
-            "background_class": settings.background_class,
-            "lesion_classes": list(settings.lesion_classes),
-            "hu_window": [low, high],
-            "mean_hu": low + self.data.mean * (high - low),
-            "std_hu": self.data.std * (high - low),
-            "image_size": settings.image_size,
-            "encoder": self.config.network.encoder,
-            "in_channels": 1,
-            "epoch": row["epoch"],
-            "mean_dice": row["mean_dice"],
-            "synthetic": settings.data is None,
-            "matchai": metadata.version("matchai"),
-        }
 
     def _start_from(self, path: Path) -> None:
         weights, about = checkpoint.load_weights(path)
