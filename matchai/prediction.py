@@ -1,0 +1,196 @@
+"""The prediction of one volume, written as its user wants it: mask, maps, panels, and what there is to count."""
+
+import dataclasses
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from matchai.errors import InputError
+from matchai.figures import draw_panels
+from matchai.inference import Predictor, uncertainty
+from matchai.slices import implausible_range
+from matchai.volumes import STEPS, UPRIGHT, Volume, file_labels, turn
+
+LEAST = 32  # pixels of height and width
+NUM_PANELS = 6
+NUM_LOOKED_AT = 16  # slices whose range of values is checked before any is predicted
+
+Progress = Callable[[int, int], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class SliceResult:
+    """What was found in one slice.
+
+    Attributes:
+        pixels: (C,) pixels of each class.
+        uncertainty: Mean over the pixels that are not background; None without them, or where it was not asked for.
+    """
+
+    pixels: NDArray[np.int64]
+    uncertainty: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class VolumeResult:
+    """What was found in one volume, and where it was written.
+
+    Attributes:
+        volume: The volume.
+        slices: One result a slice.
+        files: What was written, by what it shows.
+    """
+
+    volume: Volume
+    slices: list[SliceResult]
+    files: dict[str, Path]
+
+    @property
+    def pixels(self) -> NDArray[np.int64]:
+        """(C,) pixels of each class."""
+        total: NDArray[np.int64] = np.sum([one.pixels for one in self.slices], axis=0)
+        return total
+
+
+def affected_percent(pixels: NDArray[np.int64], lesion_classes: Sequence[int], background_class: int) -> float | None:
+    """Lesion pixels as a percentage of all that are not background, lung and lesions; None where there are none.
+
+    Args:
+        pixels: (C,) pixels of each class.
+        lesion_classes: Indices of the lesion classes.
+        background_class: Index of the background.
+    """
+    lung = int(pixels.sum() - pixels[background_class])
+    return 100 * int(pixels[list(lesion_classes)].sum()) / lung if lung else None
+
+
+def check_volume(volume: Volume, hu_windows: Sequence[tuple[float, float]]) -> None:
+    """Looks at some slices before any is predicted.
+
+    Raises:
+        InputError: If slices are too small, or their values are no HU.
+    """
+    length, height, width = volume.shape
+    if min(height, width) < LEAST:
+        raise InputError(
+            f"{volume.path} has slices of {height}x{width} pixels, but at least {LEAST}x{LEAST} are needed."
+        )
+    places = np.unique(np.linspace(0, length - 1, NUM_LOOKED_AT).round().astype(int)).tolist()
+    looked_at = [_finite(volume, index) for index in places]
+    low, high = min(float(one.min()) for one in looked_at), max(float(one.max()) for one in looked_at)
+    for hu_window in hu_windows:
+        problem = implausible_range(str(volume.path), low, high, hu_window)
+        if problem:
+            raise InputError(problem)
+
+
+def _finite(volume: Volume, index: int) -> NDArray[np.float32]:
+    image = volume.read(index)
+    finite = np.isfinite(image)
+    if not finite.all():
+        row, column = np.unravel_index(int(np.argmin(finite)), image.shape)
+        raise InputError(
+            f"{volume.path} has {int((~finite).sum())} NaN or infinite pixels in slice {index}, the first at row "
+            f"{row}, column {column}; replace them, by -1000 HU (air) say."
+        )
+    return image
+
+
+def predict_volume(
+    volume: Volume,
+    predictor: Predictor,
+    folder: Path,
+    *,
+    with_probabilities: bool = False,
+    with_uncertainty: bool = False,
+    each: Callable[[NDArray[np.uint8]], None] | None = None,
+    progress: Progress | None = None,
+) -> VolumeResult:
+    """Predicts a volume slice by slice and writes its mask, panels and maps; each file is whole or absent.
+
+    Args:
+        volume: The volume.
+        predictor: Predicts.
+        folder: Where to; it exists.
+        with_probabilities: Also write a map of the probability of each class.
+        with_uncertainty: Also write a map of the uncertainty.
+        each: Given the class indices (H, W) of each slice, in order.
+        progress: Told (slices done, slices in all).
+
+    Raises:
+        InputError: If a slice cannot be read, or holds values that are no numbers.
+    """
+    check_volume(volume, [about["hu_window"] for about in predictor.abouts])
+    length, height, width = volume.shape
+    names = predictor.class_names
+
+    def read(index: int) -> NDArray[np.float32]:
+        return turn(_finite(volume, index), volume.orientation, predictor.orientation)
+
+    results: list[SliceResult] = []
+    with ExitStack() as stack:
+        # on disk, not in memory: one byte a voxel, with maps two more for each
+        mask_file = stack.enter_context(tempfile.TemporaryFile(dir=folder))
+        shown = [f"probability_{name.replace(' ', '_')}" for name in names] if with_probabilities else []
+        shown += ["uncertainty"] if with_uncertainty else []
+        map_files = {what: stack.enter_context(tempfile.TemporaryFile(dir=folder)) for what in shown}
+        for _, turned in predictor.probabilities(read, length):
+            probs = turn(turned, predictor.orientation, volume.orientation)
+            pred = probs.argmax(0).astype(np.uint8)
+            pixels = np.bincount(pred.ravel(), minlength=len(names))
+            mask_file.write(pred.tobytes())
+            doubt = uncertainty(probs) if with_uncertainty else None
+            maps = [*probs] if with_probabilities else []
+            maps += [doubt] if doubt is not None else []
+            for file, values in zip(map_files.values(), maps, strict=True):
+                file.write(np.rint(np.clip(values, 0, 1) * STEPS).astype(np.uint16).tobytes())
+            is_body = pred != predictor.background_class
+            mean_doubt = float(doubt[is_body].mean()) if doubt is not None and is_body.any() else None
+            results.append(SliceResult(pixels, mean_doubt))
+            if each:
+                each(pred)
+            if progress:
+                progress(len(results), length)
+        mask = _mapped(mask_file, np.uint8, (length, height, width))
+        files = {"mask": volume.save_mask(folder, mask, file_labels(len(names), predictor.background_class))}
+        for what, file in map_files.items():
+            files[what] = volume.save_map(folder, _mapped(file, np.uint16, (length, height, width)), what)
+        files["panels"] = folder / f"{volume.name}_panels.png"
+        _draw(volume, mask, results, predictor, files["panels"])
+    return VolumeResult(volume, results, files)
+
+
+def _mapped(file: BinaryIO, kind: type[np.generic], shape: tuple[int, ...]) -> NDArray[Any]:
+    file.flush()
+    return np.memmap(file, kind, "r", shape=shape)
+
+
+def _draw(
+    volume: Volume, mask: NDArray[np.uint8], results: Sequence[SliceResult], predictor: Predictor, path: Path
+) -> None:
+    """Panels of the slice with the most lesion, and of others spread evenly over those that show one (or over all)."""
+    lesions = np.array([int(one.pixels[predictor.lesion_classes].sum()) for one in results])
+    candidates = np.flatnonzero(lesions) if lesions.any() else np.arange(len(results))
+    spread = candidates[np.linspace(0, len(candidates) - 1, NUM_PANELS).round().astype(int)]
+    rows = np.unique([*spread[:-1], int(lesions.argmax())] if lesions.any() else spread).tolist()
+    captions = []
+    for row in rows:
+        share = affected_percent(results[row].pixels, predictor.lesion_classes, predictor.background_class)
+        found = "no lung found" if share is None else f"{share:.1f} % of the lung affected"
+        captions.append(f"slice {row} of 0 to {len(results) - 1} · {found}")
+    draw_panels(
+        np.stack([turn(volume.read(row), volume.orientation, UPRIGHT) for row in rows]),
+        None,
+        np.stack([turn(mask[row], volume.orientation, UPRIGHT) for row in rows]),
+        captions,
+        predictor.class_names,
+        predictor.background_class,
+        tuple(predictor.abouts[0]["hu_window"]),
+        path,
+        title=f"Prediction: {volume.name}, {len(results)} slices",
+    )
