@@ -21,7 +21,7 @@ from matchai.model import build_model
 from matchai.slices import STEPS, resize
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-OLDER = {"orientation": "LP", "rescale": [1.0, 0.0], "context": 0}  # of weights that do not tell it yet
+OLDER: dict[str, Any] = {"orientation": "LP", "rescale": [1.0, 0.0], "context": 0}  # of weights that do not tell it yet
 ALIKE = ("class_names", "background_class", "lesion_classes", "orientation")  # what an ensemble must agree on
 
 ReadSlice = Callable[[int], NDArray[np.float32]]
@@ -164,9 +164,7 @@ class Predictor:
                 loading += [pool.submit(self._load_batch, read, length, one) for one in batches[number + 1 :][:1]]
                 yield from zip(batch, self._predict(inputs, size), strict=True)
 
-    def _load_batch(
-        self, read: ReadSlice, length: int, batch: Sequence[int]
-    ) -> tuple[tuple[int, int], list[Tensor]]:
+    def _load_batch(self, read: ReadSlice, length: int, batch: Sequence[int]) -> tuple[tuple[int, int], list[Tensor]]:
         """The slices' own size, and for each member its images (B, in_channels, S, S)."""
         context = max(member.context for member in self._members)
         around = {index: mirrored(index, context, length) for index in batch}
@@ -214,5 +212,5 @@ def uncertainty(probabilities: NDArray[np.float32]) -> NDArray[np.float32]:
         (H, W) float32.
     """
     logs = np.log(np.maximum(probabilities, np.finfo(np.float32).tiny))
-    entropy = -(probabilities * logs).sum(0) / np.float32(np.log(len(probabilities)))
-    return np.clip(entropy, 0, 1).astype(np.float32)
+    entropy: NDArray[np.float32] = -(probabilities * logs).sum(0) / np.float32(np.log(len(probabilities)))
+    return np.clip(entropy, 0, 1)

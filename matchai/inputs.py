@@ -44,7 +44,7 @@ def open_volume(
     suffix = path.suffix.lower()
     if not path.exists():
         raise InputError(
-            f"{path} does not exist; give a .npy array, a .nii or .nii.gz file, or a folder of DICOM, PNG or TIFF files."
+            f"{path} does not exist; give a .npy array, a .nii or .nii.gz file, or a folder of DICOM or picture files."
         )
     if path.is_dir():
         names = [one.name.lower() for one in path.iterdir() if not one.name.startswith(".")]

@@ -1,7 +1,7 @@
 """`python -m matchai.predict RUN INPUT... --output DIR`: predicts what people have with what runs kept."""
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -12,9 +12,9 @@ from matchai.errors import InputError
 
 DESCRIPTION = (
     "Predicts lesions in CT slices with the network that a run kept. RUN is the folder of a run, or its "
-    "best.safetensors; several runs, such as folds, predict together by the mean of their probabilities. INPUT is a .npy "
-    "array, a NIfTI file, a folder with a DICOM series, or a folder of 16-bit PNG or TIFF slices; several may be given. "
-    "For research only: no prediction may guide the care of a patient."
+    "best.safetensors; several runs, such as folds, predict together by the mean of their probabilities. INPUT is a "
+    ".npy array, a NIfTI file, a folder with a DICOM series, or a folder of 16-bit PNG or TIFF slices; several may be "
+    "given. For research only: no prediction may guide the care of a patient."
 )
 
 
@@ -43,7 +43,7 @@ class PredictSettings:
     run's data, pictures upright, PL). NIfTI and DICOM know theirs."""
     series: str | None = None
     """Number of the series to take where a DICOM folder holds several."""
-    batch_size: int | None = field(default=None)
+    batch_size: int | None = None
     """Slices of one forward pass (default: 8 on a CPU, 16 on a GPU)."""
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     """Precision of the forward pass; auto: bf16 or fp16 where the device computes it natively."""
@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None, prog: str = "python -m matchai.predict")
         choose_waiting()
         # seconds of imports that --help does not need
         from matchai.machine import is_out_of_memory  # noqa: PLC0415
-        from matchai.predicting import predict  # noqa: PLC0415
+        from matchai.prediction import predict  # noqa: PLC0415
 
         try:
             problems = predict(
