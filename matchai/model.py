@@ -31,17 +31,21 @@ __all__ = ["PROBE_SIZE", "build_model", "smp", "timm"]  # the libraries, too: th
 PROBE_SIZE = 64  # pixels; enough for five halvings
 
 
-def build_model(encoder: str, num_classes: int, *, encoder_weights: str = "none", seed: int = 0) -> nn.Module:
-    """Builds the UNet++ for one-channel slices.
+def build_model(
+    encoder: str, num_classes: int, *, in_channels: int = 1, encoder_weights: str = "none", seed: int = 0
+) -> nn.Module:
+    """Builds the UNet++ for slices, each alone or between its neighbours.
 
-    Takes images (B, 1, H, W) to logits (B, num_classes, H, W), H and W multiples of 32. The same seed gives the same
-    weights; the global random state is left as it was. Parameters that no output depends on (the recipe's encoder has
-    `conv_head` and `bn2`) are frozen: DistributedDataParallel waits for their gradient in vain.
+    Takes images (B, in_channels, H, W) to logits (B, num_classes, H, W), H and W multiples of 32. The same seed gives
+    the same weights; the global random state is left as it was. Parameters that no output depends on (the recipe's
+    encoder has `conv_head` and `bn2`) are frozen: DistributedDataParallel waits for their gradient in vain.
 
     Args:
         encoder: Name of an smp encoder.
         num_classes: C.
-        encoder_weights: `imagenet` (local cache, then hub), `none`, or a file of encoder weights.
+        in_channels: Channels of an image.
+        encoder_weights: `imagenet` (local cache, then hub), `none`, or a file of encoder weights. Filters of the first
+            layer that take three colours, or one channel, are shared out to the channels as smp does.
         seed: Seed of the initial weights.
 
     Raises:
@@ -52,35 +56,54 @@ def build_model(encoder: str, num_classes: int, *, encoder_weights: str = "none"
         warnings.filterwarnings("ignore", "`timm-` encoders are deprecated", DeprecationWarning)
         warnings.filterwarnings("ignore", "For 'tu-'", UserWarning)
         torch.manual_seed(seed)
-        model = _unetplusplus(encoder, num_classes, encoder_weights)
+        model = _unetplusplus(encoder, num_classes, in_channels, encoder_weights)
     key_dropout(model)
-    _freeze_unused(model)
+    _freeze_unused(model, in_channels)
     return model
 
 
-def _unetplusplus(encoder: str, num_classes: int, encoder_weights: str) -> nn.Module:
+def _unetplusplus(encoder: str, num_classes: int, in_channels: int, encoder_weights: str) -> nn.Module:
     # timm's own encoders bring their weights themselves
     by_timm = encoder_weights == "imagenet" and "pretrained_settings" not in smp.encoders.encoders.get(encoder, {})
     pretrained = encoder_weights != "none" and not by_timm
     weights = _encoder_weights(encoder, encoder_weights) if pretrained else {}
     # only the first convolution takes colours; by shape, as a safetensors file does not keep the order of its names
-    channels = 3 if any(weight.ndim == 4 and weight.shape[1] == 3 for weight in weights.values()) else 1
+    colours = any(weight.ndim == 4 and weight.shape[1] == 3 for weight in weights.values())
     try:
         model: Any = smp.UnetPlusPlus(
-            encoder, encoder_weights="imagenet" if by_timm else None, in_channels=channels, classes=num_classes
+            encoder,
+            encoder_weights="imagenet" if by_timm else None,
+            in_channels=3 if colours else in_channels,
+            classes=num_classes,
         )
+        if colours and in_channels != 3:  # not at once: the decoder's random numbers follow those of three channels
+            model.encoder = smp.encoders.get_encoder(encoder, in_channels, weights=None)
     except Exception as error:
         raise InputError(_encoder_problem(encoder, by_timm, error)) from error
     if pretrained:
+        weights = _share_out(weights, model.encoder.state_dict())
         try:
             # the encoder's own way first: it drops its classifier, and some rename what older files hold
             model.encoder.load_state_dict(dict(weights))
         except (RuntimeError, KeyError):
             _load_fitting(model.encoder, weights, f"{encoder_weights} does not hold the weights of encoder {encoder}")
-        if channels == 3:
-            model.encoder.set_in_channels(1, pretrained=True)  # sums the filters over the colours
     built: nn.Module = model
     return built
+
+
+def _share_out(weights: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights, the filters of their first layer shared out to as many channels as `expected` has, as smp does."""
+    fitted = dict(weights)
+    for name, weight in weights.items():
+        shape = expected[name].shape if name in expected else weight.shape
+        if weight.shape == shape or weight.ndim != 4 or weight.shape[1] not in (1, 3):
+            continue
+        held, wanted = weight.shape[1], shape[1]
+        if wanted == 1:
+            fitted[name] = weight.sum(1, keepdim=True)
+        else:
+            fitted[name] = weight[:, [channel % held for channel in range(wanted)]] * (held / wanted)
+    return fitted
 
 
 def _load_fitting(encoder: nn.Module, weights: dict[str, Tensor], problem: str) -> None:
@@ -161,10 +184,10 @@ def _encoder_problem(encoder: str, by_timm: bool, error: Exception) -> str:
     )
 
 
-def _freeze_unused(model: nn.Module) -> None:
+def _freeze_unused(model: nn.Module, in_channels: int) -> None:
     was_training = model.training
     model.eval()
-    model(torch.zeros(1, 1, PROBE_SIZE, PROBE_SIZE)).sum().backward()
+    model(torch.zeros(1, in_channels, PROBE_SIZE, PROBE_SIZE)).sum().backward()
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.grad is not None)
         parameter.grad = None
