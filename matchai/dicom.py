@@ -6,14 +6,13 @@ Nothing that names a patient is read or told.
 import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
-from matchai.dicom_images import DicomImage, read_image, read_pixels
+from matchai.dicom_images import DicomImage, read_image, read_pixels, why_not_decodable
 from matchai.errors import InputError
 from matchai.extras import need
 from matchai.grid import FileVoxels, GridVolume, scratch_file
@@ -47,7 +46,7 @@ def open_dicom(
     """
     need("pydicom", "medical", f"Reading {folder}")
     images = _choose(folder, list(_images_in(folder)), series)
-    _check_content(folder, images)
+    _check_content(images)
     _check_sameness(images)
     images, notes = _without_duplicates(images)
     images, affine, oddities = _place(folder, images)
@@ -105,15 +104,15 @@ def _choose(folder: Path, images: Sequence[DicomImage], wanted: str | None) -> l
 
 def _told(members: Sequence[DicomImage], with_uid: bool) -> str:
     first = members[0]
-    about = [f"{len(members)} image{'s' if len(members) > 1 else ''}"]
+    about = [first.modality] if first.modality not in ("CT", "") else []
+    about += [f"{len(members)} image{'s' if len(members) > 1 else ''}"]
     about += [f"{first.thickness:g} mm"] if first.thickness else []
     about += [f"UID {first.series or 'missing'}"] if with_uid or not first.number else []
     return f"{first.number or 'no number'} '{first.description}' ({', '.join(about)})"
 
 
-def _check_content(folder: Path, images: Sequence[DicomImage]) -> None:
+def _check_content(images: Sequence[DicomImage]) -> None:
     """Refuses what is no CT slice, or whose numbers cannot be made HU for sure."""
-    pydicom = need("pydicom", "medical", f"Reading {folder}")
 
     def refuse(is_wrong: Callable[[DicomImage], bool], what: str) -> None:
         wrong = [image for image in images if is_wrong(image)]
@@ -147,22 +146,10 @@ def _check_content(folder: Path, images: Sequence[DicomImage]) -> None:
         lambda i: not np.allclose(i.directions @ i.directions.T, np.eye(2), atol=1e-3),
         "has an ImageOrientationPatient that is no pair of directions at right angles",
     )
-    for uid in map(pydicom.uid.UID, sorted({image.syntax for image in images})):
-        try:
-            is_readable = need("pydicom.pixels", "medical", f"Reading {folder}").get_decoder(uid).is_available
-        except NotImplementedError:
-            what = f"is stored as {uid.name}, which is no way to store CT slices"
-        else:
-            is_htj2k = uid.name.startswith("High-Throughput")  # the one that GDCM cannot
-            packages = "pylibjpeg pylibjpeg-openjpeg" if is_htj2k else '"matchai[medical]"'
-            what = f"is packed as {uid.name}, for which no decoder is installed: `pip install {packages}`"
-            if is_readable:
-                continue
-        refuse(partial(_has_syntax, syntax=str(uid)), what)
-
-
-def _has_syntax(image: DicomImage, syntax: str) -> bool:
-    return image.syntax == syntax
+    for image in images:
+        problem = why_not_decodable(image.syntax)
+        if problem:
+            raise InputError(f"{image.path} {problem}.")
 
 
 def _check_sameness(images: Sequence[DicomImage]) -> None:

@@ -6,6 +6,7 @@ Nothing that names a patient is read.
 import math
 import warnings
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,9 @@ def read_image(path: Path) -> DicomImage | None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             slope, intercept = _float(get("RescaleSlope")), _float(get("RescaleIntercept"))
+            allocated = int(get("BitsAllocated") or 16)
+            if allocated not in (8, 16, 32):
+                raise ValueError(f"BitsAllocated is {allocated}, not 8, 16 or 32")
             num_bits, high_bit, number = int(get("BitsStored") or 16), get("HighBit"), get("SeriesNumber")
             return DicomImage(
                 path=path,
@@ -102,7 +106,7 @@ def read_image(path: Path) -> DicomImage | None:
                 modality=str(get("Modality") or ""),
                 syntax=_syntax_of(header),
                 shape=(int(header.Rows), int(header.Columns)),
-                dtype=f"{'i' if get('PixelRepresentation') else 'u'}{int(get('BitsAllocated') or 16) // 8}",
+                dtype=f"{'i' if get('PixelRepresentation') else 'u'}{allocated // 8}",
                 bits=(num_bits, num_bits - 1 if high_bit is None else int(high_bit)),
                 photometric=str(get("PhotometricInterpretation") or ""),
                 num_frames=int(get("NumberOfFrames") or 1),
@@ -116,7 +120,7 @@ def read_image(path: Path) -> DicomImage | None:
                 decimals=max((_decimals(str(value)) for value in get("ImagePositionPatient") or ()), default=0),
                 thickness=abs(_float(get("SliceThickness")) or 0.0),
             )
-    except (ValueError, TypeError, OverflowError, AttributeError) as error:
+    except Exception as error:  # pydicom reads values when they are asked for, and has many ways to fail
         raise InputError(f"{path} has a header value that makes no sense: {error}.") from None
 
 
@@ -147,6 +151,25 @@ def read_pixels(image: DicomImage) -> NDArray[Any]:
     if pixels.shape != image.shape:
         raise InputError(f"{image.path} holds pixels of shape {pixels.shape}, but its header says {image.shape}.")
     return pixels
+
+
+@cache
+def why_not_decodable(syntax: str) -> str | None:
+    """Why images of a transfer syntax cannot be decoded, the rest of a sentence; None if they can."""
+    pixels = need("pydicom.pixels", "medical", "Reading DICOM files")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        uid = need("pydicom.uid", "medical", "Reading DICOM files").UID(syntax)
+    try:
+        is_readable = pixels.get_decoder(uid).is_available
+    except NotImplementedError:
+        return f"is stored as {uid.name}, which is no way to store CT slices"
+    if is_readable:
+        return None
+    packages = '"matchai[medical]"'
+    if uid.name.startswith("High-Throughput"):  # the one that GDCM cannot
+        packages = "pylibjpeg pylibjpeg-openjpeg"
+    return f"is packed as {uid.name}, for which no decoder is installed: `pip install {packages}`"
 
 
 def _header_of(path: Path) -> Any:

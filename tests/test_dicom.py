@@ -13,6 +13,7 @@ from pydicom import uid
 from pydicom.dataset import Dataset, FileMetaDataset
 
 from matchai.dicom import open_dicom
+from matchai.dicom_images import why_not_decodable
 from matchai.errors import InputError
 
 SHAPE = (4, 9, 8)
@@ -305,6 +306,7 @@ def test_a_series_that_is_not_there_is_refused_with_those_that_are(tmp_path: Pat
         ({"PixelSpacing": None}, "no PixelSpacing"),
         ({"PixelSpacing": [0, 1]}, "not above 0"),
         ({"ImageOrientationPatient": [1, 0, 0, 1, 0, 0]}, "right angles"),
+        ({"BitsAllocated": 12}, "BitsAllocated is 12"),
         ({"RescaleSlope": 0}, "rescale slope 0"),
         ({"BitsStored": 12, "HighBit": 15}, "HighBit"),
         ({"ModalityLUTSequence": [Dataset()]}, "lookup table"),
@@ -354,9 +356,11 @@ def test_a_file_that_only_its_name_calls_dicom_is_refused(tmp_path: Path, conten
 def test_a_missing_decoder_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     packed(write(tmp_path, 0, BitsStored=12, HighBit=11), gdcm.TransferSyntax.JPEG2000Lossless)
     nobody = type("Decoder", (), {"is_available": False})
+    why_not_decodable.cache_clear()
     monkeypatch.setattr("pydicom.pixels.get_decoder", lambda _: nobody)
     with pytest.raises(InputError, match=r'JPEG 2000 .* no decoder is installed: `pip install "matchai\[medical\]"`'):
         open_dicom(tmp_path)
+    why_not_decodable.cache_clear()
 
 
 def test_a_folder_without_images_is_refused(tmp_path: Path) -> None:
