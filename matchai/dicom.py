@@ -12,7 +12,8 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from matchai.dicom_images import DicomImage, read_image, read_pixels, why_not_decodable
+from matchai.decoding import decode
+from matchai.dicom_images import DicomImage, read_image, why_not_decodable
 from matchai.errors import InputError
 from matchai.extras import need
 from matchai.grid import FileVoxels, GridVolume, scratch_file
@@ -179,7 +180,7 @@ def _without_duplicates(images: Sequence[DicomImage]) -> tuple[list[DicomImage],
         twin = kept.setdefault((image.uid, image.position.tobytes()), image) if image.uid else image
         if twin is image:
             rest.append(image)
-        elif not np.array_equal(read_pixels(twin), read_pixels(image)):
+        elif len({pixels.tobytes() for pixels in decode([twin, image])}) > 1:
             raise InputError(
                 f"{twin.path} and {image.path} have one SOPInstanceUID and place, but different pixels; take the wrong "
                 "one out of the folder."
@@ -273,11 +274,9 @@ def _decode(
     """All pixels in one file without a name: as they are stored, or in HU where images differ in type or scale."""
     decoded = scratch_file(folder, len(images) * int(np.prod(images[0].shape)) * dtype.itemsize, scratch)
     try:
-        for image in images:
-            values = read_pixels(image)
-            if not is_stored:
-                values = values * image.scale[0] + image.scale[1]
-            decoded.write(values.astype(dtype).tobytes())
+        for image, values in zip(images, decode(images), strict=True):
+            wanted = values if is_stored else values * image.scale[0] + image.scale[1]
+            decoded.write(wanted.astype(dtype).tobytes())
         decoded.flush()
     except OSError as error:
         decoded.close()

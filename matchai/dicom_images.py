@@ -37,6 +37,7 @@ class DicomImage:
         description: SeriesDescription.
         modality: Such as "CT"; empty where missing.
         syntax: UID of the transfer syntax.
+        is_packed: Whether pixels are compressed.
         shape: Rows and columns.
         dtype: Of the stored numbers, such as "u2".
         bits: How many are used, and the number of the highest.
@@ -60,6 +61,7 @@ class DicomImage:
     description: str
     modality: str
     syntax: str
+    is_packed: bool
     shape: tuple[int, int]
     dtype: str
     bits: tuple[int, int]
@@ -88,11 +90,12 @@ def read_image(path: Path) -> DicomImage | None:
     header = _header_of(path)
     if header is None:
         return None
-    get = header.get
+    get, uids = header.get, need("pydicom.uid", "medical", f"Reading {path}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             slope, intercept = _float(get("RescaleSlope")), _float(get("RescaleIntercept"))
+            syntax = _syntax_of(header)
             allocated = int(get("BitsAllocated") or 16)
             if allocated not in (8, 16, 32):
                 raise ValueError(f"BitsAllocated is {allocated}, not 8, 16 or 32")
@@ -104,7 +107,8 @@ def read_image(path: Path) -> DicomImage | None:
                 number="" if number is None else str(number),
                 description="".join(filter(str.isprintable, str(get("SeriesDescription") or ""))).strip(),
                 modality=str(get("Modality") or ""),
-                syntax=_syntax_of(header),
+                syntax=syntax,
+                is_packed=syntax in uids.AllTransferSyntaxes and uids.UID(syntax).is_encapsulated,
                 shape=(int(header.Rows), int(header.Columns)),
                 dtype=f"{'i' if get('PixelRepresentation') else 'u'}{allocated // 8}",
                 bits=(num_bits, num_bits - 1 if high_bit is None else int(high_bit)),
@@ -128,7 +132,7 @@ def read_pixels(image: DicomImage) -> NDArray[Any]:
     """Decodes the pixels of an image.
 
     Returns:
-        (H, W) numbers as stored.
+        (H, W) numbers as stored, of the type that the header names, in native byte order.
 
     Raises:
         InputError: If the file is damaged or incomplete.
@@ -150,7 +154,10 @@ def read_pixels(image: DicomImage) -> NDArray[Any]:
         raise InputError(f"{image.path} is damaged or truncated: its pixels cannot be read ({reason}).") from None
     if pixels.shape != image.shape:
         raise InputError(f"{image.path} holds pixels of shape {pixels.shape}, but its header says {image.shape}.")
-    return pixels
+    stored = pixels.astype(image.dtype)
+    if not np.array_equal(stored, pixels):
+        raise InputError(f"{image.path} holds {pixels.dtype} pixels that its header's {stored.dtype} cannot hold.")
+    return stored
 
 
 @cache

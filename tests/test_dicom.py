@@ -1,4 +1,3 @@
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -92,6 +91,13 @@ def packed(path: Path, kind: Any) -> None:
     assert writer.Write()
 
 
+def at_start_of_python(folder: Path, monkeypatch: pytest.MonkeyPatch, line: str) -> None:
+    """What every Python that is started from here on does first."""
+    (folder / ".code").mkdir()
+    (folder / ".code" / "sitecustomize.py").write_text(line)
+    monkeypatch.syspath_prepend(folder / ".code")
+
+
 def stack(opened: Any) -> NDArray[np.float32]:
     return np.stack([opened.read(index) for index in range(opened.shape[0])])
 
@@ -178,10 +184,10 @@ LOSSLESS = ["RLELossless", "JPEGLosslessProcess14", "JPEGLosslessProcess14_1", "
 
 
 @pytest.mark.parametrize("kind", [*LOSSLESS, "JPEGExtendedProcess2_4", "JPEGLSNearLossless", "JPEG2000"])
-def test_packed_images_are_read_without_decoders_of_other_licences(
+def test_packed_images_are_read_with_the_decoders_of_the_extra_alone(
     tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "libjpeg", None)
+    at_start_of_python(tmp_path, monkeypatch, "import sys; sys.modules |= {'pylibjpeg': None, 'jpeg_ls': None}")
     packed(write(tmp_path, 1, BitsStored=12, HighBit=11), getattr(gdcm.TransferSyntax, kind))
     truth = SimpleITK.GetArrayFromImage(by_simpleitk(tmp_path))
     read = stack(open_dicom(tmp_path, "PL"))
@@ -351,6 +357,25 @@ def test_a_file_that_only_its_name_calls_dicom_is_refused(tmp_path: Path, conten
     (series(tmp_path) / "b.dcm").write_bytes(content)
     with pytest.raises(InputError, match=r"b\.dcm is named like a DICOM file"):
         open_dicom(tmp_path)
+
+
+def test_a_decoder_that_breaks_down_takes_no_more_with_it_than_its_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed(write(tmp_path, 0), gdcm.TransferSyntax.JPEG2000Lossless)
+    at_start_of_python(tmp_path, monkeypatch, "import os, pydicom; pydicom.dcmread = lambda *_, **__: os.abort()")
+    with pytest.raises(InputError, match=r"z\.dcm is damaged: the decoder of its packed pixels broke down"):
+        open_dicom(tmp_path).read(0)
+
+
+def test_pixels_that_a_decoder_made_up_are_refused(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 4000, (40, 40)).astype(np.uint16)
+    path = write(tmp_path, 0, pixels=noise, BitsStored=12, HighBit=11)
+    packed(path, gdcm.TransferSyntax.JPEGLosslessProcess14_1)
+    content = path.read_bytes()
+    path.write_bytes(content[:-800] + b"\xff\xd9" + content[-798:])  # an end before the end
+    with pytest.raises(InputError, match=r"is damaged: its packed pixels do not decode .*premature end"):
+        open_dicom(tmp_path).read(0)
 
 
 def test_a_missing_decoder_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
