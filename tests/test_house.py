@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "matchai"
 
 FLOORS = [
-    {"config", "environment", "errors", "files", "keys", "parsing", "tuning"},
+    {"checks", "config", "environment", "errors", "files", "keys", "parsing", "tuning"},
     {
         "address",
         "arrays",
