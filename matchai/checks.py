@@ -6,6 +6,7 @@ import re
 
 from matchai.config import LEAVES, TrainConfig
 from matchai.errors import InputError
+from matchai.labels import parse_label_map
 
 
 def check(config: TrainConfig) -> list[str]:
@@ -38,6 +39,16 @@ def check(config: TrainConfig) -> list[str]:
     lowest, highest = config.input.hu_window
     if not (math.isfinite(lowest) and math.isfinite(highest) and lowest < highest):
         problems.append(f"hu_window is {lowest:g} to {highest:g}, but must rise from a lower to a higher value in HU.")
+    slope, intercept = config.input.rescale
+    if not (math.isfinite(slope) and math.isfinite(intercept) and slope):
+        problems.append(
+            f"rescale is {slope:g} {intercept:g}, but must be two finite numbers, the first not 0: "
+            "HU = slope * number + intercept."
+        )
+    try:
+        parse_label_map(config.input.label_map, names)
+    except InputError as error:
+        problems.extend(error.problems)
     if config.loss.ce_weight + config.loss.dice_weight + config.loss.focal_weight == 0:
         problems.append("ce_weight, dice_weight and focal_weight are all 0, so there is nothing to learn from.")
     folds, fold = config.input.folds, config.input.fold
