@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "matchai"
 
 FLOORS = [
-    {"checks", "config", "environment", "errors", "files", "keys", "parsing", "tuning"},
+    {"checks", "config", "environment", "errors", "extras", "files", "keys", "labels", "parsing", "tuning"},
     {
         "address",
         "arrays",
@@ -16,10 +16,12 @@ FLOORS = [
         "checkpoint",
         "claims",
         "console",
+        "context",
         "digests",
         "dropout",
         "evidence",
         "figures",
+        "hounsfield",
         "kernels",
         "lockstep",
         "losses",
@@ -28,11 +30,15 @@ FLOORS = [
         "metrics",
         "model",
         "normalisation",
+        "npy",
         "page",
+        "pairs",
         "phantom",
+        "pictures",
         "processes",
         "sampling",
         "search",
+        "sets",
         "slices",
         "split",
         "store",
@@ -41,13 +47,15 @@ FLOORS = [
         "study_rows",
         "tally",
         "volumes",
+        "inputs",
+        "summaries",
         "waiting",
         "data",
     },
-    {"loop", "build", "resume", "run_figures", "opening", "space"},
+    {"loop", "build", "inference", "prediction", "resume", "run_figures", "opening", "space"},
     {"runner"},
     {"plan", "ledger", "confirm", "study", "workers"},
-    {"train", "tune"},
+    {"predict", "train", "tune"},
 ]
 ROOMS = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
 
