@@ -160,7 +160,10 @@ def _fingerprint(folder: Path, opened: Sequence[SliceSet], cache: Path) -> dict[
 
 def _notes(opened: Sequence[SliceSet]) -> list[str]:
     notes = list(dict.fromkeys(note for one in opened for note in one.notes))
-    return [*notes[:MAX_NOTES], *([f"... and {len(notes) - MAX_NOTES} such notes more."] if len(notes) > MAX_NOTES else [])]
+    return [
+        *notes[:MAX_NOTES],
+        *([f"... and {len(notes) - MAX_NOTES} such notes more."] if len(notes) > MAX_NOTES else []),
+    ]
 
 
 def _group(
