@@ -14,7 +14,7 @@ from matchai.errors import InputError
 from matchai.phantom import write_phantom
 from matchai.sets import SliceSet
 from matchai.slices import Progress, Slices, prepare
-from matchai.split import assign_folds, check_groups_array, find_groups, volume_numbers, volume_numbers
+from matchai.split import assign_folds, check_groups_array, find_groups, volume_numbers
 
 MAX_NOTES = 5  # of the files
 PHANTOM_SIZE = 256  # pixels; the presets that use it train at 128 and below
@@ -29,7 +29,6 @@ class Data:
         digests: SHA-256 of every file that was read; of very many files, one a folder.
         groups: (N,) int64, slices of one number are of one patient, volume or near-duplicate.
         volumes: (N,) int64; consecutive slices of one number lie next to each other in one volume.
-        volumes: (N,) int64, consecutive slices of one number are neighbours in one volume, in order.
         train: Indices of the training slices.
         val: Indices of the validation slices.
         mean: Over the pixels of the training slices, in units of the window (0 to 1).
@@ -141,7 +140,7 @@ def read_data(
         slices,
         digests,
         groups,
-        volumes,
+        volume_numbers(np.asarray(slices.sets), groups),
         train.tolist(),
         val.tolist(),
         mean,
@@ -175,8 +174,8 @@ def _group(
         return groups, f"{len(slices)} slices in {groups.max() + 1} groups, from {groups_name}."
     if all(one.is_volume for one in opened):
         return np.array(slices.sets), (
-            f"{len(slices)} slices in {len(opened)} groups, one for each volume. Where one patient has several, name the "
-            f"patients in {groups_name}."
+            f"{len(slices)} slices in {len(opened)} groups, one for each volume. Where one patient has several, name "
+            f"the patients in {groups_name}."
         )
     found = find_groups(slices.thumbnails, np.asarray(slices.sets))
     return found.groups, found.description

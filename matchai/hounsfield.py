@@ -47,5 +47,5 @@ def implausible_range(what: str, low: float, high: float, hu_window: tuple[float
 
 
 def _offset(high: float) -> int | None:
-    """What is usually taken from raw CT values up to `high` to make HU: bone ends between 500 and 4000 HU."""
-    return next((offset for offset in (1024, 32768) if 476 <= high - offset <= 3976), None)
+    """What is usually taken from raw CT values to make HU; `high` is soft tissue or bone then, up to 4000 HU."""
+    return next((offset for offset in (1024, 32768) if -24 <= high - offset <= 3976), None)

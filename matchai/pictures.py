@@ -8,6 +8,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -197,14 +198,12 @@ class PictureVolume:
             if self.path.is_dir():
                 made.mkdir()
                 for index, path in enumerate(self.files):
-                    _write(
-                        made / f"{path.stem}.png", lambda file, at=index: Image.fromarray(read(at)).save(file, "PNG")
-                    )
+                    _write(made / f"{path.stem}.png", partial(_write_png, read(index)))
                 sync_folder(made)
                 return _put(made, folder / name)
             if self.files[0].suffix.lower() == ".png":
                 made = made.with_name(f"{name}.png")
-                _write(made, lambda file: Image.fromarray(read(0)).save(file, "PNG"))
+                _write(made, partial(_write_png, read(0)))
             else:
                 made = made.with_name(f"{name}.tif")
                 _write(made, lambda file: _write_stack(file, map(read, range(self.shape[0]))))
@@ -340,6 +339,10 @@ def _write(path: Path, save: Callable[[Any], None]) -> None:
         save(file)
         file.flush()
         os.fsync(file.fileno())
+
+
+def _write_png(image: NDArray[Any], file: Any) -> None:
+    Image.fromarray(image).save(file, "PNG")
 
 
 def _write_stack(file: Any, pages: Iterator[NDArray[Any]]) -> None:

@@ -209,22 +209,9 @@ def _make(
         name: open_memmap(folder / f"{name}.npy", mode="w+", dtype=dtype, shape=(num_slices, *shape))
         for name, (dtype, shape) in shapes.items()
     }
-    places = [(number, index) for number, one in enumerate(sets) for index in range(len(one))]
     low, high = hu_window
-    num_left = [len(one) for one in sets]
-    counting = threading.Lock()
 
-    def prepare_and_close(row: int) -> dict[str, Any]:
-        found = prepare_slice(row)
-        with counting:
-            num_left[places[row][0]] -= 1
-            is_last = not num_left[places[row][0]]
-        if is_last:  # a decompressed volume takes room on the disk
-            sets[places[row][0]].close()
-        return found
-
-    def prepare_slice(row: int) -> dict[str, Any]:
-        number, index = places[row]
+    def prepare_slice(row: int, number: int, index: int) -> dict[str, Any]:
         image = sets[number].read_image(index)
         target = sets[number].read_target(index, num_classes, background_class)
         finite = np.isfinite(image)
@@ -243,16 +230,7 @@ def _make(
         out["pixels"][row] = np.bincount(labels.ravel(), minlength=num_classes)
         return found | {"low": float(image.min()), "high": float(image.max())}
 
-    found = []
-    try:
-        with ThreadPoolExecutor(preparing_threads()) as pool:
-            for done, one in enumerate(pool.map(prepare_and_close, range(num_slices)), 1):
-                found.append(one)
-                if progress:
-                    progress(done, num_slices)
-    finally:
-        for one_set in sets:
-            one_set.close()
+    found = _for_each_slice(sets, prepare_slice, progress)
     problems: list[str] = []
     first = 0
     for one_set in sets:
@@ -267,6 +245,37 @@ def _make(
     meta = {"notes": _notes(sets, found, out["pixels"], class_names, background_class)}
     meta["digests"] = fingerprint([folder / f"{name}.npy" for name in ARRAYS])  # type: ignore[assignment]
     write_whole(folder / "meta.json", json.dumps(meta).encode())
+
+
+def _for_each_slice(
+    sets: Sequence[SliceSet], work: Callable[[int, int, int], dict[str, Any]], progress: Progress | None
+) -> list[dict[str, Any]]:
+    """Calls `work` with the row, the set and the place in it of every slice, on all cores; closes each set after it."""
+    places = [(number, index) for number, one in enumerate(sets) for index in range(len(one))]
+    num_left = [len(one) for one in sets]
+    counting = threading.Lock()
+
+    def work_and_close(row: int) -> dict[str, Any]:
+        number, index = places[row]
+        found = work(row, number, index)
+        with counting:
+            num_left[number] -= 1
+            is_last = not num_left[number]
+        if is_last:  # a decompressed volume takes room on the disk
+            sets[number].close()
+        return found
+
+    found = []
+    try:
+        with ThreadPoolExecutor(preparing_threads()) as pool:
+            for done, one in enumerate(pool.map(work_and_close, range(len(places))), 1):
+                found.append(one)
+                if progress:
+                    progress(done, len(places))
+    finally:
+        for one_set in sets:
+            one_set.close()
+    return found
 
 
 def resize(image: NDArray[np.float32], size: int) -> NDArray[np.float32]:
