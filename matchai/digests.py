@@ -16,7 +16,7 @@ from matchai.machine import preparing_threads
 # writes such pages back after about 35 s, and stamps the next change of them anew.
 SETTLED = 60.0
 MOST = 20_000  # files that a memory knows; such a memory takes 3 MB
-LISTED = 200  # files whose hashes a run records one by one: a YAML file of thousands takes seconds to read
+LISTED = 100  # files whose hashes a run records one by one: a YAML file of thousands takes seconds to read
 
 
 def fingerprint(paths: Sequence[Path], memory: Path | None = None, folder: Path | None = None) -> dict[str, str]:
