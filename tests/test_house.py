@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "matchai"
 
 FLOORS = [
-    {"config", "environment", "errors", "extras", "files", "keys", "parsing", "tuning"},
+    {"checks", "config", "environment", "errors", "extras", "files", "keys", "labels", "parsing", "tuning"},
     {
         "address",
         "arrays",
@@ -24,6 +24,7 @@ FLOORS = [
         "dropout",
         "evidence",
         "figures",
+        "hounsfield",
         "grid",
         "kernels",
         "lockstep",
@@ -34,11 +35,15 @@ FLOORS = [
         "model",
         "nifti",
         "normalisation",
+        "npy",
         "page",
+        "pairs",
         "phantom",
+        "pictures",
         "processes",
         "sampling",
         "search",
+        "sets",
         "slices",
         "split",
         "store",
