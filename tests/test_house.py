@@ -17,6 +17,8 @@ FLOORS = [
         "claims",
         "console",
         "context",
+        "dicom",
+        "dicom_images",
         "digests",
         "dropout",
         "evidence",
