@@ -20,6 +20,7 @@ FLOORS = [
         "dropout",
         "evidence",
         "figures",
+        "intervals",
         "kernels",
         "lockstep",
         "losses",
