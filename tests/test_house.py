@@ -32,6 +32,7 @@ FLOORS = [
         "page",
         "phantom",
         "processes",
+        "reasons",
         "sampling",
         "search",
         "slices",
@@ -45,10 +46,21 @@ FLOORS = [
         "waiting",
         "data",
     },
-    {"loop", "build", "resume", "run_figures", "opening", "space"},
+    {
+        "build",
+        "loop",
+        "model_card",
+        "opening",
+        "resume",
+        "run_facts",
+        "run_figures",
+        "run_page",
+        "run_words",
+        "space",
+    },
     {"runner"},
     {"plan", "ledger", "confirm", "study", "workers"},
-    {"train", "tune"},
+    {"report", "train", "tune"},
 ]
 ROOMS = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
 
