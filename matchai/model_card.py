@@ -59,13 +59,17 @@ def _model(facts: RunFacts) -> str:
         f"Output: a score for each pixel and class: {', '.join(names)}.",
     ]
     if facts.about:
-        lines.insert(
-            2,
-            f"Standardised by the training slices: (HU − {facts.about['mean_hu']:.4f}) / {facts.about['std_hu']:.4f}. "
-            f"Rows and columns run toward {facts.about.get('orientation', 'LP')} (L left, R right, A front, P back of "
-            "the patient).",
+        mean, std = facts.about["mean_hu"], facts.about["std_hu"]
+        sides = facts.about.get("orientation", "LP")
+        words = (
+            f"Standardised as the training slices are: (HU {'−' if mean >= 0 else '+'} {abs(mean):.4f}) / {std:.4f}."
         )
+        lines.insert(2, f"{words} Rows run toward {_side(sides[0])} of the patient, columns toward {_side(sides[1])}.")
     return _points(lines, escape=False)
+
+
+def _side(letter: str) -> str:
+    return {"L": "the left", "R": "the right", "A": "the front", "P": "the back"}[letter]
 
 
 def _beginning(facts: RunFacts) -> str:
@@ -117,8 +121,8 @@ def _results(facts: RunFacts) -> str:
     head = f"Epoch {facts.best['epoch']}{state}: {tell_result(facts)}."
     rows = []
     for one in facts.standings:
-        known = [one.scores[name].tell() for name in METRICS]
-        rows.append([_escape(one.name), *known, "–" if one.num_pixels is None else f"{one.num_pixels:,}"])
+        size = "–" if one.num_pixels is None else f"{one.num_pixels:,}"
+        rows.append([_escape(one.name), *(one.tell(metric) for metric in METRICS), size])
     intervals = (
         f"Pooled over the pixels of all validation slices. In brackets 95 % intervals by a bootstrap over groups "
         f"({NUM_RESAMPLES:,} resamples), where there are two groups or more."
@@ -127,14 +131,14 @@ def _results(facts: RunFacts) -> str:
 
 
 def _ethics(facts: RunFacts) -> str:
-    whose = (
-        "no person's images were used" if facts.is_synthetic else "the images are of persons, under the data's terms"
-    )
-    return (
-        f"In this training {whose}; of whom the data holds too few the model may be wrong more often, and the card "
-        "cannot say for whom, as it knows neither age nor sex nor origin. Whoever studies its masks should let a "
-        "radiologist judge them, and should tell where they fail."
-    )
+    if facts.is_synthetic:
+        whose = "No person's images were used in this training, so it is not known how the model serves any person"
+    else:
+        whose = (
+            "The images are of persons, used under the data's terms; the model may be wrong more often for those of "
+            "whom the data holds few, and nothing is known here of age, sex or origin"
+        )
+    return f"{whose}. Whoever studies its masks should let a radiologist judge them, and should tell where they fail."
 
 
 def _loading(facts: RunFacts) -> str:

@@ -24,7 +24,7 @@ from matchai.metrics import (
 )
 
 METRICS = ("Dice", "IoU", "precision", "recall")
-ANY_LESION, ALL_CLASSES, LESION_CLASSES = "any lesion", "mean over all classes", "mean over the lesion classes"
+ANY_LESION, ALL_CLASSES, LESION_CLASSES = "any lesion", "mean of all classes", "mean of lesion classes"
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Score:
         """The figure with its interval in brackets, after `about`, where there is one."""
         if np.isnan(self.value):
             return "undefined"
-        return f"{self.value:.3f}" + (f" ({about}{self.low:.3f} to {self.high:.3f})" if self.has_interval else "")
+        return f"{self.value:.3f}" + (f" ({about}{self.low:.3f}–{self.high:.3f})" if self.has_interval else "")
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,11 @@ class Standing:
     scores: dict[str, Score]
     num_pixels: int | None = None
     num_slices: int | None = None
+
+    def tell(self, metric: str) -> str:
+        """A score in words; "–" where the mean of such scores is no figure of its own."""
+        is_mean = self.name in (ALL_CLASSES, LESION_CLASSES)
+        return "–" if is_mean and metric in METRICS[2:] else self.scores[metric].tell()
 
 
 @dataclass(frozen=True)

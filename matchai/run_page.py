@@ -24,7 +24,7 @@ from matchai.run_facts import (
 from matchai.run_words import count, limits, tell_result
 
 PAGE = "report.html"
-NUM_WORST = 10
+NUM_WORST = 8
 PICTURE_WIDTH = 820  # CSS pixels
 
 
@@ -71,7 +71,7 @@ def render(facts: RunFacts, pictures: Mapping[str, bytes]) -> str:
         Section(f"Each class {epoch}", [*_classes(facts), *_picture(facts, pictures, "confusion_matrix")]),
         Section("Typical slices", _picture(facts, pictures, "panels")),
         Section(f"The worst slices {epoch}, and why", _worst(facts, pictures)),
-        Section("How to use it", [Text("What it is good for is said above."), Code(_usage(facts))]),
+        Section("How to use it", [Text("For research only; the limits stand above."), Code(_usage(facts))]),
         Section("How to repeat it", _repetition(facts)),
         Section("Settings that differ", _differences(facts)),
         Section("Dice of each class by epoch", _picture(facts, pictures, "dice_per_class"), is_folded=True),
@@ -123,21 +123,19 @@ def _classes(facts: RunFacts) -> list[Piece]:
     num_all = None if facts.confusions is None else int(facts.confusions.sum())
     lines = []
     for one in facts.standings:
-        is_mean = one.name in (ALL_CLASSES, LESION_CLASSES)
-        known = [*METRICS[:2], *([] if is_mean else METRICS[2:])]
-        cells = [one.scores[metric].tell() if metric in known else "–" for metric in METRICS]
-        size = ["–"] * 3
+        cells = [one.tell(metric) for metric in METRICS]
+        size = ["–", "–"]
         if one.num_pixels is not None and num_all:
             share = one.num_pixels / num_all
-            size = [f"{one.num_pixels:,}", f"{100 * share:.2f} %", f"{one.num_slices} of {len(facts.val)}"]
+            size = [f"{one.num_pixels:,} ({100 * share:.2f} %)", f"{one.num_slices} of {len(facts.val)}"]
         lines.append([one.name, *cells, *size])
     if facts.confusions is None:
         lines = [line[:3] for line in lines]
-    head = ["class", *METRICS, "true pixels", "share", "slices showing it"][: len(lines[0])]
+    head = ["class", *METRICS, "true pixels", "in slices"][: len(lines[0])]
     caption = (
-        "Pooled over the pixels of all validation slices. Recall: the share of the true pixels that was found; "
-        "precision: the share of the found pixels that is true. A class without a true pixel has no Dice, IoU and "
-        "recall, one that is never predicted no precision."
+        "Pooled over the pixels of all validation slices, in brackets the 95 % interval. Recall: the share of the true "
+        "pixels that was found; precision: the share of the found pixels that is true. A class without a true pixel "
+        "has no Dice, IoU and recall, one that is never predicted no precision. Marked: the lesions."
     )
     lesions = [place for place, line in enumerate(lines) if line[0] in (LESION_CLASSES, ANY_LESION)]
     return [Table(head, lines, marked=lesions, caption=caption)]
@@ -150,15 +148,15 @@ def _worst(facts: RunFacts, pictures: Mapping[str, bytes]) -> list[Piece]:
     ranked, dice = rank_by_lesion_dice(facts.confusions, facts.lesions)
     groups, truth, pred = facts.val_groups, facts.confusions.sum(2), facts.confusions.sum(1)
     lines = []
-    for rank, row in enumerate(ranked[:NUM_WORST], 1):
+    for row in ranked[:NUM_WORST]:
         sizes = [f"{int(sizes[row, facts.lesions].sum()):,}" for sizes in (truth, pred)]
         reason = explain(facts.confusions[row], facts.class_names, facts.lesions)
-        lines.append([str(rank), str(facts.val[row]), str(groups[row]), f"{dice[row]:.2f}", *sizes, reason])
-    head = ["rank", "slice", "group", "lesion Dice", "true lesion", "found lesion", "why"]
+        lines.append([str(facts.val[row]), f"{dice[row]:.2f}", reason, *sizes, str(groups[row])])
+    head = ["slice", "Dice", "why", "true lesion", "found lesion", "group"]
     caption = (
-        "By the lesion Dice of the slice alone: the mean over the lesion classes that it shows. Slices are numbered "
-        "from 0 in the order of the data; lesions in pixels. The reasons follow from the slice's counts, what costs "
-        "most Dice first."
+        "Dice: the lesion Dice of this slice alone, the mean over the lesion classes that it shows. Slices are "
+        "numbered from 0 in the order of the data; lesions are in pixels. The reasons follow from the slice's counts, "
+        "what costs most Dice first."
     )
     pieces: list[Piece] = (
         [Table(head, lines, caption=caption)] if lines else [Text("No validation slice shows a lesion.")]
