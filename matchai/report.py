@@ -25,9 +25,9 @@ class ReportSettings:
     """Another file for the page; the model card then goes beside it. A file that is there is not overwritten."""
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, prog: str = "python -m matchai.report") -> int:
     """Reports as the command line says; returns the exit status: 0, or 2 for the user's mistake."""
-    settings = tyro.cli(ReportSettings, args=argv, prog="python -m matchai.report", description=DESCRIPTION)
+    settings = tyro.cli(ReportSettings, args=argv, prog=prog, description=DESCRIPTION)
     # seconds of imports that --help does not need
     from matchai.model_card import CARD, write_card  # noqa: PLC0415
     from matchai.run_facts import read_facts  # noqa: PLC0415

@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "matchai"
 
 FLOORS = [
-    {"config", "environment", "errors", "files", "keys", "parsing", "tuning"},
+    {"config", "environment", "errors", "extras", "files", "keys", "parsing", "tuning"},
     {
         "address",
         "arrays",
@@ -16,6 +16,7 @@ FLOORS = [
         "checkpoint",
         "claims",
         "console",
+        "context",
         "digests",
         "dropout",
         "evidence",
@@ -43,14 +44,18 @@ FLOORS = [
         "study_rows",
         "tally",
         "volumes",
+        "inputs",
+        "summaries",
         "waiting",
         "data",
     },
     {
         "build",
+        "inference",
         "loop",
         "model_card",
         "opening",
+        "prediction",
         "resume",
         "run_facts",
         "run_figures",
@@ -60,7 +65,7 @@ FLOORS = [
     },
     {"runner"},
     {"plan", "ledger", "confirm", "study", "workers"},
-    {"report", "train", "tune"},
+    {"predict", "report", "train", "tune"},
 ]
 ROOMS = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
 
