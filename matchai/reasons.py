@@ -49,6 +49,11 @@ def explain(confusion: Counts, class_names: Sequence[str], lesion_classes: Seque
     for cost, words, cell in sorted(faults, key=lambda fault: -fault[0])[:MOST_FAULTS]:
         if cost >= MINOR * total:
             told.setdefault(cell, words)
+    for c in (c for c in lesion_classes if not truth[c]):  # costs no Dice, as such a class has none here
+        false, origin = wrong[:, c].sum(), int(wrong[:, c].argmax())
+        if false and (not told or false >= MINOR * truth[shown].sum()):
+            words = f"finds {_pixels(false, class_names[c])} where there are none, {_mostly(wrong[:, c])}"
+            told.setdefault((origin, c), f"{words} {class_names[origin]}")
     reasons = [*told.values()] or ["every lesion pixel is right"]
     if truth[shown].sum() < SMALL * num_pixels:
         reasons.append(f"small lesion: {_pixels(truth[shown].sum())}")

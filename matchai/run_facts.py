@@ -35,11 +35,13 @@ class Score:
         value: NaN where it is undefined.
         low: Lower bound; NaN where there is no interval.
         high: Upper bound; likewise.
+        undefined: The share of the resamples that had no value and were left out.
     """
 
     value: float
     low: float = np.nan
     high: float = np.nan
+    undefined: float = 0.0
 
     @property
     def has_interval(self) -> bool:
@@ -133,7 +135,7 @@ class RunFacts:
     def source(self) -> str:
         """Of which data, in words; of a path the last name alone."""
         data = self.config.input.data
-        return "the built-in synthetic phantom" if data is None else data.name or data.resolve().name
+        return "the built-in synthetic phantom" if data is None else f"data set {data.name or data.resolve().name}"
 
     @property
     def val_groups(self) -> list[int]:
@@ -239,7 +241,9 @@ def _standings(
         return np.concatenate(columns, -1)
 
     values, interval = measure(confusions.sum(0)), Bootstrap(groups).of_counts(confusions, measure)
-    cells = zip(values.tolist(), interval.low.tolist(), interval.high.tolist(), strict=True)
+    cells = zip(
+        values.tolist(), interval.low.tolist(), interval.high.tolist(), interval.undefined.tolist(), strict=True
+    )
     scores = np.array([Score(*cell) for cell in cells], object).reshape(len(METRICS), len(names))
     truth = confusions.sum(-1)  # (N, C)
     sizes = [*truth.T, None, None, truth[:, lesions].sum(-1)]

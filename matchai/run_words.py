@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from matchai.intervals import MAX_UNDEFINED
 from matchai.run_facts import ALL_CLASSES, LESION_CLASSES, RunFacts
 
 FEW_SLICES, FEW_GROUPS = 50, 10
@@ -54,7 +55,15 @@ def limits(facts: RunFacts) -> list[str]:
                 "nothing of how well it is found."
             )
         elif one.num_slices is not None and one.num_slices < min(10, num_slices / 2):
-            sentences.append(f"Only {count(one.num_slices, 'validation slice')} show {one.name}.")
+            sentences.append(
+                f"Only {count(one.num_slices, 'validation slice')} show{'s' * (one.num_slices == 1)} {one.name}."
+            )
+        left_out = one.scores["Dice"].undefined
+        if one.scores["Dice"].has_interval and left_out > MAX_UNDEFINED:
+            sentences.append(
+                f"The interval of {one.name} rests on {100 * (1 - left_out):.0f} % of the resamples: in the others no "
+                "group shows it."
+            )
     sentences.append(
         f"It is one run with one seed, measured at {settings.image_size} × {settings.image_size} pixels, not at the "
         "size of the files; scanners, hospitals and diseases that the data does not hold are untried. For research "
@@ -66,7 +75,7 @@ def limits(facts: RunFacts) -> list[str]:
 def tell_result(facts: RunFacts) -> str:
     """The figures in one sentence without its first word: "mean Dice 0.8 (...), lesion Dice ..."."""
     mean, lesion = facts.score(ALL_CLASSES), facts.score(LESION_CLASSES)
-    confidence = "95 % interval " if mean.has_interval else ""
+    confidence = f"{'rough ' * (facts.num_val_groups < FEW_GROUPS)}95 % interval "
     means = f"mean Dice {mean.tell(confidence)}, lesion Dice {lesion.tell()}"
     groups = f" in {count(facts.num_val_groups, 'group')}"
     return f"{means}, pooled over {count(len(facts.val), 'validation slice')}{groups} of {facts.source}"

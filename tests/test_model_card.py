@@ -24,7 +24,7 @@ def test_it_says_what_it_is_for_and_how_well_it_does(run: Path) -> None:
     assert "**For research only. Not a medical device" in card
     for heading in ("Model", "Intended use", "Training data", "Results", "Limits", "Ethical considerations"):
         assert f"\n## {heading}\n" in card
-    assert re.search(r"Epoch 2: mean Dice 0\.\d{3} \(95 % interval 0\.\d{3}–0\.\d{3}\), lesion Dice 0\.", card)
+    assert re.search(r"Epoch 2: mean Dice 0\.\d{3} \(rough 95 % interval 0\.\d{3}–0\.\d{3}\), lesion Dice 0\.", card)
     assert re.search(r"\n\| ground glass \| 0\.\d{3} \(", card)
     assert f"| `images_medseg.npy` | `{'0' * 64}` |" in card
     assert "8 slices in 3 groups (the groups were found by likeness)" in card
@@ -39,7 +39,7 @@ def test_of_paths_it_holds_the_last_name_alone(tmp_path: Path) -> None:
     run = keep_run(tmp_path / "secret" / "mine", good_counts(), GROUPS, **settings)
     card = render_card(read_facts(run))
     assert "Model card: mine\n" in card
-    assert "Slices: 8 slices" in card
+    assert "Data set slices: 8 slices" in card
     assert not re.search(r"somebody|secret|/home|cache", card)
 
 

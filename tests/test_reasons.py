@@ -56,6 +56,15 @@ def test_the_fault_that_costs_most_dice_comes_first_not_the_one_with_most_pixels
     assert told == "misses all 5 consolidation pixels, all of them called background"
 
 
+def test_a_class_that_the_slice_does_not_show_is_told_where_much_of_it_is_found() -> None:
+    told = why(t0p0=900, t0p2=100, t2p1=400)
+    assert told == (
+        "misses 10 % of 1,000 ground glass pixels, all of them called lungs other; "
+        "finds 400 consolidation pixels where there are none, all of them lungs other"
+    )
+    assert "consolidation" not in why(t0p0=900, t0p2=100, t2p1=4)
+
+
 def test_one_confusion_is_told_once() -> None:
     """Consolidation called ground glass is missed by the one and found too much by the other."""
     told = why(t0p0=1000, t1p0=600, t1p1=600)

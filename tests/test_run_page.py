@@ -56,10 +56,10 @@ def rows(page: str, first: str) -> list[list[str]]:
 def test_the_answer_names_epoch_figures_interval_slices_groups_and_data(tmp_path: Path) -> None:
     tone, told = answer(page_of(tmp_path, data="/somewhere/slices"))
     assert tone == "plain"
-    number = r"0\.\d{3} \((95 % interval )?0\.\d{3}–[01]\.\d{3}\)"
+    number = r"0\.\d{3} \((rough 95 % interval )?0\.\d{3}–[01]\.\d{3}\)"
     pattern = (
         rf"The best of 2 epochs is epoch 2: mean Dice {number}, lesion Dice {number}, pooled over 4 validation "
-        r"slices in 2 groups of slices\."
+        r"slices in 2 groups of data set slices\."
     )
     assert re.fullmatch(pattern, told)
 
@@ -98,6 +98,18 @@ def test_a_class_that_no_slice_shows_is_told(tmp_path: Path) -> None:
     page = page_of(tmp_path, confusions)
     assert "No validation slice shows consolidation: its Dice is undefined" in words(page)
     assert rows(page, "class")[1][:2] == ["consolidation", "undefined"]
+
+
+def test_an_interval_that_rests_on_a_part_of_the_resamples_is_told(tmp_path: Path) -> None:
+    confusions = np.concatenate([good_counts(), good_counts()])
+    confusions[4:, 1] = 0  # four of six groups do not show consolidation
+    run = keep_run(tmp_path / "run", confusions, [0, 0, 1, 1, 2, 3, 4, 5])
+    # a resample of six groups misses both others with a chance of (4 / 6) ** 6 = 9 %
+    told = re.search(
+        r"The interval of consolidation rests on (\d+) % of the resamples", words(render(read_facts(run), {}))
+    )
+    assert told is not None
+    assert 89 <= int(told[1]) <= 93
 
 
 def test_each_class_stands_with_its_figures_and_pixels(tmp_path: Path) -> None:
