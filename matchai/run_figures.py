@@ -8,12 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from matchai.build import dataset_of
 from matchai.config import TrainConfig
 from matchai.data import Data
 from matchai.figures import draw_confusion_matrix, draw_dice_per_class, draw_learning_curves, draw_panels
 from matchai.metrics import Counts
 from matchai.run_facts import rank_by_lesion_dice
-from matchai.slices import STEPS, SliceDataset
+from matchai.slices import STEPS
 
 NUM_TYPICAL, NUM_WORST = 3, 3
 
@@ -36,7 +37,7 @@ def draw_figures(
         confusions: (N, C, C) counts of every validation slice, in the order of `data.val`.
         data: The slices.
         config: The run's settings.
-        predict: Takes standardised images (B, 1, S, S) to class indices (B, S, S).
+        predict: Takes standardised images (B, 2 · context + 1, S, S) to class indices (B, S, S).
         epoch: The epoch that the counts and predictions are of.
     """
     draw_charts(folder, history, confusions, config, epoch=epoch)
@@ -46,7 +47,7 @@ def draw_figures(
     ranked, dice = rank_by_lesion_dice(confusions, [names.index(name) for name in config.input.lesion_classes])
     middle = max(0, len(ranked) // 2 - NUM_TYPICAL // 2)
     choices = {"panels": ranked[middle : middle + NUM_TYPICAL], "worst": ranked[:NUM_WORST]}
-    dataset = SliceDataset(data.slices, data.val, data.mean, data.std)
+    dataset = dataset_of(config, data, data.val)
     for name, rows in choices.items():
         if not rows:
             continue
