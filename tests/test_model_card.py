@@ -1,5 +1,6 @@
 """The model card of a run: it can be handed on with the weights."""
 
+import hashlib
 import re
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ def test_it_says_what_it_is_for_and_how_well_it_does(run: Path) -> None:
         assert f"\n## {heading}\n" in card
     assert re.search(r"Epoch 2: mean Dice 0\.\d{3} \(rough 95 % interval 0\.\d{3}–0\.\d{3}\), lesion Dice 0\.", card)
     assert re.search(r"\n\| ground glass \| 0\.\d{3} \(", card)
-    assert f"| `images_medseg.npy` | `{'0' * 64}` |" in card
+    assert f"| images\\_medseg.npy | `{'0' * 64}` |" in card
     assert "8 slices in 3 groups (the groups were found by likeness)" in card
 
 
@@ -41,6 +42,15 @@ def test_of_paths_it_holds_the_last_name_alone(tmp_path: Path) -> None:
     assert "Model card: mine\n" in card
     assert "Data set slices: 8 slices" in card
     assert not re.search(r"somebody|secret|/home|cache", card)
+
+
+def test_it_names_no_file_that_may_be_named_after_a_patient(tmp_path: Path) -> None:
+    digests = {f"{side}/Doe.nii.gz": "ab" * 32 for side in ("masks", "images")}
+    run = keep_run(tmp_path / "run", good_counts(), GROUPS, data="slices", recorded={"data": digests})
+    card = render_card(read_facts(run))
+    assert "Doe" not in card
+    listing = "".join(f"{'ab' * 32}  {side}/Doe.nii.gz\n" for side in ("images", "masks"))
+    assert f"of all 2 files, by name | `{hashlib.sha256(listing.encode()).hexdigest()}` |" in card
 
 
 def test_its_lines_load_the_weights(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
