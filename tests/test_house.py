@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "matchai"
 
 FLOORS = [
-    {"config", "environment", "errors", "files", "keys", "parsing", "tuning"},
+    {"config", "environment", "errors", "extras", "files", "keys", "parsing", "tuning"},
     {
         "address",
         "arrays",
@@ -16,6 +16,7 @@ FLOORS = [
         "checkpoint",
         "claims",
         "console",
+        "context",
         "digests",
         "dropout",
         "evidence",
@@ -42,13 +43,15 @@ FLOORS = [
         "study_rows",
         "tally",
         "volumes",
+        "inputs",
+        "summaries",
         "waiting",
         "data",
     },
-    {"loop", "build", "resume", "run_figures", "opening", "space"},
+    {"loop", "build", "inference", "prediction", "resume", "run_figures", "opening", "space"},
     {"runner"},
     {"plan", "ledger", "confirm", "study", "workers"},
-    {"train", "tune"},
+    {"predict", "train", "tune"},
 ]
 ROOMS = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
 
