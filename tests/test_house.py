@@ -41,6 +41,7 @@ FLOORS = [
         "study_figures",
         "study_page",
         "study_rows",
+        "surface",
         "tally",
         "volumes",
         "inputs",
