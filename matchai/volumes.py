@@ -12,9 +12,9 @@ from typing import Any, BinaryIO, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from matchai.arrays import open_array
 from matchai.errors import InputError
 from matchai.files import write_whole
+from matchai.npy import open_array
 
 STEPS = 65535
 """What stands for 1 in maps of numbers in 0..1."""

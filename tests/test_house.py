@@ -8,9 +8,10 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "matchai"
 
 FLOORS = [
-    {"config", "environment", "errors", "extras", "files", "keys", "parsing", "tuning"},
+    {"checks", "config", "environment", "errors", "extras", "files", "keys", "labels", "parsing", "tuning"},
     {
         "address",
+        "accuracy",
         "arrays",
         "augmentation",
         "checkpoint",
@@ -22,6 +23,7 @@ FLOORS = [
         "evidence",
         "figures",
         "intervals",
+        "hounsfield",
         "grid",
         "kernels",
         "lockstep",
@@ -32,11 +34,15 @@ FLOORS = [
         "model",
         "nifti",
         "normalisation",
+        "npy",
         "page",
+        "pairs",
         "phantom",
+        "pictures",
         "processes",
         "sampling",
         "search",
+        "sets",
         "slices",
         "split",
         "store",
@@ -45,16 +51,17 @@ FLOORS = [
         "study_rows",
         "surface",
         "tally",
+        "unseen",
         "volumes",
         "inputs",
         "summaries",
         "waiting",
         "data",
     },
-    {"loop", "build", "inference", "prediction", "resume", "run_figures", "opening", "space"},
+    {"loop", "build", "evaluation", "inference", "prediction", "resume", "run_figures", "opening", "space"},
     {"runner"},
     {"plan", "ledger", "confirm", "study", "workers"},
-    {"predict", "train", "tune"},
+    {"evaluate", "predict", "train", "tune"},
 ]
 ROOMS = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
 
