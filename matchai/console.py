@@ -7,6 +7,7 @@ from typing import IO, Any
 
 from rich.console import Console
 from rich.live import Live
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -190,3 +191,53 @@ def epoch_line(row: dict[str, Any], epochs: int, class_names: Sequence[str], is_
 
 def _figure(value: float | None) -> str:
     return "none" if value is None else f"{value:.3f}"
+
+
+def show_evaluation(result: dict[str, Any], display: Display) -> None:
+    """Prints the main figures of an evaluation, each table saying what its figures are.
+
+    Args:
+        result: What `matchai.evaluation.evaluate` returns.
+        display: Where to.
+    """
+    classes = {**result["classes"], "any lesion": result["any_lesion"]}
+    for title, end in (("Pooled over pixels", "pooled_over_pixels"), ("Mean over images", "mean_over_images")):
+        columns = {one: f"{one}_{end}" for one in ("dice", "iou", "precision", "recall")}
+        _print_table(f"{title} ({result['slices']})", columns, classes, display)
+    distances = [name for name in result["any_lesion"] if name.startswith(("hd95_", "nsd_"))]
+    if distances:
+        over = distances[0].rpartition("_")[2]
+        columns = {name.partition("_mean_")[0].replace("_", " "): name for name in distances}
+        measured = {name: figures for name, figures in classes.items() if distances[0] in figures}
+        _print_table(f"Surface distances, mean over {over} ({result['slices']})", columns, measured, display)
+    means, share = result["means_over_classes"], result["affected_share"]
+    display.say(
+        f"Pooled over pixels: mean Dice {_with_interval(means['mean_dice_pooled_over_pixels'])} over the classes, "
+        f"{_with_interval(means['lesion_dice_pooled_over_pixels'])} over the lesion classes"
+    )
+    errors = (
+        f"{_with_interval(share[f'absolute_error_points_mean_over_{what}'], 1)} (mean over {what})"
+        for what in ("images", "groups")
+    )
+    display.say(f"Absolute error of the affected share, in percentage points: {', '.join(errors)}")
+    if result["num_groups"] > 1:
+        display.say(f"In brackets: 95 % intervals by bootstrap over {result['num_groups']} groups")
+
+
+def _print_table(title: str, columns: dict[str, str], classes: dict[str, Any], display: Display) -> None:
+    """A row for each class, with the figure that each column names."""
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    table.add_column("")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for name, figures in classes.items():
+        table.add_row(escape(name), *(_with_interval(figures[key]) for key in columns.values()))
+    display.console.print(table, markup=False)
+
+
+def _with_interval(figure: dict[str, Any], digits: int = 3) -> str:
+    value, low, high = (figure[name] for name in ("value", "low", "high"))
+    if value is None:
+        return "–"
+    # no bracket of rich's markup
+    return f"{value:.{digits}f}" + (f" \\[{low:.{digits}f}, {high:.{digits}f}]" if low is not None else "")

@@ -100,8 +100,8 @@ def read_data(
         label_map=label_map,
         scratch=cache,
     )
-    known = _read_groups(folder / groups_name, opened)
-    digests = _fingerprint(folder, opened, cache)
+    known = read_groups(folder / groups_name, opened)
+    digests = digest_sets(folder, opened, cache)
     reading = {"orientation": opened[0].orientation, "rescale": rescale, "label_map": list(label_map)}
     usual = {"orientation": "LP", "rescale": (1, 0), "label_map": []}
     slices = prepare(
@@ -150,7 +150,8 @@ def read_data(
     )
 
 
-def _fingerprint(folder: Path, opened: Sequence[SliceSet], cache: Path) -> dict[str, str]:
+def digest_sets(folder: Path, opened: Sequence[SliceSet], cache: Path) -> dict[str, str]:
+    """SHA-256 of the files of opened sets, under the names that a run records."""
     paths = [path for one in opened for path in one.files]
     if isinstance(opened[0], ArraySet):
         return fingerprint(paths, cache / "digests.json")
@@ -181,7 +182,7 @@ def _group(
     return found.groups, found.description
 
 
-def _read_groups(path: Path, opened: Sequence[SliceSet]) -> NDArray[Any] | None:
+def read_groups(path: Path, opened: Sequence[SliceSet]) -> NDArray[Any] | None:
     """The groups file, (N,) over all slices; for volumes it may hold one entry a volume, in order of their names."""
     if not path.exists():
         return None
