@@ -103,7 +103,7 @@ def read_data(
     notes = list(slices.notes)
     if known is not None:
         groups = np.unique(known, return_inverse=True)[1].astype(np.int64)
-        volumes = volume_numbers(np.asarray(slices.sets), groups)
+        volumes = volume_numbers(np.asarray(slices.sets), groups, slices.thumbnails)
         notes.append(f"{num_slices} slices in {groups.max() + 1} groups, from {groups_name}.")
     else:
         found = find_groups(slices.thumbnails, np.asarray(slices.sets))
