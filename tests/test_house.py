@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "matchai"
 
 FLOORS = [
-    {"config", "environment", "errors", "files", "keys", "parsing", "tuning"},
+    {"config", "environment", "errors", "extras", "files", "keys", "parsing", "tuning"},
     {
         "address",
         "arrays",
@@ -21,6 +21,7 @@ FLOORS = [
         "dropout",
         "evidence",
         "figures",
+        "grid",
         "kernels",
         "lockstep",
         "losses",
@@ -28,6 +29,7 @@ FLOORS = [
         "machine",
         "metrics",
         "model",
+        "nifti",
         "normalisation",
         "page",
         "phantom",
@@ -42,13 +44,15 @@ FLOORS = [
         "study_rows",
         "tally",
         "volumes",
+        "inputs",
+        "summaries",
         "waiting",
         "data",
     },
-    {"loop", "build", "resume", "run_figures", "opening", "space"},
+    {"loop", "build", "inference", "prediction", "resume", "run_figures", "opening", "space"},
     {"runner"},
     {"plan", "ledger", "confirm", "study", "workers"},
-    {"train", "tune"},
+    {"predict", "train", "tune"},
 ]
 ROOMS = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
 
