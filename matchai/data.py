@@ -78,9 +78,12 @@ def read_data(
     folds: int,
     fold: int,
     seed: int,
+    context: int = 0,
     progress: Progress | None = None,
 ) -> Data:
     """Opens, checks, prepares and splits a data set; the settings are those of `matchai.config.InputSettings`.
+
+    With `context`, volumes of one known group are told apart by their images, too: half a second for 1,000 slices.
 
     Raises:
         InputError: With every problem found.
@@ -103,12 +106,18 @@ def read_data(
     notes = list(slices.notes)
     if known is not None:
         groups = np.unique(known, return_inverse=True)[1].astype(np.int64)
-        volumes = volume_numbers(np.asarray(slices.sets), groups, slices.thumbnails)
+        volumes = volume_numbers(np.asarray(slices.sets), groups, slices.thumbnails if context else None)
         notes.append(f"{num_slices} slices in {groups.max() + 1} groups, from {groups_name}.")
     else:
         found = find_groups(slices.thumbnails, np.asarray(slices.sets))
         groups, volumes = found.groups, found.volumes
         notes.append(found.description)
+    if context:
+        num_alone = int((np.bincount(volumes) == 1).sum())
+        notes.append(
+            f"Neighbours within {volumes.max() + 1 - num_alone} volumes are further channels; {num_alone} of "
+            f"{num_slices} slices lie in no volume and are their own neighbours."
+        )
     presence = np.asarray(slices.pixels) > 0
     shares = [1.0] * folds if folds else [val_fraction, 1 - val_fraction]
     is_val = assign_folds(groups, presence, shares, seed) == (fold if folds else 0)
