@@ -7,10 +7,10 @@ from typing import IO, Any
 
 from rich.console import Console
 from rich.live import Live
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+FEW_GROUPS = 10
 PLAIN_EVERY = 30.0  # seconds between lines about a long epoch where there is no terminal
 
 
@@ -201,15 +201,18 @@ def show_evaluation(result: dict[str, Any], display: Display) -> None:
         display: Where to.
     """
     classes = {**result["classes"], "any lesion": result["any_lesion"]}
+    names = {"dice": "Dice", "iou": "IoU", "precision": "precision", "recall": "recall"}
     for title, end in (("Pooled over pixels", "pooled_over_pixels"), ("Mean over images", "mean_over_images")):
-        columns = {one: f"{one}_{end}" for one in ("dice", "iou", "precision", "recall")}
-        _print_table(f"{title} ({result['slices']})", columns, classes, display)
+        columns = {shown: f"{name}_{end}" for name, shown in names.items()}
+        _print_table(f"{title} ({result['slices']})", columns, classes, display, with_interval=["Dice"])
     distances = [name for name in result["any_lesion"] if name.startswith(("hd95_", "nsd_"))]
     if distances:
         over = distances[0].rpartition("_")[2]
         columns = {name.partition("_mean_")[0].replace("_", " "): name for name in distances}
         measured = {name: figures for name, figures in classes.items() if distances[0] in figures}
-        _print_table(f"Surface distances, mean over {over} ({result['slices']})", columns, measured, display)
+        _print_table(
+            f"Surface distances, mean over {over} ({result['slices']})", columns, measured, display, list(columns)
+        )
     means, share = result["means_over_classes"], result["affected_share"]
     display.say(
         f"Pooled over pixels: mean Dice {_with_interval(means['mean_dice_pooled_over_pixels'])} over the classes, "
@@ -221,23 +224,31 @@ def show_evaluation(result: dict[str, Any], display: Display) -> None:
     )
     display.say(f"Absolute error of the affected share, in percentage points: {', '.join(errors)}")
     if result["num_groups"] > 1:
-        display.say(f"In brackets: 95 % intervals by bootstrap over {result['num_groups']} groups")
+        display.say(
+            f"In brackets: 95 % intervals by bootstrap over {result['num_groups']} groups"
+            f"{', rough with so few' if result['num_groups'] < FEW_GROUPS else ''}; each figure in the file has one"
+        )
 
 
-def _print_table(title: str, columns: dict[str, str], classes: dict[str, Any], display: Display) -> None:
+def _print_table(
+    title: str, columns: dict[str, str], classes: dict[str, Any], display: Display, with_interval: Sequence[str]
+) -> None:
     """A row for each class, with the figure that each column names."""
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     table.add_column("")
     for column in columns:
         table.add_column(column, justify="right")
     for name, figures in classes.items():
-        table.add_row(escape(name), *(_with_interval(figures[key]) for key in columns.values()))
+        cells = (
+            _with_interval(figures[key]) if column in with_interval else _figure(figures[key]["value"])
+            for column, key in columns.items()
+        )
+        table.add_row(name, *cells)
     display.console.print(table, markup=False)
 
 
 def _with_interval(figure: dict[str, Any], digits: int = 3) -> str:
     value, low, high = (figure[name] for name in ("value", "low", "high"))
-    if value is None:
-        return "–"
-    # no bracket of rich's markup
-    return f"{value:.{digits}f}" + (f" \\[{low:.{digits}f}, {high:.{digits}f}]" if low is not None else "")
+    if value is None or low is None:
+        return _figure(value)
+    return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"

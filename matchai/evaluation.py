@@ -4,9 +4,7 @@ import json
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -20,18 +18,16 @@ from matchai.accuracy import Distances, ScoredVolume, Scores, as_csv, describe, 
 from matchai.arrays import open_sets
 from matchai.config import InputSettings, TrainConfig
 from matchai.console import Display
-from matchai.data import built_in_phantom, digest_sets, read_groups
+from matchai.data import built_in_phantom, digest_sets, group_slices, read_groups
 from matchai.errors import InputError
 from matchai.figures import draw_confusion_matrix
 from matchai.files import sync_folder, write_whole
 from matchai.inference import Predictor
 from matchai.intervals import MIN_GROUPS
-from matchai.machine import preparing_threads
 from matchai.metrics import Counts, confusion_counts
 from matchai.pairs import IMAGES
 from matchai.sets import SliceSet
-from matchai.slices import MAX_PROBLEMS, THUMBNAIL, image_problems, look_at, mask_problems, resize
-from matchai.split import find_groups, volume_numbers
+from matchai.slices import THUMBNAIL, for_each_slice, look_at, refuse_unfit, resize
 from matchai.surface import surface_distances
 from matchai.unseen import Choice, choose_slices
 from matchai.volumes import turn
@@ -109,7 +105,7 @@ def evaluate(
     groups, volumes, note = _find_groups(folder, config.input, sets, choice, predictor, display.show)
     num_groups = len(np.unique(groups[choice.rows]))
     counted = f"{num_groups} group{'' if num_groups == 1 else 's'}"
-    display.say(f"{len(choice.rows)} of {num_slices} slices in {counted} ({note})")
+    display.say(f"{len(choice.rows)} of {num_slices} slices in {counted}; {note.rstrip('.')}.")
     if num_groups < MIN_GROUPS:
         display.warn("no interval can be told, as all slices are of one group.")
     scores = _score(predictor, sets, choice, groups, volumes, tolerance, output.parent, display.show)
@@ -176,50 +172,31 @@ def _find_groups(
     """
     numbers = np.repeat(np.arange(len(sets)), [len(one) for one in sets])
     known = read_groups(folder / settings.groups_name, sets)
-    are_volumes = all(one.is_volume for one in sets)
-    has_context = any(about["context"] for about in predictor.abouts)
-    found = None
-    if choice.groups is None or (has_context and known is None and not are_volumes):
-        thumbnails = _look(sets, predictor, show)
-        found = find_groups(thumbnails, numbers) if known is None and not are_volumes else None
-    if choice.groups is not None:
-        groups, note = choice.groups, "the groups of the run's split"
-    elif known is not None:
-        groups, note = np.unique(known, return_inverse=True)[1].astype(np.int64), f"groups from {settings.groups_name}"
-    elif found is not None:
-        groups, note = found.groups, f"groups by likeness: {found.description}"
-    else:
-        groups, note = numbers, "each volume a group"
-    if found is not None:
-        return groups, found.volumes, note
-    return groups, numbers if are_volumes else volume_numbers(numbers, groups), note
+    context = max(about["context"] for about in predictor.abouts)
+    if choice.groups is not None and (context == 0 or all(one.is_volume for one in sets)):
+        return choice.groups, numbers, "the groups of the run's split"
+    thumbnails = _look(sets, predictor, show)
+    groups, volumes, note = group_slices(thumbnails, sets, known, settings.groups_name, context)
+    return (
+        (groups, volumes, note) if choice.groups is None else (choice.groups, volumes, "the groups of the run's split")
+    )
 
 
 def _look(sets: Sequence[SliceSet], predictor: Predictor, show: Show) -> NDArray[np.float32]:
     """Looks at every slice before any is predicted, as training does; thumbnails (N, 64, 64)."""
     (low, high), names = predictor.abouts[0]["hu_window"], predictor.class_names
-    problems: list[str] = []
-    thumbnails: list[NDArray[np.float32]] = []
+    thumbnails = np.zeros((sum(map(len, sets)), THUMBNAIL, THUMBNAIL), np.float32)
 
-    def look(one: SliceSet, index: int) -> tuple[dict[str, Any], NDArray[np.float32]]:
-        image, _, found = look_at(one, index, len(names), predictor.background_class)
-        if image is None:
-            return found, np.zeros((THUMBNAIL, THUMBNAIL), np.float32)
-        return found, resize(np.clip((image - np.float32(low)) / np.float32(high - low), 0, 1), THUMBNAIL)
+    def look(row: int, number: int, index: int) -> dict[str, Any]:
+        image, _, found = look_at(sets[number], index, len(names), predictor.background_class)
+        if image is not None:
+            windowed = np.clip((image - np.float32(low)) / np.float32(high - low), 0, 1)
+            thumbnails[row] = resize(windowed, THUMBNAIL)
+        return found
 
-    for one in sets:
-        with ThreadPoolExecutor(preparing_threads()) as pool:
-            rows = []
-            for row, thumbnail in pool.map(partial(look, one), range(len(one))):
-                rows.append(row)
-                thumbnails.append(thumbnail)
-                show("checking slices", len(thumbnails), sum(map(len, sets)), "")
-        one.close()
-        problems += image_problems(one, rows, (low, high))
-        problems += mask_problems(one, rows, names, predictor.background_class)
-    if problems:
-        raise InputError(*problems[:MAX_PROBLEMS])
-    return np.stack(thumbnails)
+    found = for_each_slice(sets, look, lambda done, total: show("checking slices", done, total, ""))
+    refuse_unfit(sets, found, (low, high), names, predictor.background_class)
+    return thumbnails
 
 
 def _score(
