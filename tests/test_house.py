@@ -18,6 +18,8 @@ FLOORS = [
         "claims",
         "console",
         "context",
+        "dicom",
+        "dicom_images",
         "digests",
         "dropout",
         "evidence",
