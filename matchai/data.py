@@ -18,6 +18,8 @@ from matchai.split import assign_folds, check_groups_array, find_groups, volume_
 
 MAX_NOTES = 5  # of the files
 PHANTOM_SIZE = 256  # pixels; the presets that use it train at 128 and below
+OF_VOLUMES = "one for each volume"
+"""What tells in the notes that groups are volumes, neither given nor found."""
 
 
 @dataclass(frozen=True)
@@ -174,7 +176,7 @@ def _group(
         return groups, f"{len(slices)} slices in {groups.max() + 1} groups, from {groups_name}."
     if all(one.is_volume for one in opened):
         return np.array(slices.sets), (
-            f"{len(slices)} slices in {len(opened)} groups, one for each volume. Where one patient has several, name "
+            f"{len(slices)} slices in {len(opened)} groups, {OF_VOLUMES}. Where one patient has several, name "
             f"the patients in {groups_name}."
         )
     found = find_groups(slices.thumbnails, np.asarray(slices.sets))
