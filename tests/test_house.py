@@ -17,6 +17,7 @@ FLOORS = [
         "claims",
         "console",
         "context",
+        "decoding",
         "dicom",
         "dicom_images",
         "digests",
