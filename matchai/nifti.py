@@ -74,13 +74,13 @@ def open_nifti(
     notes = []
     if not header["sform_code"] and not header["qform_code"]:
         notes.append(
-            f"{path} has no orientation (sform and qform codes are 0); it is taken as nibabel takes it: the first "
+            "It has no orientation (sform and qform codes are 0); it is taken as nibabel takes it: the first "
             "axis runs to the patient's left, the second to the front, the third to the head. Check that its pictures "
             "are upright."
         )
     unit_name, unit = {1: ("metre", 1000.0), 3: ("micrometre", 0.001)}.get(int(header["xyzt_units"]) % 8, ("mm", 1.0))
     if unit != 1:
-        notes.append(f"{path} says that its unit of length is the {unit_name}; spacing and volumes are told in mm.")
+        notes.append(f"It says that its unit of length is the {unit_name}; spacing and volumes are told in mm.")
 
     def provide() -> BinaryIO:
         return _unpack(path, num_bytes, scratch) if is_packed else path.open("rb")
