@@ -35,7 +35,6 @@ from matchai.phantom import write_phantom
 from matchai.runner import run
 
 PACKAGES = ("torch", "segmentation-models-pytorch", "timm", "accelerate", "numpy", "matchai")
-CONTEXTS, WIDTHS = (0, 1, 2), (0, 1, 2, 3)
 WAVES = 6.0  # pixels, standard deviation of the blur that makes neighbouring pixels shift alike
 METRICS = ("lesion_dice", "mean_dice")
 
@@ -144,34 +143,39 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--noise", type=float, default=2.0, help="pixels by which borders are shifted")
-    parser.add_argument("--data", type=Path, help="a folder of arrays to try softened borders on, too")
+    parser.add_argument("--data", type=Path, help="a folder of arrays to try softened borders on")
+    parser.add_argument("--trials", nargs="+", choices=("context", "shifted", "exact", "data"))
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "options.json")
     options = parser.parse_args()
+    options.trials = options.trials or ["context", "shifted", "exact", *(["data"] if options.data else [])]
     records: list[Record] = []
-    with tempfile.TemporaryDirectory() as folder:
-        options.folder = folder
-        clean, noisy = Path(folder) / "clean", Path(folder) / "noisy"
-        write_phantom(clean, options.slices, size=options.size)
-        write_noisy(clean, noisy, options.noise)
-        trials: list[tuple[str, Sequence[int], Path, Path]] = [("context", CONTEXTS, clean, clean)]
-        trials.append((f"soft boundary, borders shifted by {options.noise:g} px", WIDTHS, noisy, clean))
-        trials.append(("soft boundary, exact borders", WIDTHS, clean, clean))
-        if options.data:
-            trials.append((f"soft boundary, {options.data.name}", WIDTHS, options.data, options.data))
-        for what, values, data, labels in trials:
-            for seed in range(options.seeds):
-                for value in values:
-                    records.append(train(what, value, seed, data, labels, options))
-                    print(records[-1], file=sys.stderr, flush=True)
-    lines = report(records)
-    print("\n".join(lines))
     about = {
         "command": shlex.join(["python", "benchmarks/options.py", *sys.argv[1:]]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": {"cpu": cpu_model(), "cores": num_cores(), "threads": torch.get_num_threads()},
         "versions": versions(PACKAGES),
     }
-    write_whole(options.output, json.dumps({**about, "table": lines, "records": records}, indent=1).encode())
+    with tempfile.TemporaryDirectory() as folder:
+        options.folder = folder
+        clean, noisy = Path(folder) / "clean", Path(folder) / "noisy"
+        write_phantom(clean, options.slices, size=options.size)
+        write_noisy(clean, noisy, options.noise)
+        trials: dict[str, tuple[str, Sequence[int], Path, Path]] = {
+            "context": ("context", (0, 1, 2), clean, clean),
+            "shifted": (f"soft boundary, borders shifted by {options.noise:g} px", (0, 1, 2, 3), noisy, clean),
+            "exact": ("soft boundary, exact borders", (0, 2), clean, clean),
+        }
+        if options.data:
+            trials["data"] = (f"soft boundary, {options.data.name}", (0, 1, 2, 3), options.data, options.data)
+        for seed in range(options.seeds):
+            for name in options.trials:
+                what, values, data, labels = trials[name]
+                for value in values:
+                    records.append(train(what, value, seed, data, labels, options))
+                    print(records[-1], file=sys.stderr, flush=True)
+            lines = report(records)
+            write_whole(options.output, json.dumps({**about, "table": lines, "records": records}, indent=1).encode())
+    print("\n".join(lines))
 
 
 if __name__ == "__main__":
