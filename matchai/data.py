@@ -13,7 +13,7 @@ from matchai.digests import fingerprint
 from matchai.errors import InputError
 from matchai.phantom import write_phantom
 from matchai.slices import Progress, Slices, prepare
-from matchai.split import assign_folds, check_groups_array, find_groups
+from matchai.split import assign_folds, check_groups_array, find_groups, volume_numbers
 
 PHANTOM_SIZE = 256  # pixels; the presets that use it train at 128 and below
 
@@ -26,6 +26,7 @@ class Data:
         slices: All slices, prepared.
         digests: SHA-256 of every file that was read.
         groups: (N,) int64, slices of one number are of one patient, volume or near-duplicate.
+        volumes: (N,) int64; consecutive slices of one number lie next to each other in one volume.
         train: Indices of the training slices.
         val: Indices of the validation slices.
         mean: Over the pixels of the training slices, in units of the window (0 to 1).
@@ -37,6 +38,7 @@ class Data:
     slices: Slices
     digests: dict[str, str]
     groups: NDArray[np.int64]
+    volumes: NDArray[np.int64]
     train: list[int]
     val: list[int]
     mean: float
@@ -101,10 +103,11 @@ def read_data(
     notes = list(slices.notes)
     if known is not None:
         groups = np.unique(known, return_inverse=True)[1].astype(np.int64)
+        volumes = volume_numbers(np.asarray(slices.sets), groups)
         notes.append(f"{num_slices} slices in {groups.max() + 1} groups, from {groups_name}.")
     else:
         found = find_groups(slices.thumbnails, np.asarray(slices.sets))
-        groups = found.groups
+        groups, volumes = found.groups, found.volumes
         notes.append(found.description)
     presence = np.asarray(slices.pixels) > 0
     shares = [1.0] * folds if folds else [val_fraction, 1 - val_fraction]
@@ -126,6 +129,7 @@ def read_data(
         slices,
         digests,
         groups,
+        volumes,
         train.tolist(),
         val.tolist(),
         mean,

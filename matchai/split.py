@@ -51,6 +51,7 @@ class FoundGroups:
 
     Attributes:
         groups: (N,) int64, from 0, numbered by first appearance; slices with one number must stay on one side.
+        volumes: (N,) int64, from 0, rising; a slice in no order is a volume of its own.
         num_groups: How many numbers there are.
         num_volumes: Runs of alike neighbours found in stacked arrays, before near-duplicates were joined.
         num_alone: Slices in no such run.
@@ -59,6 +60,7 @@ class FoundGroups:
     """
 
     groups: _Ints
+    volumes: _Ints
     num_groups: int
     num_volumes: int
     num_alone: int
@@ -97,7 +99,21 @@ def find_groups(thumbnails: _Floats, sets: _Ints) -> FoundGroups:
         f"{'; '.join(found)}: {_count(num_groups, 'group')}. "
         "Patients cannot be told from images: where they are known, give a groups file."
     )
-    return FoundGroups(groups, num_groups, num_volumes, num_alone, num_pairs, description)
+    return FoundGroups(groups, volumes, num_groups, num_volumes, num_alone, num_pairs, description)
+
+
+def volume_numbers(sets: _Ints, groups: NDArray[Any]) -> _Ints:
+    """Numbers the volumes: runs of consecutive slices of one set and one group.
+
+    Args:
+        sets: (N,) the number of the file of each slice.
+        groups: (N,) integers or strings, the group of each slice.
+
+    Returns:
+        (N,) int64, from 0, rising.
+    """
+    is_border = (sets[1:] != sets[:-1]) | (groups[1:] != groups[:-1])
+    return np.concatenate([[0], np.cumsum(is_border)]).astype(np.int64)
 
 
 def _count(number: int, noun: str) -> str:

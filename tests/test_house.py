@@ -16,6 +16,7 @@ FLOORS = [
         "checkpoint",
         "claims",
         "console",
+        "context",
         "digests",
         "dropout",
         "evidence",

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from matchai.errors import InputError
 from matchai.phantom import phantom_slices
-from matchai.split import assign_folds, check_groups_array, find_groups
+from matchai.split import assign_folds, check_groups_array, find_groups, volume_numbers
 
 MEDSEG = Path(__file__).parents[2] / "shared/data/medseg50.npz"
 RADIOPAEDIA_LENGTHS = (39, 39, 42, 42, 45, 45, 66, 93, 418)
@@ -276,6 +276,15 @@ def test_fewer_groups_than_folds_are_refused_with_the_way_out() -> None:
 
 
 # Groups files
+
+
+def test_a_volume_ends_with_its_file_and_with_its_group() -> None:
+    sets, groups = np.array([0, 0, 0, 1, 1, 1]), np.array(["a", "b", "b", "b", "a", "a"])
+    assert volume_numbers(sets, groups).tolist() == [0, 1, 1, 2, 3, 3]
+
+
+def test_the_volumes_found_in_the_images_are_told(stack: tuple[NDArray[np.float32], NDArray[np.int64]]) -> None:
+    assert (find_groups(stack[0], zeros(len(stack[0]))).volumes == stack[1]).all()
 
 
 @pytest.mark.parametrize(
