@@ -268,7 +268,7 @@ def draw_confusion_matrix(
 
 def draw_panels(
     images: npt.NDArray[np.floating[Any]],
-    targets: npt.NDArray[np.integer[Any]],
+    targets: npt.NDArray[np.integer[Any]] | None,
     preds: npt.NDArray[np.integer[Any]],
     captions: Sequence[str],
     class_names: Sequence[str],
@@ -278,11 +278,11 @@ def draw_panels(
     *,
     title: str,
 ) -> None:
-    """Draws slices, a row each: the CT alone, under its ground truth, and under the prediction.
+    """Draws slices, a row each: the CT alone, under its ground truth if there is one, and under the prediction.
 
     Args:
         images: (K, H, W) floats in HU; K from 1 to 8 reads well. A pixel that is not a number is drawn black.
-        targets: (K, H, W) class indices of the annotation.
+        targets: (K, H, W) class indices of the annotation; None where there is none.
         preds: (K, H, W) class indices of the prediction.
         captions: K lines of plain text, one below each row.
         class_names: C names. The outline of an earlier class lies over that of a later one.
@@ -299,16 +299,19 @@ def draw_panels(
     keys = {k: {"markerfacecolor": (*to_rgb(color), 0.6), "markeredgecolor": color} for k, color in colors.items()}
     page.legend([(class_names[index], square | key) for index, key in keys.items()])
 
-    width = (page.width - 2 * MARGIN - 2 * GAP) / 3
-    height = round(width * DPI * images.shape[1] / images.shape[2]) / DPI
-    lefts = [MARGIN + column * (width + GAP) for column in range(3)]
     window = f"window {low:g} to {high:g} HU".replace("-", "−")
-    for left, head in zip(lefts, (f"CT, {window}", "ground truth", "prediction"), strict=True):
+    plain = np.full_like(preds, background_class)
+    columns = {f"CT, {window}": plain, "ground truth": targets, "prediction": preds}
+    shown = {head: labels for head, labels in columns.items() if labels is not None}
+    width = (page.width - 2 * MARGIN - (len(shown) - 1) * GAP) / len(shown)
+    height = round(width * DPI * images.shape[1] / images.shape[2]) / DPI
+    lefts = [MARGIN + column * (width + GAP) for column in range(len(shown))]
+    for left, head in zip(lefts, shown, strict=True):
         page.write(left, page.y, [head], TEXT_SIZE, color=MUTED)
     page.y += _height([""], TEXT_SIZE) + 0.02
-    for image, target, pred, caption in zip(images, targets, preds, captions, strict=True):
+    for image, caption, *row in zip(images, captions, *shown.values(), strict=True):
         grey = np.clip((np.nan_to_num(image.astype(np.float64), nan=low) - low) / (high - low), 0, 1)
-        for left, labels in zip(lefts, (np.full_like(target, background_class), target, pred), strict=True):
+        for left, labels in zip(lefts, row, strict=True):
             _fill_panel(page.axes(left, width, height), grey, labels, colors)
         page.y += height + 0.05
         page.paragraph(caption, TEXT_SIZE)

@@ -31,16 +31,19 @@ __all__ = ["PROBE_SIZE", "build_model", "smp", "timm"]  # the libraries, too: th
 PROBE_SIZE = 64  # pixels; enough for five halvings
 
 
-def build_model(encoder: str, num_classes: int, *, encoder_weights: str = "none", seed: int = 0) -> nn.Module:
-    """Builds the UNet++ for one-channel slices.
+def build_model(
+    encoder: str, num_classes: int, *, in_channels: int = 1, encoder_weights: str = "none", seed: int = 0
+) -> nn.Module:
+    """Builds the UNet++ for CT slices.
 
-    Takes images (B, 1, H, W) to logits (B, num_classes, H, W), H and W multiples of 32. The same seed gives the same
-    weights; the global random state is left as it was. Parameters that no output depends on (the recipe's encoder has
-    `conv_head` and `bn2`) are frozen: DistributedDataParallel waits for their gradient in vain.
+    Takes images (B, in_channels, H, W) to logits (B, num_classes, H, W), H and W multiples of 32. The same seed gives
+    the same weights; the global random state is left as it was. Parameters that no output depends on (the recipe's
+    encoder has `conv_head` and `bn2`) are frozen: DistributedDataParallel waits for their gradient in vain.
 
     Args:
         encoder: Name of an smp encoder.
         num_classes: C.
+        in_channels: 1, or more where neighbouring slices are channels, too.
         encoder_weights: `imagenet` (local cache, then hub), `none`, or a file of encoder weights.
         seed: Seed of the initial weights.
 
@@ -52,19 +55,20 @@ def build_model(encoder: str, num_classes: int, *, encoder_weights: str = "none"
         warnings.filterwarnings("ignore", "`timm-` encoders are deprecated", DeprecationWarning)
         warnings.filterwarnings("ignore", "For 'tu-'", UserWarning)
         torch.manual_seed(seed)
-        model = _unetplusplus(encoder, num_classes, encoder_weights)
+        model = _unetplusplus(encoder, num_classes, in_channels, encoder_weights)
     key_dropout(model)
-    _freeze_unused(model)
+    _freeze_unused(model, in_channels)
     return model
 
 
-def _unetplusplus(encoder: str, num_classes: int, encoder_weights: str) -> nn.Module:
+def _unetplusplus(encoder: str, num_classes: int, in_channels: int, encoder_weights: str) -> nn.Module:
     # timm's own encoders bring their weights themselves
     by_timm = encoder_weights == "imagenet" and "pretrained_settings" not in smp.encoders.encoders.get(encoder, {})
     pretrained = encoder_weights != "none" and not by_timm
     weights = _encoder_weights(encoder, encoder_weights) if pretrained else {}
     # only the first convolution takes colours; by shape, as a safetensors file does not keep the order of its names
-    channels = 3 if any(weight.ndim == 4 and weight.shape[1] == 3 for weight in weights.values()) else 1
+    has_colours = any(weight.ndim == 4 and weight.shape[1] == 3 for weight in weights.values())
+    channels = 3 if has_colours else in_channels
     try:
         model: Any = smp.UnetPlusPlus(
             encoder, encoder_weights="imagenet" if by_timm else None, in_channels=channels, classes=num_classes
@@ -77,8 +81,9 @@ def _unetplusplus(encoder: str, num_classes: int, encoder_weights: str) -> nn.Mo
             model.encoder.load_state_dict(dict(weights))
         except (RuntimeError, KeyError):
             _load_fitting(model.encoder, weights, f"{encoder_weights} does not hold the weights of encoder {encoder}")
-        if channels == 3:
-            model.encoder.set_in_channels(1, pretrained=True)  # sums the filters over the colours
+        if has_colours and in_channels != 3:
+            # one channel: the filters summed over the colours; more: repeated, and scaled to the same sum
+            model.encoder.set_in_channels(in_channels, pretrained=True)
     built: nn.Module = model
     return built
 
@@ -161,10 +166,10 @@ def _encoder_problem(encoder: str, by_timm: bool, error: Exception) -> str:
     )
 
 
-def _freeze_unused(model: nn.Module) -> None:
+def _freeze_unused(model: nn.Module, in_channels: int) -> None:
     was_training = model.training
     model.eval()
-    model(torch.zeros(1, 1, PROBE_SIZE, PROBE_SIZE)).sum().backward()
+    model(torch.zeros(1, in_channels, PROBE_SIZE, PROBE_SIZE)).sum().backward()
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.grad is not None)
         parameter.grad = None

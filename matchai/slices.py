@@ -261,13 +261,26 @@ def _image_problems(one: ArraySet, rows: list[dict[str, Any]], hu_window: tuple[
             "Replace them, by -1000 HU (air) say."
         ]
     low, high = min(row["low"] for row in rows), max(row["high"] for row in rows)
+    problem = implausible_range(str(one.image_path), low, high, hu_window)
+    return [problem] if problem else []
+
+
+def implausible_range(what: str, low: float, high: float, hu_window: tuple[float, float]) -> str | None:
+    """A sentence if values are hardly Hounsfield units of a lung, else None.
+
+    Args:
+        what: The file or folder that holds them.
+        low: The lowest value.
+        high: The highest.
+        hu_window: The range that is kept.
+    """
     width = hu_window[1] - hu_window[0]
-    span = f"{one.image_path} holds values from {low:g} to {high:g}"
+    span = f"{what} holds values from {low:g} to {high:g}"
     window = f"the window of {hu_window[0]:g} to {hu_window[1]:g} HU"
     if low == high:
-        return [f"{one.image_path} is constant: every pixel is {low:g}, so there is nothing to see."]
+        return f"{what} is constant: every pixel is {low:g}, so there is nothing to see."
     if high <= hu_window[0] or low >= hu_window[1]:
-        return [f"{span}, all outside {window}; state the range to keep with --hu-window LOW HIGH."]
+        return f"{span}, all outside {window}; state the range to keep with --hu-window LOW HIGH."
     if high - low < width / 4 or (hu_window[0] <= -500 < low):
         kind = "values that are no Hounsfield units"
         if low >= 0 and high <= 1.5:
@@ -276,11 +289,11 @@ def _image_problems(one: ArraySet, rows: list[dict[str, Any]], hu_window: tuple[
             kind = "8-bit grey values, not HU"
         elif low >= 0:
             kind = "raw CT values without their offset (HU is usually the value - 1024)"
-        return [
+        return (
             f"{span}, which look like {kind} (lung lies near -850): {window} would lose them. Convert them to HU, "
             f"or state the range to keep with --hu-window {low:g} {high:g}."
-        ]
-    return []
+        )
+    return None
 
 
 def _mask_problems(one: ArraySet, rows: list[dict[str, Any]], num_classes: int) -> list[str]:

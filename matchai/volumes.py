@@ -24,25 +24,42 @@ UPRIGHT = "PL"
 
 
 class Volume(Protocol):
-    """Slices of one input.
+    """Slices of one input."""
 
-    Attributes:
-        name: The input's name without its suffix, for the files that are made of it.
-        path: The file or folder that the user named.
-        shape: Slices, rows and columns (N, H, W), as `read` gives them.
-        orientation: Toward which sides of the patient rows and columns run, such as "LP" (`matchai.config`).
-        spacing: Millimetres between neighbouring slices, rows and columns; None where unknown.
-        voxel_ml: Volume of a voxel in mL; None where unknown.
-        notes: What the user should know of the input, in sentences.
-    """
+    @property
+    def name(self) -> str:
+        """The input's name without its suffix, for the files that are made of it."""
+        ...
 
-    name: str
-    path: Path
-    shape: tuple[int, int, int]
-    orientation: str
-    spacing: tuple[float, float, float] | None
-    voxel_ml: float | None
-    notes: Sequence[str]
+    @property
+    def path(self) -> Path:
+        """The file or folder that the user named."""
+        ...
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Slices, rows and columns (N, H, W), as `read` gives them."""
+        ...
+
+    @property
+    def orientation(self) -> str:
+        """Toward which sides of the patient rows and columns run, such as "LP" (`matchai.config`)."""
+        ...
+
+    @property
+    def spacing(self) -> tuple[float, float, float] | None:
+        """Millimetres between neighbouring slices, rows and columns; None where unknown."""
+        ...
+
+    @property
+    def voxel_ml(self) -> float | None:
+        """Volume of a voxel in mL; None where unknown."""
+        ...
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """What the user should know of the input, in sentences."""
+        ...
 
     def read(self, index: int) -> NDArray[np.float32]:
         """Slice `index`, (H, W) float32 in HU, native byte order; may be called from several threads at once."""
@@ -73,6 +90,10 @@ class Volume(Protocol):
         Returns:
             The file, or folder of files.
         """
+        ...
+
+    def close(self) -> None:
+        """Gives up what was unpacked; a later `read` unpacks it again."""
         ...
 
 
@@ -117,7 +138,8 @@ class ArrayVolume:
     @property
     def shape(self) -> tuple[int, int, int]:
         """Slices, rows and columns."""
-        return self._slices.shape
+        length, height, width = self._slices.shape
+        return length, height, width
 
     @property
     def _slices(self) -> NDArray[Any]:
@@ -138,6 +160,9 @@ class ArrayVolume:
     def save_map(self, folder: Path, values: NDArray[np.uint16], what: str) -> Path:
         """See `Volume`; float16, whose steps below 1 are at most 0.0005."""
         return self._save(folder / f"{self.name}_{what}.npy", values, np.float16, 1 / STEPS)
+
+    def close(self) -> None:
+        """See `Volume`; nothing is unpacked."""
 
     def _save(self, path: Path, values: NDArray[Any], kind: type[np.generic], scale: float) -> Path:
         def write(file: BinaryIO) -> None:

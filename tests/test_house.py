@@ -42,13 +42,15 @@ FLOORS = [
         "study_rows",
         "tally",
         "volumes",
+        "inputs",
+        "summaries",
         "waiting",
         "data",
     },
-    {"loop", "build", "resume", "run_figures", "opening", "space"},
+    {"loop", "build", "inference", "prediction", "resume", "run_figures", "opening", "space"},
     {"runner"},
     {"plan", "ledger", "confirm", "study", "workers"},
-    {"train", "tune"},
+    {"predict", "train", "tune"},
 ]
 ROOMS = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
 
