@@ -47,10 +47,10 @@ FLOORS = [
         "waiting",
         "data",
     },
-    {"loop", "build", "inference", "prediction", "resume", "run_figures", "opening", "space"},
+    {"loop", "build", "exporting", "inference", "prediction", "resume", "run_figures", "opening", "space"},
     {"runner"},
     {"plan", "ledger", "confirm", "study", "workers"},
-    {"predict", "train", "tune"},
+    {"__main__", "export", "predict", "train", "tune"},
 ]
 ROOMS = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
 
