@@ -9,6 +9,7 @@ COMMANDS = {
     "train": "trains a UNet++ on CT slices, or goes on with a run",
     "tune": "searches better settings",
     "predict": "predicts slices and volumes with what runs kept",
+    "doctor": "says whether a training would start here, and what to mend",
     "export": "writes a run's model as ONNX, or as weights for plain segmentation-models-pytorch",
 }
 """Each command, which is a room of its own, and what it does."""

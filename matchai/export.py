@@ -31,7 +31,7 @@ class ExportSettings:
 
 
 def main(argv: list[str] | None = None, prog: str = "python -m matchai.export") -> int:
-    """Exports as the command line says; returns the exit status: 0, 1 not the same, 2 the user's mistake, 130 Ctrl-C."""
+    """Exports as the command line says; returns its status: 0, 1 not the same, 2 the user's mistake, 130 Ctrl-C."""
     try:
         settings = tyro.cli(ExportSettings, args=argv, prog=prog, description=DESCRIPTION)
         folder = settings.run if settings.run.is_dir() else settings.run.parent

@@ -14,9 +14,12 @@ FLOORS = [
         "arrays",
         "augmentation",
         "checkpoint",
+        "checkup",
         "claims",
         "console",
         "context",
+        "data_figures",
+        "data_report",
         "digests",
         "dropout",
         "evidence",
@@ -32,6 +35,7 @@ FLOORS = [
         "page",
         "phantom",
         "processes",
+        "resources",
         "sampling",
         "search",
         "slices",
@@ -48,9 +52,9 @@ FLOORS = [
         "data",
     },
     {"loop", "build", "exporting", "inference", "prediction", "resume", "run_figures", "opening", "space"},
-    {"runner"},
+    {"examination", "runner"},
     {"plan", "ledger", "confirm", "study", "workers"},
-    {"__main__", "export", "predict", "train", "tune"},
+    {"__main__", "doctor", "export", "predict", "train", "tune"},
 ]
 ROOMS = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
 
