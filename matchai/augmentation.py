@@ -36,6 +36,7 @@ class Augmentation:
         affine_translate: Its shift, 0 to this share of the size.
         brightness_contrast: Chance of a change of brightness and contrast.
         brightness_contrast_limit: Its strength, ± this share of the window.
+        channels: Images that are changed alike: a slice and its neighbours.
     """
 
     def __init__(
@@ -54,8 +55,11 @@ class Augmentation:
         affine_translate: float = 0.03,
         brightness_contrast: float = 0.2,
         brightness_contrast_limit: float = 0.10,
+        channels: int = 1,
     ) -> None:
         self.seed = seed
+        # one after another, as OpenCV takes at most four channels at once, and interleaved ones take twice as long
+        self.others = [f"image{k}" for k in range(1, channels)]
         limit = brightness_contrast_limit
         self.transform: Any = A.Compose(
             [
@@ -72,7 +76,8 @@ class Augmentation:
                     p=affine,
                 ),
                 A.RandomBrightnessContrast(limit, limit, p=brightness_contrast),
-            ]
+            ],
+            additional_targets=dict.fromkeys(self.others, "image"),
         )
 
     def __call__(
@@ -81,7 +86,7 @@ class Augmentation:
         """Augments the draw at `position` of `epoch`; neither reads nor changes any global random state.
 
         Args:
-            image: (H, W) float32 in 0..1.
+            image: (H, W) or (channels, H, W) float32 in 0..1.
             target: (H, W) uint8 class indices.
             epoch: The epoch.
             position: The place of the draw in the epoch.
@@ -92,5 +97,7 @@ class Augmentation:
         generator = np.random.default_rng(seed_sequence(_STREAM, self.seed, epoch, position))
         # one pair of generators shared by all transforms: set_random_seed would give each the same numbers
         self.transform.set_random_state(generator, random.Random(int(generator.integers(2**63))))
-        out = self.transform(image=image, mask=target)
-        return out["image"], out["mask"]
+        first, *others = image.reshape(-1, *target.shape)
+        out = self.transform(image=first, mask=target, **dict(zip(self.others, others, strict=True)))
+        images = [out["image"], *(out[name] for name in self.others)]
+        return np.stack(images) if image.ndim == 3 else images[0], out["mask"]

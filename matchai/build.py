@@ -36,8 +36,26 @@ AIR = -1000.0  # HU
 def build_model_of(config: TrainConfig, *, is_resuming: bool) -> nn.Module:
     """The model that the settings ask for; with random weights where `init` or a stored state will replace them."""
     weights = "none" if config.run.init or is_resuming else config.network.encoder_weights
-    num_classes = len(config.input.class_names)
-    return build_model(config.network.encoder, num_classes, encoder_weights=weights, seed=config.run.seed)
+    return build_model(
+        config.network.encoder,
+        len(config.input.class_names),
+        in_channels=num_channels(config),
+        encoder_weights=weights,
+        seed=config.run.seed,
+    )
+
+
+def num_channels(config: TrainConfig) -> int:
+    """Channels of an image: the slice and its neighbours."""
+    return 2 * config.network.context + 1
+
+
+def dataset_of(
+    config: TrainConfig, data: Data, indices: list[int], augmentation: Augmentation | None = None
+) -> SliceDataset:
+    """Some slices as the model takes them."""
+    context = config.network.context
+    return SliceDataset(data.slices, indices, data.mean, data.std, augmentation, volumes=data.volumes, context=context)
 
 
 def slice_weights_of(config: TrainConfig, data: Data) -> np.ndarray[Any, np.dtype[np.float64]]:
@@ -111,12 +129,14 @@ def build_training(
     low, high = config.input.hu_window
     chances = {name: getattr(config.augmentation, name) for name in vars(config.augmentation)}
     air = min(max((AIR - low) / (high - low), 0.0), 1.0)
-    augmentation = Augmentation(seed, air, names.index(config.input.background_class), **chances)
+    augmentation = Augmentation(
+        seed, air, names.index(config.input.background_class), **chances, channels=num_channels(config)
+    )
     num_local = num_local_processes(accelerator.num_processes)
     workers = config.machine.num_workers
     workers = default_workers(device, num_local) if workers is None else workers
-    train_set = SliceDataset(data.slices, data.train, data.mean, data.std, augmentation)
-    val_set = SliceDataset(data.slices, data.val, data.mean, data.std)
+    train_set = dataset_of(config, data, data.train, augmentation)
+    val_set = dataset_of(config, data, data.val)
 
     def load(dataset: SliceDataset, batches: Any, num_workers: int) -> DataLoader[Any]:
         return DataLoader(
@@ -135,7 +155,7 @@ def build_training(
         if config.network.sync_batch_norm:
             model = synchronise_processes(model)
         model = accelerator.prepare(model)
-        _settle_buckets(model, seed)
+        _settle_buckets(model, seed, num_channels(config))
     buffers = join_buffers(model)  # after Accelerate, which puts other tensors in their place
     lockstep = None
     if in_lockstep:
@@ -146,19 +166,17 @@ def build_training(
     mine = range(accelerator.process_index, len(data.val), accelerator.num_processes)
     val_batches = [list(mine[k : k + val_batch_size]) for k in range(0, len(mine), val_batch_size)]
     pixels = torch.from_numpy(np.asarray(data.slices.pixels)[data.train].sum(axis=0))
-    loss = SegmentationLoss(
-        balanced_class_weights(pixels),
-        ce_weight=config.loss.ce_weight,
-        dice_weight=config.loss.dice_weight,
-        focal_weight=config.loss.focal_weight,
-        focal_gamma=config.loss.focal_gamma,
-    )
+    shares = {name: getattr(config.loss, name) for name in vars(config.loss)}
+    loss = SegmentationLoss(balanced_class_weights(pixels), **shares).to(device)
+    # judged by the labels as they are
+    val_loss = SegmentationLoss(balanced_class_weights(pixels), **{**shares, "soft_boundary": 0}).to(device)
     return Training(
         accelerator=accelerator,
         model=model,
         buffers=buffers,
         keyed_layers=keyed_layers(model),
-        loss=loss.to(device),
+        loss=loss,
+        val_loss=val_loss,
         optimizer=optimizer,
         scheduler=scheduler,
         sampler=sampler,
@@ -183,14 +201,14 @@ def end_workers(training: Training) -> None:
             loader._iterator = None
 
 
-def _settle_buckets(model: nn.Module, seed: int) -> None:
+def _settle_buckets(model: nn.Module, seed: int, in_channels: int) -> None:
     """Two throw-away backward passes, after which DistributedDataParallel has its gradients in their final buckets.
 
     It reorders them after the first pass. The order of a sum of three or more processes' numbers hangs on their place
     in a bucket, so a resumed run would else begin with other sums than the uninterrupted one had.
     """
     kept = [buffer.clone() for buffer in model.buffers()]
-    blank = next(model.parameters()).new_zeros(2, 1, PROBE_SIZE, PROBE_SIZE)
+    blank = next(model.parameters()).new_zeros(2, in_channels, PROBE_SIZE, PROBE_SIZE)
     model.train()
     for _ in range(2):
         set_dropout(keyed_layers(model), seed, 0, [0, 1], blank.device)

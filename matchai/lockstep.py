@@ -65,7 +65,7 @@ class Lockstep:
 
         Args:
             loss: The loss.
-            images: (B, 1, S, S) this process's share; B may be 0.
+            images: (B, 2 · context + 1, S, S) this process's share; B may be 0.
             target: (B, S, S).
             positions: (B,) places of the draws in the epoch.
             num_draws: Slices of the global batch.

@@ -44,6 +44,7 @@ class Training:
         buffers: Its buffers, joined by `matchai.normalisation.join_buffers`.
         keyed_layers: Its dropouts and drop paths.
         loss: The loss.
+        val_loss: The loss of the validation, whose labels are never softened.
         optimizer: Not prepared, as Accelerate's wrapping takes longer than a small step's own bookkeeping; fused, so
             that it can leave out a step by itself.
         scheduler: Stepped once a step; not prepared, as Accelerate would step it once a process.
@@ -66,6 +67,7 @@ class Training:
     buffers: list[Tensor]
     keyed_layers: list[KeyedLayer]
     loss: SegmentationLoss
+    val_loss: SegmentationLoss
     optimizer: torch.optim.AdamW
     scheduler: OneCycleLR
     sampler: DistributedWeightedSampler
@@ -172,7 +174,7 @@ def train_step(
         training: The parts.
         epoch: The epoch.
         num_draws: Slices of the global batch.
-        images: (B, 1, S, S) this process's share; B may be 0.
+        images: (B, 2 · context + 1, S, S) this process's share; B may be 0.
         target: (B, S, S).
         positions: (B,) places of the draws in the epoch.
     """
@@ -329,15 +331,15 @@ def validate(
                 target = labels.to(device, non_blocking=True)
                 with accelerator.autocast():
                     logits = model(_to_device(images, device))
-                sums[positions[0]] = training.loss.sums(logits, target).double()
+                sums[positions[0]] = training.val_loss.sums(logits, target).double()
                 counts[positions] = confusion_counts(logits.argmax(1), target, num_classes)
             after_batch(agree_to_stop(training))
     sums, counts = accelerator.reduce(sums, "sum"), accelerator.reduce(counts, "sum")
-    return float(training.loss.value(sums.sum(0))), counts.cpu().numpy()
+    return float(training.val_loss.value(sums.sum(0))), counts.cpu().numpy()
 
 
 def predict(training: Training, images: Tensor) -> Tensor:
-    """The class indices (B, S, S) of standardised images (B, 1, S, S), by the model that is validated."""
+    """The class indices (B, S, S) of standardised images (B, 2 · context + 1, S, S), by the model that is validated."""
     model = training.validated_model.eval()
     with torch.no_grad(), training.accelerator.autocast():
         logits: Tensor = model(_to_device(images, training.accelerator.device))

@@ -33,6 +33,9 @@ class SegmentationLoss(nn.Module):
         focal_weight: Share of the focal loss (Lin et al. 2017), one class against the rest by sigmoid, the mean over
             classes and pixels of (1 - p)^γ · -log p.
         focal_gamma: Its exponent γ.
+        soft_boundary: Pixels over which the target is softened, see `soften`; with shares q of the classes in place of
+            their pixels the terms are Σ w q · -log p / Σ w q, the overlap Σ p q with sizes Σ p and Σ q, and
+            q (1 - s)^γ · -log s + (1 - q) s^γ · -log (1 - s).
     """
 
     class_weights: Tensor
@@ -45,6 +48,7 @@ class SegmentationLoss(nn.Module):
         dice_weight: float = 0.5,
         focal_weight: float = 0.25,
         focal_gamma: float = 2.5,
+        soft_boundary: int = 0,
     ) -> None:
         super().__init__()
         self.register_buffer("class_weights", class_weights)
@@ -52,6 +56,7 @@ class SegmentationLoss(nn.Module):
         self.dice_weight = dice_weight
         self.focal_weight = focal_weight
         self.focal_gamma = focal_gamma
+        self.soft_boundary = soft_boundary
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         """The loss of a whole batch: logits (B, C, H, W) of any float type, target (B, H, W) integer; a scalar."""
@@ -70,26 +75,29 @@ class SegmentationLoss(nn.Module):
         """
         logits = logits.float() if logits.dtype != torch.float64 else logits
         num_classes = logits.shape[1]
-        target = target.long().unsqueeze(1)
-        is_target = target == torch.arange(num_classes, device=logits.device).view(1, -1, 1, 1)
+        target, class_weights = target.long().unsqueeze(1), self.class_weights.to(logits.dtype)
         log_probs = F.log_softmax(logits, dim=1)
         probs = log_probs.exp()
-        pixel_weights = self.class_weights.to(logits.dtype)[target]
-        # σ(z) is the probability that the one-vs-rest answer is wrong; the power by exp and log keeps the gradient
-        # finite where it underflows
-        z = torch.where(is_target, -logits, logits)
+        if self.soft_boundary:
+            shares = soften(target.squeeze(1), num_classes, self.soft_boundary, logits.dtype)
+            weighted = shares * class_weights.view(1, -1, 1, 1)
+            cross_entropy, ce_weights = (log_probs * weighted).sum(), weighted.sum()
+            focal = shares * self._focal(-logits) + (1 - shares) * self._focal(logits)
+        else:
+            shares = _one_hot(target, num_classes)
+            pixel_weights = class_weights[target]
+            cross_entropy, ce_weights = (log_probs.gather(1, target) * pixel_weights).sum(), pixel_weights.sum()
+            focal = self._focal(torch.where(shares, -logits, logits))
+        num_values = torch.full((), float(logits.numel()), dtype=logits.dtype, device=logits.device)
+        scalars = torch.stack((-cross_entropy, ce_weights, focal.sum(), num_values))
+        overlap = (probs * shares).sum((0, 2, 3))
+        return torch.cat((scalars, overlap, probs.sum((0, 2, 3)), shares.sum((0, 2, 3)).to(logits.dtype)))
+
+    def _focal(self, z: Tensor) -> Tensor:
+        """The focal loss of one-vs-rest answers that are wrong with the probability σ(z), of the shape of z."""
         wrong = F.softplus(z)
-        focal = torch.exp(self.focal_gamma * (z - wrong)) * wrong
-        scalars = torch.stack(
-            (
-                -(log_probs.gather(1, target) * pixel_weights).sum(),
-                pixel_weights.sum(),
-                focal.sum(),
-                torch.full((), float(logits.numel()), dtype=logits.dtype, device=logits.device),
-            )
-        )
-        overlap = (probs * is_target).sum((0, 2, 3))
-        return torch.cat((scalars, overlap, probs.sum((0, 2, 3)), is_target.sum((0, 2, 3)).to(logits.dtype)))
+        # the power by exp and log keeps the gradient finite where it underflows
+        return torch.exp(self.focal_gamma * (z - wrong)) * wrong
 
     def value(self, sums: Tensor) -> Tensor:
         """The loss, a scalar, from the sums of all pixels, (4 + 3 C,)."""
@@ -111,6 +119,36 @@ class SegmentationLoss(nn.Module):
             by_overlap = -self.dice_weight * counted / size
             slopes = torch.cat((scalars, by_overlap, by_overlap * dice * -0.5, torch.zeros_like(present)))
         return value, slopes
+
+
+def _one_hot(target: Tensor, num_classes: int) -> Tensor:
+    """(B, C, H, W) bool of a target (B, 1, H, W)."""
+    return target == torch.arange(num_classes, device=target.device).view(1, -1, 1, 1)
+
+
+def soften(target: Tensor, num_classes: int, width: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Shares of the classes in place of a class index, for labels whose borders are not known to the pixel.
+
+    The shares of a pixel are those of the labels in the square of 2 · width + 1 pixels around it, as far as it lies in
+    the slice. So they fall from 1 to 0 in equal steps across a straight border, and are 0 or 1 for pixels that lie
+    farther than `width` from any other class.
+
+    Args:
+        target: (B, H, W) integer class indices.
+        num_classes: C.
+        width: Pixels on each side.
+        dtype: Of the shares.
+
+    Returns:
+        (B, C, H, W), adding up to 1 over the classes.
+    """
+    shares = _one_hot(target.unsqueeze(1), num_classes).to(dtype)
+    size = 2 * width + 1
+    # means of a row's and then a column's pixels inside the slice: together those of the square
+    for window in ((1, size), (size, 1)):
+        padding = (window[0] // 2, window[1] // 2)
+        shares = F.avg_pool2d(shares, window, 1, padding, count_include_pad=False)
+    return shares
 
 
 def balanced_class_weights(pixels: Tensor) -> Tensor:

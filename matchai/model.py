@@ -34,7 +34,7 @@ PROBE_SIZE = 64  # pixels; enough for five halvings
 def build_model(
     encoder: str, num_classes: int, *, in_channels: int = 1, encoder_weights: str = "none", seed: int = 0
 ) -> nn.Module:
-    """Builds the UNet++ for CT slices.
+    """Builds the UNet++ for slices, each alone or between its neighbours.
 
     Takes images (B, in_channels, H, W) to logits (B, num_classes, H, W), H and W multiples of 32. The same seed gives
     the same weights; the global random state is left as it was. Parameters that no output depends on (the recipe's
@@ -43,8 +43,9 @@ def build_model(
     Args:
         encoder: Name of an smp encoder.
         num_classes: C.
-        in_channels: 1, or more where neighbouring slices are channels, too.
-        encoder_weights: `imagenet` (local cache, then hub), `none`, or a file of encoder weights.
+        in_channels: Channels of an image.
+        encoder_weights: `imagenet` (local cache, then hub), `none`, or a file of encoder weights. Filters of the first
+            layer that take three colours, or one channel, are shared out to the channels as smp does.
         seed: Seed of the initial weights.
 
     Raises:
@@ -67,25 +68,42 @@ def _unetplusplus(encoder: str, num_classes: int, in_channels: int, encoder_weig
     pretrained = encoder_weights != "none" and not by_timm
     weights = _encoder_weights(encoder, encoder_weights) if pretrained else {}
     # only the first convolution takes colours; by shape, as a safetensors file does not keep the order of its names
-    has_colours = any(weight.ndim == 4 and weight.shape[1] == 3 for weight in weights.values())
-    channels = 3 if has_colours else in_channels
+    colours = any(weight.ndim == 4 and weight.shape[1] == 3 for weight in weights.values())
     try:
         model: Any = smp.UnetPlusPlus(
-            encoder, encoder_weights="imagenet" if by_timm else None, in_channels=channels, classes=num_classes
+            encoder,
+            encoder_weights="imagenet" if by_timm else None,
+            in_channels=3 if colours else in_channels,
+            classes=num_classes,
         )
+        if colours and in_channels != 3:  # not at once: the decoder's random numbers follow those of three channels
+            model.encoder = smp.encoders.get_encoder(encoder, in_channels, weights=None)
     except Exception as error:
         raise InputError(_encoder_problem(encoder, by_timm, error)) from error
     if pretrained:
+        weights = _share_out(weights, model.encoder.state_dict())
         try:
             # the encoder's own way first: it drops its classifier, and some rename what older files hold
             model.encoder.load_state_dict(dict(weights))
         except (RuntimeError, KeyError):
             _load_fitting(model.encoder, weights, f"{encoder_weights} does not hold the weights of encoder {encoder}")
-        if has_colours and in_channels != 3:
-            # one channel: the filters summed over the colours; more: repeated, and scaled to the same sum
-            model.encoder.set_in_channels(in_channels, pretrained=True)
     built: nn.Module = model
     return built
+
+
+def _share_out(weights: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights, the filters of their first layer shared out to as many channels as `expected` has, as smp does."""
+    fitted = dict(weights)
+    for name, weight in weights.items():
+        shape = expected[name].shape if name in expected else weight.shape
+        if weight.shape == shape or weight.ndim != 4 or weight.shape[1] not in (1, 3):
+            continue
+        held, wanted = weight.shape[1], shape[1]
+        if wanted == 1:
+            fitted[name] = weight.sum(1, keepdim=True)
+        else:
+            fitted[name] = weight[:, [channel % held for channel in range(wanted)]] * (held / wanted)
+    return fitted
 
 
 def _load_fitting(encoder: nn.Module, weights: dict[str, Tensor], problem: str) -> None:

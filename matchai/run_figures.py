@@ -8,11 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from matchai.build import dataset_of
 from matchai.config import TrainConfig
 from matchai.data import Data
 from matchai.figures import draw_confusion_matrix, draw_dice_per_class, draw_learning_curves, draw_panels
 from matchai.metrics import Counts, dice_per_class
-from matchai.slices import STEPS, SliceDataset
+from matchai.slices import STEPS
 
 NUM_TYPICAL, NUM_WORST = 3, 3
 
@@ -35,7 +36,7 @@ def draw_figures(
         confusions: (N, C, C) counts of every validation slice, in the order of `data.val`.
         data: The slices.
         config: The run's settings.
-        predict: Takes standardised images (B, 1, S, S) to class indices (B, S, S).
+        predict: Takes standardised images (B, 2 · context + 1, S, S) to class indices (B, S, S).
         epoch: The epoch that the counts and predictions are of.
     """
     folder.mkdir(exist_ok=True)
@@ -53,7 +54,7 @@ def draw_figures(
     ranked = sorted(np.flatnonzero(~np.isnan(dice)).tolist(), key=lambda row: float(dice[row]))
     middle = max(0, len(ranked) // 2 - NUM_TYPICAL // 2)
     choices = {"panels": ranked[middle : middle + NUM_TYPICAL], "worst": ranked[:NUM_WORST]}
-    dataset = SliceDataset(data.slices, data.val, data.mean, data.std)
+    dataset = dataset_of(config, data, data.val)
     for name, rows in choices.items():
         if not rows:
             continue

@@ -334,10 +334,10 @@ class _Run:
 
     def _start_from(self, path: Path) -> None:
         weights, about = checkpoint.load_weights(path)
-        mine = {"encoder": self.config.network.encoder, "class_names": self.names}
-        wrong = [
-            f"{name} {about.get(name)} there, {value} here" for name, value in mine.items() if about[name] != value
-        ]
+        network = self.config.network
+        mine = {"encoder": network.encoder, "class_names": self.names, "context": network.context}
+        about = {"context": 0, **about}  # files of the time before context do not name it
+        wrong = [f"{name} {about[name]} there, {value} here" for name, value in mine.items() if about[name] != value]
         if wrong:
             raise InputError(f"--init {path} is of another model: {'; '.join(wrong)}.")
         self.training.raw_model.load_state_dict(weights)

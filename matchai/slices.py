@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 
 from matchai.arrays import ArraySet
 from matchai.augmentation import Augmentation
+from matchai.context import neighbours
 from matchai.digests import fingerprint
 from matchai.errors import InputError
 from matchai.files import sync_folder, write_whole
@@ -72,35 +73,48 @@ class Slices:
 class SliceDataset(Dataset[tuple[Tensor, Tensor, int]]):
     """Standardised images and targets of some slices.
 
-    An item is image (1, S, S) float32, target (S, S) uint8, and the position of the draw in its epoch. Augmented
-    items are asked for by a `matchai.sampling.Draw`, whose epoch and position key the augmentation.
+    An item is image (2 · context + 1, S, S) float32, the slice between its neighbours, target (S, S) uint8, and the
+    position of the draw in its epoch. Augmented items are asked for by a `matchai.sampling.Draw`, whose epoch and
+    position key the augmentation.
 
     Args:
         slices: All slices.
         indices: Which of them this data set holds, in order.
         mean: Subtracted from the windowed image (0 to 1).
         std: Divides the difference.
-        augmentation: For training; None for validation.
+        augmentation: For training, of as many channels as an item's image; None for validation.
+        volumes: (N,) number of the volume of each of all slices, see `matchai.context.neighbours`.
+        context: Neighbours on each side; above 0 it needs `volumes`.
     """
 
     def __init__(
-        self, slices: Slices, indices: Sequence[int], mean: float, std: float, augmentation: Augmentation | None = None
+        self,
+        slices: Slices,
+        indices: Sequence[int],
+        mean: float,
+        std: float,
+        augmentation: Augmentation | None = None,
+        *,
+        volumes: NDArray[np.int64] | None = None,
+        context: int = 0,
     ) -> None:
         self.slices, self.indices, self.mean, self.std = slices, list(indices), mean, std
         self.augmentation = augmentation
+        self.channels = [[index] if volumes is None else neighbours(volumes, index, context) for index in self.indices]
+        assert volumes is not None or context == 0, "context needs to know the volumes"
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def __getitem__(self, draw: int) -> tuple[Tensor, Tensor, int]:
         index = self.indices[draw]
-        image = self.slices.images[index].astype(np.float32) * np.float32(1 / STEPS)
+        image = self.slices.images[self.channels[draw]].astype(np.float32) * np.float32(1 / STEPS)
         target = np.array(self.slices.targets[index])
         position = getattr(draw, "position", int(draw))
         if self.augmentation:
             image, target = self.augmentation(image, target, draw.epoch, position)  # type: ignore[attr-defined]
         image = (image - np.float32(self.mean)) / np.float32(self.std + 1e-8)
-        return torch.from_numpy(image)[None], torch.from_numpy(np.ascontiguousarray(target)), position
+        return torch.from_numpy(image), torch.from_numpy(np.ascontiguousarray(target)), position
 
 
 def prepare(

@@ -29,9 +29,9 @@ SMALL = TrainConfig().updated(image_size=64, batch_size=6, epochs=2, mixed_preci
 class TinyNet(nn.Module):
     """No batch norm, so that micro-batches do not differ by their statistics."""
 
-    def __init__(self) -> None:
+    def __init__(self, in_channels: int = 1) -> None:
         super().__init__()
-        self.layers = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 3, padding=1))
+        self.layers = nn.Sequential(nn.Conv2d(in_channels, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 3, padding=1))
 
     def forward(self, images: Tensor) -> Tensor:
         logits: Tensor = self.layers(images)
@@ -50,18 +50,20 @@ class Thresholds(TinyNet):
 class NormedNet(TinyNet):
     """With batch norm and both kinds of dropout."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, in_channels: int = 1) -> None:
+        super().__init__(in_channels)
         self.layers.insert(1, nn.BatchNorm2d(8))
         self.layers.insert(3, nn.Dropout2d(0.2))
         self.layers.insert(4, nn.Dropout(0.1))
         key_dropout(self)
 
 
-def model_of(name: str) -> nn.Module:
+def model_of(name: str, context: int = 0) -> nn.Module:
     """`tiny`, `normed`, `thresholds`, or the UNet++ with an encoder of that name; float64."""
     torch.manual_seed(0)
-    model = {"tiny": TinyNet, "normed": NormedNet, "thresholds": Thresholds}.get(name, lambda: build_model(name, 4))()
+    in_channels = 2 * context + 1
+    small = {"tiny": TinyNet, "normed": NormedNet, "thresholds": Thresholds}
+    model = small[name](in_channels) if name in small else build_model(name, 4, in_channels=in_channels)
     return model.double()
 
 
@@ -181,7 +183,9 @@ def main() -> None:
     results = {}
     for name, case in cases.items():
         model = case.pop("model", None)
-        results[name] = step(model_of(model), data, **case) if model else validation(data, **case)
+        results[name] = (
+            step(model_of(model, case.get("context", 0)), data, **case) if model else validation(data, **case)
+        )
     torch.save(results, output / f"results-{os.environ['RANK']}.pt")
     torch.distributed.destroy_process_group()
 

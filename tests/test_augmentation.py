@@ -148,3 +148,18 @@ def test_a_chance_is_kept(chance: str) -> None:
     augmentation = Augmentation(0, 0.0, BACKGROUND, **{**NEVER, chance: 0.3})
     changed = sum(not np.array_equal(augmentation(image, target, 0, position)[0], image) for position in range(400))
     assert abs(changed - 120) <= 4 * np.sqrt(400 * 0.3 * 0.7)
+
+
+@settings(deadline=None, max_examples=25)
+@given(position=st.integers(0, 10**6), channels=st.sampled_from([1, 3, 7, 9]))
+def test_every_channel_is_changed_as_it_would_be_alone(position: int, channels: int) -> None:
+    augmentation = Augmentation(0, 0.2, BACKGROUND, **ALWAYS, channels=channels)
+    target = one_slice()[1]
+    images = np.stack([one_slice(seed)[0] for seed in range(channels)])
+    together, moved = augmentation(images, target, 1, position)
+    assert together.shape == images.shape
+    assert together.dtype == np.float32
+    for image, found in zip(images, together, strict=True):
+        alone, expected = Augmentation(0, 0.2, BACKGROUND, **ALWAYS)(image, target, 1, position)
+        assert np.array_equal(found, alone)
+        assert np.array_equal(moved, expected)

@@ -24,9 +24,12 @@ CASES: dict[int, dict[str, dict[str, Any]]] = {
         "more micro-batches than slices": {"model": "normed", "batch_size": 25, "accumulate": 25},
         "tiny micro-batches": {"model": "tiny", "accumulate": 6},
         "own batch norm": {"model": "normed", "sync_batch_norm": False},
+        "context": {"model": SMALLEST, "context": 2},
+        "soft boundary": {"model": SMALLEST, "soft_boundary": 2, "batch_size": 7, "accumulate": 2},
         "NaN": {"model": "normed", "poison": True},
         "validation": {"batch_size": 5},
         "lockstep": {"model": "normed", "deterministic": True},
+        "lockstep with context": {"model": "normed", "deterministic": True, "context": 1, "soft_boundary": 2},
         "lockstep recipe": {"model": RECIPE, "deterministic": True, "batch_size": 5},
     },
     3: {
@@ -38,7 +41,7 @@ CASES: dict[int, dict[str, dict[str, Any]]] = {
     },
 }
 EXACT = [(2, name) for name in ("3+3", "4+2", "5+1", "6+0", "recipe", "dropout", "micro-batches", "tiny micro-batches")]
-EXACT += [(2, "more micro-batches than slices")]
+EXACT += [(2, "more micro-batches than slices"), (2, "context"), (2, "soft boundary")]
 EXACT += [(3, "2+2+2"), (3, "4+1+1")]
 
 
@@ -61,7 +64,7 @@ def together(
 def alone(world: int, name: str, data: Data) -> dict[str, Any]:
     case = dict(CASES[world][name])
     case.pop("split", None)
-    return step(model_of(case.pop("model")), data, **case)
+    return step(model_of(case.pop("model"), case.get("context", 0)), data, **case)
 
 
 def relative_error(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
@@ -116,7 +119,13 @@ def test_a_nan_on_one_process_skips_the_step_on_all(together: dict[int, list[dic
 
 @pytest.mark.parametrize(
     ("world", "name"),
-    [(2, "lockstep"), (2, "lockstep recipe"), (3, "lockstep"), (3, "lockstep with an empty share")],
+    [
+        (2, "lockstep"),
+        (2, "lockstep with context"),
+        (2, "lockstep recipe"),
+        (3, "lockstep"),
+        (3, "lockstep with an empty share"),
+    ],
 )
 def test_in_deterministic_mode_every_bit_is_that_of_one_process(
     world: int, name: str, together: dict[int, list[dict[str, dict[str, Any]]]], data: Data

@@ -52,6 +52,16 @@ def test_a_non_finite_step_changes_neither_weights_nor_statistics(data: Data) ->
         assert torch.equal(value, before[name]), name
 
 
+def test_the_validation_is_judged_by_the_labels_as_they_are(data: Data) -> None:
+    model = model_of("tiny").float()
+    plain, soft = (
+        validate(training_of(copy.deepcopy(model), data, soft_boundary=width), len(data.val), 4, lambda _: None)[0]
+        for width in (0, 5)
+    )
+    assert plain == soft
+    assert step(model, data, soft_boundary=5)["loss"] != step(model, data)["loss"]
+
+
 def test_an_epoch_ends_with_the_losses_of_all_its_steps(data: Data) -> None:
     training, tally = training_of(TinyNet(), data), Tally()
     seen: list[int] = []

@@ -1,11 +1,15 @@
 """The loss equals the libraries' own, and its sums add up to the gradient of the whole batch."""
 
+import itertools
+
 import pytest
 import segmentation_models_pytorch as smp
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from matchai.losses import SegmentationLoss, balanced_class_weights
+from matchai.losses import SegmentationLoss, balanced_class_weights, soften
 
 CLASSES = 4
 WEIGHTS = torch.tensor([1.7, 1.2, 0.8, 0.3])
@@ -143,3 +147,93 @@ def test_balanced_class_weights_are_inverse_to_frequency() -> None:
     pixels = torch.tensor([46, 23, 200, 731])
     products = balanced_class_weights(pixels) * pixels
     assert torch.allclose(products, products[0].expand(4), rtol=1e-6)
+
+
+def square_means(target: Tensor, width: int) -> Tensor:
+    """The shares of the classes in the square around every pixel, one pixel after another."""
+    shares = torch.zeros(len(target), CLASSES, *target.shape[1:], dtype=torch.float64)
+    for image, row, column in itertools.product(*map(range, target.shape)):
+        rows = slice(max(0, row - width), row + width + 1)
+        columns = slice(max(0, column - width), column + width + 1)
+        counts = torch.bincount(target[image, rows, columns].flatten(), minlength=CLASSES).double()
+        shares[image, :, row, column] = counts / counts.sum()
+    return shares
+
+
+def soft_reference(logits: Tensor, shares: Tensor, terms: tuple[float, float, float]) -> Tensor:
+    """The loss by its definition, from shares of the classes."""
+    log_probs, weights = logits.log_softmax(1), WEIGHTS.double().view(1, -1, 1, 1)
+    cross_entropy = -(weights * shares * log_probs).sum() / (weights * shares).sum()
+    probs, dims = log_probs.exp(), (0, 2, 3)
+    dice = 1 - 2 * (probs * shares).sum(dims) / (probs.sum(dims) + shares.sum(dims))
+    right, wrong = logits.sigmoid(), (-logits).sigmoid()
+    focal = -shares * wrong**2.5 * right.log() - (1 - shares) * right**2.5 * wrong.log()
+    is_shown = shares.sum(dims) > 0
+    return terms[0] * cross_entropy + terms[1] * (dice * is_shown).mean() + terms[2] * focal.mean()
+
+
+@given(
+    shape=st.tuples(st.integers(1, 2), st.integers(1, 9), st.integers(1, 9)),
+    width=st.integers(1, 6),
+    seed=st.integers(0, 10**6),
+)
+@settings(deadline=None, max_examples=30)
+def test_soft_shares_are_the_means_of_the_square_around_a_pixel(
+    shape: tuple[int, int, int], width: int, seed: int
+) -> None:
+    target = torch.randint(0, CLASSES, shape, generator=torch.Generator().manual_seed(seed))
+    found = soften(target, CLASSES, width)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), square_means(target, width), rtol=0, atol=1e-6)
+    torch.testing.assert_close(soften(target, CLASSES, width, torch.float64), square_means(target, width))
+
+
+def test_across_a_straight_border_the_share_falls_in_equal_steps_and_farther_pixels_stay_as_they_are() -> None:
+    target = torch.zeros(1, 8, 20, dtype=torch.int64)
+    target[:, :, 10:] = 2
+    shares = soften(target, CLASSES, 2, torch.float64)[0, 0, 4]
+    assert shares.tolist() == pytest.approx([1] * 8 + [0.8, 0.6, 0.4, 0.2] + [0] * 8, abs=1e-12)
+    is_far = torch.ones(20, dtype=torch.bool)
+    is_far[8:12] = False
+    assert set(soften(target, CLASSES, 2)[..., is_far].flatten().tolist()) == {0.0, 1.0}
+
+
+@pytest.mark.parametrize("terms", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (0.25, 0.5, 0.25)])
+@pytest.mark.parametrize("kind", ["random", "class absent", "one class only", "all right and sure"])
+def test_the_soft_loss_is_that_of_its_definition(kind: str, terms: tuple[float, float, float]) -> None:
+    logits, target = example(kind, torch.float64)
+    names = ("ce_weight", "dice_weight", "focal_weight")
+    loss = SegmentationLoss(WEIGHTS, **dict(zip(names, terms, strict=True)), soft_boundary=2)
+    leaf = logits.clone().requires_grad_()
+    expected = soft_reference(leaf, square_means(target, 2), terms)
+    torch.autograd.backward(expected)
+    assert leaf.grad is not None
+    value, gradient = value_and_gradient(loss, logits, target)
+    torch.testing.assert_close(value, expected.detach(), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(gradient, leaf.grad, rtol=1e-7, atol=1e-12)
+    in_float32, _ = value_and_gradient(loss, logits.float(), target)
+    assert float(in_float32) == pytest.approx(float(value), rel=1e-5)
+
+
+def test_the_soft_cross_entropy_is_torchs_with_probabilities() -> None:
+    logits, target = example("random", torch.float64)
+    loss = SegmentationLoss(torch.ones(CLASSES), ce_weight=1, dice_weight=0, focal_weight=0, soft_boundary=3)
+    expected = nn.functional.cross_entropy(logits, soften(target, CLASSES, 3, torch.float64))
+    assert float(loss(logits, target)) == pytest.approx(float(expected), rel=1e-12)
+
+
+def test_the_gradient_of_the_soft_loss_is_its_derivative() -> None:
+    logits, target = example("random", torch.float64)
+    loss = SegmentationLoss(WEIGHTS.double(), soft_boundary=1)
+    part = logits[:1, :, :4, :4].clone().requires_grad_()
+    assert torch.autograd.gradcheck(lambda values: loss(values, target[:1, :4, :4]), (part,))
+
+
+@given(cuts=st.lists(st.integers(0, 3), max_size=3), width=st.integers(0, 4), kind=st.sampled_from(KINDS))
+@settings(deadline=None, max_examples=30)
+def test_the_sums_add_up_over_the_slices_of_a_batch(cuts: list[int], width: int, kind: str) -> None:
+    logits, target = example(kind, torch.float64)
+    loss = SegmentationLoss(WEIGHTS.double(), soft_boundary=width)
+    bounds = [0, *sorted(cuts), 3]
+    parts = [loss.sums(logits[a:b], target[a:b]) for a, b in itertools.pairwise(bounds)]
+    torch.testing.assert_close(torch.stack(parts).sum(0), loss.sums(logits, target), rtol=1e-12, atol=1e-12)

@@ -138,6 +138,37 @@ def test_the_recipes_encoder_is_loaded_from_a_file(tmp_path: Path) -> None:
     assert_encoder_holds(model, summed_over_colours(colour_weights(RECIPE)))
 
 
+@pytest.mark.parametrize("encoder", ["resnet18", "tu-test_resnet"])
+@pytest.mark.parametrize(("held", "wanted"), [(3, 1), (3, 3), (3, 9), (1, 3), (1, 5), (5, 5)])
+def test_the_first_filters_of_a_file_are_shared_out_to_the_channels(
+    encoder: str, held: int, wanted: int, tmp_path: Path
+) -> None:
+    """So an image of equal channels looks as it did before: for colours, where each is used equally often."""
+    reference = smp.encoders.get_encoder(encoder, in_channels=held, weights=None).eval()
+    safetensors.torch.save_file(reference.state_dict(), tmp_path / "weights.safetensors")
+    weights = str(tmp_path / "weights.safetensors")
+    model: Any = build_model(encoder, 4, in_channels=wanted, encoder_weights=weights).eval()
+    assert model(images(2).expand(2, wanted, 64, 64)).shape == (2, 4, 64, 64)
+    features = model.encoder(images(2).expand(2, wanted, 64, 64))[-1]
+    torch.testing.assert_close(features, reference(images(2).expand(2, held, 64, 64))[-1], rtol=1e-4, atol=1e-5)
+
+
+def test_colours_are_shared_out_as_smp_does(tmp_path: Path) -> None:
+    safetensors.torch.save_file(colour_weights("resnet18"), tmp_path / "weights.safetensors")
+    model: Any = build_model("resnet18", 4, in_channels=5, encoder_weights=str(tmp_path / "weights.safetensors"))
+    reference = smp.encoders.get_encoder("resnet18", in_channels=3, weights=None)
+    reference.load_state_dict(dict(colour_weights("resnet18")))
+    reference.set_in_channels(5, pretrained=True)
+    assert same(model.encoder.state_dict(), reference.state_dict())
+
+
+def test_weights_for_another_number_of_channels_are_refused(tmp_path: Path) -> None:
+    weights = smp.encoders.get_encoder("resnet18", in_channels=5, weights=None).state_dict()
+    safetensors.torch.save_file(weights, tmp_path / "weights.safetensors")
+    with pytest.raises(InputError, match=r"conv1\.weight"):
+        build_model("resnet18", 4, in_channels=3, encoder_weights=str(tmp_path / "weights.safetensors"))
+
+
 def test_with_a_file_too_the_same_seed_gives_the_same_weights(tmp_path: Path) -> None:
     path = tmp_path / "weights.safetensors"
     safetensors.torch.save_file(colour_weights("resnet18"), path)

@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from matchai import TrainConfig, run
+from matchai.checkpoint import load_weights, pack_weights
 from matchai.config import PRESETS
 from matchai.console import Display
+from matchai.errors import InputError
 from matchai.slices import SliceDataset
 
 
@@ -47,6 +49,24 @@ def test_options_of_training_run_together(phantom: Path, cache: Path, tmp_path: 
     result = run(config(phantom, cache, tmp_path / "run", **settings))
     assert result.is_finished
     assert list((tmp_path / "run").rglob("events.out.tfevents.*"))
+
+
+def test_a_run_with_context_says_so_in_its_weights_and_is_not_taken_for_another(
+    phantom: Path, cache: Path, tmp_path: Path
+) -> None:
+    with_context = config(phantom, cache, tmp_path / "run", context=1, soft_boundary=2)
+    assert run(with_context).is_finished
+    weights, about = load_weights(tmp_path / "run")
+    assert (about["context"], about["in_channels"]) == (1, 3)
+    assert run(with_context).is_finished  # the same again goes on from there
+    with pytest.raises(InputError, match=r"context was 1 and is 0.*soft_boundary was 2 and is 0"):
+        run(config(phantom, cache, tmp_path / "run"))
+    with pytest.raises(InputError, match="context 1 there, 2 here"):
+        run(config(phantom, cache, tmp_path / "other", context=2, init=tmp_path / "run"))
+    path = tmp_path / "then.safetensors"
+    path.write_bytes(pack_weights(weights, {name: value for name, value in about.items() if name != "context"}))
+    with pytest.raises(InputError, match="context 0 there, 1 here"):
+        run(config(phantom, cache, tmp_path / "another", context=1, init=path))
 
 
 def children() -> set[int]:

@@ -5,12 +5,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from torch.utils.data import DataLoader
 
 from matchai.arrays import ArraySet, open_sets
 from matchai.augmentation import Augmentation
 from matchai.digests import fingerprint
-from matchai.sampling import DistributedWeightedSampler, collate
+from matchai.sampling import DistributedWeightedSampler, Draw, collate
 from matchai.slices import STEPS, SliceDataset, Slices, prepare
 from tests.steps import read_small
 
@@ -120,3 +121,24 @@ def test_a_draws_augmented_bytes_depend_on_neither_processes_nor_workers(
     alone = loaded(1, 0)
     assert loaded(num_processes, num_workers) == alone
     assert len(set(alone.values())) == 23  # three slices, but no two draws alike
+
+
+def test_an_item_holds_the_slice_between_its_neighbours_of_the_same_volume(phantom: Path, cache: Path) -> None:
+    data = read_small(phantom, cache)
+    assert data.volumes.tolist() == np.repeat([0, 1, 2, 3], 8).tolist()
+    alone = SliceDataset(data.slices, range(32), data.mean, data.std)
+    together = SliceDataset(data.slices, [7, 8, 12], data.mean, data.std, volumes=data.volumes, context=2)
+    for row, expected in enumerate([[5, 6, 7, 6, 5], [10, 9, 8, 9, 10], [10, 11, 12, 13, 14]]):
+        image, target, _ = together[row]
+        assert torch.equal(image, torch.cat([alone[index][0] for index in expected]))
+        assert torch.equal(target, alone[expected[2]][1])
+
+
+def test_augmented_neighbours_move_with_the_slice(phantom: Path, cache: Path) -> None:
+    data = read_small(phantom, cache)
+    draw = Draw(3, 2, 17)
+    alone = SliceDataset(data.slices, data.train, data.mean, data.std, Augmentation(3, 0.25, 3, affine=1.0))
+    augmentation = Augmentation(3, 0.25, 3, affine=1.0, channels=7)
+    together = SliceDataset(data.slices, data.train, data.mean, data.std, augmentation, volumes=data.volumes, context=3)
+    assert torch.equal(together[draw][0][3:4], alone[draw][0])
+    assert torch.equal(together[draw][1], alone[draw][1])
