@@ -121,7 +121,7 @@ def check_split(data: Data) -> list[Finding]:
     if len(sides[1]) < 2:
         remedy = "the figures have no interval; give groups.npy if these are several patients, or another --seed"
         findings = [Finding("warning", text, remedy)]
-    digests = [hashlib.blake2b(np.ascontiguousarray(image)).digest() for image in data.slices.images]
+    digests = [hashlib.blake2b(np.asarray(image).tobytes()).digest() for image in data.slices.images]
     train = {digests[index]: index for index in data.train}
     twins = [(train[digests[index]], index) for index in data.val if digests[index] in train]
     if twins:

@@ -2,7 +2,7 @@
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -83,7 +83,9 @@ def examine(config: TrainConfig, pictures: Path) -> Iterator[Finding]:
     yield check_disk(Path("runs"), "--output")
 
 
-def _examine_data(config: TrainConfig, device: torch.device, pictures: Path) -> Iterator[Finding]:
+def _examine_data(
+    config: TrainConfig, device: torch.device, pictures: Path
+) -> Generator[Finding, None, Data]:
     """Reads the data as training would; returns them, or raises InputError with its problems."""
     settings, names = config.input, config.input.class_names
     assert settings.data is not None

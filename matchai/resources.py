@@ -71,8 +71,8 @@ def check_threads(device_type: str, cores: int) -> Finding:
         device_type: Where training runs.
         cores: That it may use.
     """
-    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
-    names += tuple(sorted(name for name in os.environ if name.startswith("MALLOC_")))
+    names = ["OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT"]
+    names += sorted(name for name in os.environ if name.startswith("MALLOC_"))
     found = {name: os.environ[name] for name in names if name in os.environ and not is_set_by_launcher(name)}
     text = ", ".join(f"{name}={value}" for name, value in found.items())
     if not found:

@@ -83,6 +83,18 @@ def test_memory_that_the_container_does_not_grant_counts_as_taken(monkeypatch: p
     assert (memory.status, memory.text) == ("warning", "Memory: 2.0 GB free")
 
 
+@pytest.mark.parametrize(("free", "status"), [(70e9, "ok"), (8e9, "warning")])
+def test_a_gpu_that_another_process_fills_is_a_warning(
+    free: float, status: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(name="H", major=9))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, 80e9))
+    gpu = check_devices(torch.device("cuda"))[0]
+    assert gpu.status == status
+    assert gpu.text == f"GPU 0: H, {free / 1e9:.1f} of 80.0 GB free, native bf16"
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_is_told_with_its_memory() -> None:
     assert any(one.text.startswith("GPU 0: ") and "GB free" in one.text for one in check_devices(torch.device("cuda")))
