@@ -1,8 +1,6 @@
-"""The arrays a user has: opened memory-mapped, read slice by slice, refused in a sentence where they cannot be used."""
+"""The slices that a user has to train on: arrays, pairs of NIfTI files or of pictures; refused where unfit."""
 
-import difflib
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from matchai.errors import InputError
+from matchai.labels import parse_label_map
+from matchai.npy import open_array
+from matchai.pairs import IMAGES, MASKS, holds_pairs, open_pairs
+from matchai.sets import SliceSet, Target, expected_numbers, read_numbers
 
 KNOWN_SETS = ("medseg", "radiopedia")
 """The sets that are looked for when none is named."""
@@ -18,14 +20,17 @@ KNOWN_SETS = ("medseg", "radiopedia")
 
 @dataclass(frozen=True)
 class ArraySet:
-    """One pair of array files.
+    """One pair of array files, a `matchai.sets.SliceSet`.
 
     Attributes:
         name: The set's name, for messages.
         image_path: File of the images.
         mask_path: File of the masks.
         images: (N, H, W), memory-mapped, any real dtype.
-        masks: (N, H, W) class indices or (N, H, W, C) one-hot, memory-mapped, any real dtype.
+        masks: (N, H, W) numbers or (N, H, W, C) one-hot, memory-mapped, any real dtype.
+        orientation: As the user says that the slices lie.
+        rescale: Slope and intercept that make HU of the images' numbers.
+        numbers: The class of each number in the masks, by a label map; None for the class indices.
     """
 
     name: str
@@ -33,26 +38,41 @@ class ArraySet:
     mask_path: Path
     images: NDArray[Any]
     masks: NDArray[Any]
+    orientation: str = "LP"
+    rescale: tuple[float, float] = (1.0, 0.0)
+    numbers: Mapping[int, int] | None = None
+    spacing: tuple[float, float, float] | None = None
+    is_volume: bool = False
+    notes: Sequence[str] = ()
+
+    @property
+    def files(self) -> Sequence[Path]:
+        """The two files."""
+        return self.image_path, self.mask_path
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns."""
+        return self.images.shape[1], self.images.shape[2]
 
     def __len__(self) -> int:
         return len(self.images)
 
     def read_image(self, index: int) -> NDArray[np.float32]:
-        """Slice `index` in the file's own units, (H, W) float32 in native byte order."""
+        """See `matchai.sets.SliceSet`."""
         with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite, and is refused as such
-            return np.asarray(self.images[index], dtype=np.float32)
+            image = np.asarray(self.images[index], dtype=np.float32)
+        slope, intercept = self.rescale
+        return image if self.rescale == (1, 0) else image * np.float32(slope) + np.float32(intercept)
 
-    def read_target(self, index: int, num_classes: int, background_class: int) -> "Target":
-        """The class indices of slice `index`, and what is odd about its mask.
+    def read_target(self, index: int, num_classes: int, background_class: int) -> Target:
+        """See `matchai.sets.SliceSet`.
 
         Pixels of a one-hot mask with several classes take the lowest index; with none, the background.
         """
         mask = np.asarray(self.masks[index])
         if mask.ndim == 2:
-            whole = mask if mask.dtype.kind in "iub" else np.where(np.isfinite(mask), mask, -1)
-            wrong = (whole < 0) | (whole >= num_classes) | (whole != np.trunc(whole))
-            labels = np.where(wrong, background_class, whole).astype(np.uint8)
-            return Target(labels, 0, 0, np.unique(mask[wrong])[:5].tolist())
+            return read_numbers(mask, self._numbers(num_classes), background_class)
         wrong_values = [] if mask.dtype == bool else np.setdiff1d(mask, [0, 1, 255])[:5].tolist()
         if not wrong_values and mask.dtype != bool and (mask == 1).any() and (mask == 255).any():
             wrong_values = [255]
@@ -65,28 +85,32 @@ class ArraySet:
             num_set += is_set
         return Target(labels, int((num_set > 1).sum()), int((num_set == 0).sum()), wrong_values)
 
+    def expected_values(self, class_names: Sequence[str], background_class: int) -> str:
+        """See `matchai.sets.SliceSet`."""
+        if self.masks.ndim == 4:
+            return "one-hot masks hold only 0 and 1 (or 0 and 255): save classes, not probabilities"
+        return expected_numbers(self._numbers(len(class_names)), class_names, self.numbers is not None)
 
-@dataclass(frozen=True)
-class Target:
-    """A slice's class indices.
+    def close(self) -> None:
+        """Nothing to free: the system drops the pages of a memory map as it needs to."""
 
-    Attributes:
-        labels: (H, W) uint8.
-        num_overlapping: Pixels that carried several classes.
-        num_empty: Pixels that carried none.
-        wrong_values: Up to five values that no mask may hold.
-    """
-
-    labels: NDArray[np.uint8]
-    num_overlapping: int
-    num_empty: int
-    wrong_values: list[float]
+    def _numbers(self, num_classes: int) -> Mapping[int, int]:
+        return {c: c for c in range(num_classes)} if self.numbers is None else self.numbers
 
 
 def open_sets(
-    folder: Path, sets: Sequence[str], images_name: str, masks_name: str, class_names: Sequence[str]
-) -> list[ArraySet]:
-    """Opens the image and mask arrays of every set.
+    folder: Path,
+    sets: Sequence[str],
+    images_name: str,
+    masks_name: str,
+    class_names: Sequence[str],
+    *,
+    orientation: str = "auto",
+    rescale: tuple[float, float] = (1.0, 0.0),
+    label_map: Sequence[str] = (),
+    scratch: Path | None = None,
+) -> Sequence[SliceSet]:
+    """Opens the arrays of every set or, where there are none, the pairs of files in `images/` and `masks/`.
 
     Args:
         folder: Where the files lie.
@@ -94,6 +118,10 @@ def open_sets(
         images_name: File name with `{set}` in it, or one name for a single set.
         masks_name: Likewise.
         class_names: (C,) the classes, in channel order.
+        orientation: How arrays and pictures lie, and volumes are turned; auto: LP, for pictures PL.
+        rescale: Slope and intercept that make HU of the files' numbers.
+        label_map: Which class a number in index masks means, as NUMBER:CLASS; empty for the kind's own numbers.
+        scratch: Folder for volumes while they are decompressed (default: the system's).
 
     Raises:
         InputError: With every problem found.
@@ -101,88 +129,36 @@ def open_sets(
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
         raise InputError(f"The data folder {folder} {what}; --data takes the folder that holds {images_name}.")
+    numbers = parse_label_map(label_map, class_names) if label_map else None
     names = list(sets) or (["medseg"] if "{set}" not in images_name + masks_name else list(KNOWN_SETS))
     pairs = [(name, folder / images_name.format(set=name), folder / masks_name.format(set=name)) for name in names]
+    has_arrays = any(path.exists() for _, *paths in pairs for path in paths)
+    if not sets and not has_arrays and holds_pairs(folder):
+        return open_pairs(folder, orientation, rescale, numbers, scratch)
     if not sets and "{set}" in images_name:
         pairs = [pair for pair in pairs if pair[1].exists() or pair[2].exists()] or pairs[:1]
     opened: list[ArraySet] = []
     problems: list[str] = []
     for name, image_path, mask_path in pairs:
         try:
-            opened.append(_open_pair(name, image_path, mask_path, class_names))
+            images, masks = _open_pair(image_path, mask_path, class_names)
+            if masks.ndim == 4 and numbers is not None:
+                raise InputError(
+                    f"{mask_path} is one-hot, so its channels say the classes: leave out --label-map, which tells what "
+                    "numbers mean, or save class numbers (N, H, W)."
+                )
+            lies = "LP" if orientation == "auto" else orientation
+            opened.append(ArraySet(name, image_path, mask_path, images, masks, lies, rescale, numbers))
         except InputError as error:
             problems += error.problems
+    if problems and not has_arrays:
+        problems.append(f"NIfTI files and pictures are looked for in {folder / IMAGES} and {folder / MASKS}.")
     if problems:
         raise InputError(*problems)
     return opened
 
 
-def open_array(path: Path, what: str) -> NDArray[Any]:
-    """Memory-maps a `.npy` file; never unpickles.
-
-    Args:
-        path: The file.
-        what: What it holds, in the plural, for messages.
-
-    Raises:
-        InputError: If it is missing, no `.npy` file, incomplete, empty or holds anything but real numbers.
-    """
-    if not path.is_file():
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.npy")], 1, 0.5)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise InputError(
-            f"{path}: the {what} are missing{hint or '.'} Set --images-name and --masks-name for files of other names."
-        )
-    try:
-        with path.open("rb") as file:
-            head = file.read(64)
-            file.seek(0)
-            if not head.startswith(b"\x93NUMPY"):
-                raise InputError(f"{path} is {_sniff(head)}, not a .npy array; {what} must be saved with numpy.save.")
-            version = np.lib.format.read_magic(file)
-            read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else _read_header_2_0
-            shape, _, dtype = read_header(file)
-            present = path.stat().st_size - file.tell()
-    except InputError:
-        raise
-    except OSError as error:
-        raise InputError(f"{path}: the {what} cannot be read ({error.strerror}); check its permissions.") from None
-    except (ValueError, SyntaxError, TypeError, EOFError):
-        raise InputError(f"{path} has a damaged .npy header; save or download the {what} again.") from None
-    if dtype.hasobject:
-        raise InputError(f"{path} stores Python objects, which can run code and are never loaded; save plain numbers.")
-    if dtype.kind not in "fiub" or dtype.names:
-        raise InputError(f"{path} holds {dtype}, but {what} must be real numbers.")
-    expected = math.prod(shape) * dtype.itemsize
-    if present < expected:
-        raise InputError(
-            f"{path} is incomplete: {present:,} of {expected:,} bytes are there; copy or download it again."
-        )
-    if not expected:
-        raise InputError(f"{path} is empty: its shape is {shape}.")
-    array: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
-    return array
-
-
-def _read_header_2_0(file: Any) -> Any:
-    return np.lib.format.read_array_header_2_0(file)
-
-
-def _sniff(head: bytes) -> str:
-    kinds = (
-        (b"PK", "an .npz or zip archive"),
-        (b"\x80", "a Python pickle, which can run code and is never loaded"),
-        (b"version https://git-lfs", "a Git-LFS pointer (run `git lfs pull`)"),
-        (b"<", "a web page, as after a download without login"),
-        (b"\x1f\x8b", "a gzip file (unpack it first)"),
-        (b"\x89HDF", "an HDF5 file"),
-    )
-    if not head:
-        return "an empty file"
-    return next((kind for start, kind in kinds if head.lstrip().startswith(start)), "something else")
-
-
-def _open_pair(name: str, image_path: Path, mask_path: Path, class_names: Sequence[str]) -> ArraySet:
+def _open_pair(image_path: Path, mask_path: Path, class_names: Sequence[str]) -> tuple[NDArray[Any], NDArray[Any]]:
     arrays: list[NDArray[Any]] = []
     problems: list[str] = []
     for path, what in ((image_path, "images"), (mask_path, "masks")):
@@ -230,4 +206,4 @@ def _open_pair(name: str, image_path: Path, mask_path: Path, class_names: Sequen
         )
     if problems:
         raise InputError(*problems)
-    return ArraySet(name, image_path, mask_path, images, masks)
+    return images, masks

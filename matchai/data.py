@@ -8,13 +8,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from matchai.arrays import open_sets
-from matchai.digests import fingerprint
+from matchai.arrays import ArraySet, open_sets
+from matchai.digests import condense, fingerprint
 from matchai.errors import InputError
 from matchai.phantom import write_phantom
+from matchai.sets import SliceSet
 from matchai.slices import Progress, Slices, prepare
 from matchai.split import assign_folds, check_groups_array, find_groups, volume_numbers
 
+MAX_NOTES = 5  # of the files
 PHANTOM_SIZE = 256  # pixels; the presets that use it train at 128 and below
 
 
@@ -24,7 +26,7 @@ class Data:
 
     Attributes:
         slices: All slices, prepared.
-        digests: SHA-256 of every file that was read.
+        digests: SHA-256 of every file that was read; of very many files, one a folder.
         groups: (N,) int64, slices of one number are of one patient, volume or near-duplicate.
         volumes: (N,) int64; consecutive slices of one number lie next to each other in one volume.
         train: Indices of the training slices.
@@ -70,6 +72,8 @@ def read_data(
     masks_name: str,
     groups_name: str,
     orientation: str = "auto",
+    rescale: tuple[float, float] = (1.0, 0.0),
+    label_map: Sequence[str] = (),
     class_names: Sequence[str],
     background_class: int,
     hu_window: tuple[float, float],
@@ -85,30 +89,37 @@ def read_data(
     Raises:
         InputError: With every problem found.
     """
-    opened = open_sets(folder, sets, images_name, masks_name, class_names)
-    num_slices = sum(map(len, opened))
-    known = _read_groups(folder / groups_name, num_slices)
-    paths = [path for one in opened for path in (one.image_path, one.mask_path)]
-    digests = fingerprint([*paths, *([folder / groups_name] if known is not None else [])], cache / "digests.json")
+    opened = open_sets(
+        folder,
+        sets,
+        images_name,
+        masks_name,
+        class_names,
+        orientation=orientation,
+        rescale=rescale,
+        label_map=label_map,
+        scratch=cache,
+    )
+    known = _read_groups(folder / groups_name, opened)
+    digests = _fingerprint(folder, opened, cache)
+    reading = {"orientation": opened[0].orientation, "rescale": rescale, "label_map": list(label_map)}
+    usual = {"orientation": "LP", "rescale": (1, 0), "label_map": []}
     slices = prepare(
         opened,
-        {path.name: digests[path.name] for path in paths},
+        digests,
         cache,
         hu_window=hu_window,
         image_size=image_size,
         class_names=class_names,
         background_class=background_class,
+        reading={name: value for name, value in reading.items() if value != usual[name]},
         progress=progress,
     )
-    notes = list(slices.notes)
+    notes = [*slices.notes, *_notes(opened)]
     if known is not None:
-        groups = np.unique(known, return_inverse=True)[1].astype(np.int64)
-        volumes = volume_numbers(np.asarray(slices.sets), groups)
-        notes.append(f"{num_slices} slices in {groups.max() + 1} groups, from {groups_name}.")
-    else:
-        found = find_groups(slices.thumbnails, np.asarray(slices.sets))
-        groups, volumes = found.groups, found.volumes
-        notes.append(found.description)
+        digests = digests | fingerprint([folder / groups_name], cache / "digests.json")
+    groups, description = _group(slices, opened, known, groups_name)
+    notes.append(description)
     presence = np.asarray(slices.pixels) > 0
     shares = [1.0] * folds if folds else [val_fraction, 1 - val_fraction]
     is_val = assign_folds(groups, presence, shares, seed) == (fold if folds else 0)
@@ -129,24 +140,60 @@ def read_data(
         slices,
         digests,
         groups,
-        volumes,
+        volume_numbers(np.asarray(slices.sets), groups),
         train.tolist(),
         val.tolist(),
         mean,
         std,
         notes,
-        "LP" if orientation == "auto" else orientation,
+        opened[0].orientation,
     )
 
 
-def _read_groups(path: Path, num_slices: int) -> NDArray[Any] | None:
+def _fingerprint(folder: Path, opened: Sequence[SliceSet], cache: Path) -> dict[str, str]:
+    paths = [path for one in opened for path in one.files]
+    if isinstance(opened[0], ArraySet):
+        return fingerprint(paths, cache / "digests.json")
+    return condense(fingerprint(paths, cache / "digests.json", folder))
+
+
+def _notes(opened: Sequence[SliceSet]) -> list[str]:
+    notes = list(dict.fromkeys(note for one in opened for note in one.notes))
+    return [
+        *notes[:MAX_NOTES],
+        *([f"... and {len(notes) - MAX_NOTES} such notes more."] if len(notes) > MAX_NOTES else []),
+    ]
+
+
+def _group(
+    slices: Slices, opened: Sequence[SliceSet], known: NDArray[Any] | None, groups_name: str
+) -> tuple[NDArray[np.int64], str]:
+    """The group of each slice (N,) int64, and where it comes from in words."""
+    if known is not None:
+        groups = np.unique(known, return_inverse=True)[1].astype(np.int64)
+        return groups, f"{len(slices)} slices in {groups.max() + 1} groups, from {groups_name}."
+    if all(one.is_volume for one in opened):
+        return np.array(slices.sets), (
+            f"{len(slices)} slices in {len(opened)} groups, one for each volume. Where one patient has several, name "
+            f"the patients in {groups_name}."
+        )
+    found = find_groups(slices.thumbnails, np.asarray(slices.sets))
+    return found.groups, found.description
+
+
+def _read_groups(path: Path, opened: Sequence[SliceSet]) -> NDArray[Any] | None:
+    """The groups file, (N,) over all slices; for volumes it may hold one entry a volume, in order of their names."""
     if not path.exists():
         return None
+    num_slices = sum(map(len, opened))
     try:
         groups = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError):
         raise InputError(
             f"{path} is no complete .npy file of plain numbers or texts; save the {num_slices} groups with numpy.save."
         ) from None
+    if all(one.is_volume for one in opened) and groups.shape == (len(opened),):
+        check_groups_array(groups, len(opened), path.name)
+        return np.repeat(groups, [len(one) for one in opened])
     check_groups_array(groups, num_slices, path.name)
     return np.asarray(groups)

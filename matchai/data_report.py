@@ -4,31 +4,24 @@ import hashlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from matchai.arrays import ArraySet
 from matchai.checkup import Finding
 from matchai.data import Data
 from matchai.machine import preparing_threads
+from matchai.sets import SliceSet
 from matchai.split import find_groups
 
 NUM_BINS = 50
-NUM_READ = 100  # slices whose values are counted, evenly over all
+NUM_OPENED = 10  # sets whose values are counted: a compressed volume takes a second to open
+NUM_READ = 100  # slices whose values are counted, evenly over these sets
+NUM_NAMED = 10
 NUM_SHOWN = 8
 INDENT = " " * 9
 _BARS = " ▁▂▃▄▅▆▇█"
-
-
-class _Images(Protocol):
-    """A set of slices that can be read one by one."""
-
-    def __len__(self) -> int: ...
-
-    def read_image(self, index: int) -> NDArray[np.float32]:
-        """Slice `index`, (H, W) float32 in HU."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -62,15 +55,15 @@ class Values:
         return "".join(_BARS[height] for height in heights)
 
 
-def count_values(sets: Sequence[_Images], hu_window: tuple[float, float]) -> Values:
-    """Counts the values of at most `NUM_READ` slices, evenly spread over all sets.
+def count_values(sets: Sequence[SliceSet], hu_window: tuple[float, float]) -> Values:
+    """Counts the values of at most `NUM_READ` slices, evenly spread over at most `NUM_OPENED` sets.
 
     Args:
-        sets: The opened sets.
+        sets: The opened sets; they are closed.
         hu_window: The range of the histogram.
     """
-    places = [(one, index) for one in sets for index in range(len(one))]
-    chosen = np.unique(np.linspace(0, len(places) - 1, min(NUM_READ, len(places))).round().astype(int))
+    chosen = [sets[number] for number in _spread(len(sets), NUM_OPENED)]
+    places = [(one, index) for one in chosen for index in range(len(one))]
 
     def count(place: int) -> tuple[float, float, NDArray[np.int64], int, int]:
         one, index = places[place]
@@ -79,9 +72,12 @@ def count_values(sets: Sequence[_Images], hu_window: tuple[float, float]) -> Val
         below, above = int((image < hu_window[0]).sum()), int((image > hu_window[1]).sum())
         return float(image.min()), float(image.max()), counts.astype(np.int64), below, above
 
+    read = _spread(len(places), NUM_READ)
     with ThreadPoolExecutor(preparing_threads()) as pool:
-        lows, highs, counts, below, above = zip(*pool.map(count, chosen.tolist()), strict=True)
-    return Values(min(lows), max(highs), np.sum(counts, axis=0), sum(below), sum(above), len(chosen))
+        lows, highs, counts, below, above = zip(*pool.map(count, read), strict=True)
+    for one in chosen:
+        one.close()
+    return Values(min(lows), max(highs), np.sum(counts, axis=0), sum(below), sum(above), len(read))
 
 
 def check_values(values: Values, hu_window: tuple[float, float]) -> Finding:
@@ -175,18 +171,29 @@ def choose_slices(data: Data, lesion_classes: Sequence[int]) -> list[int]:
     """At most `NUM_SHOWN` slices over all groups, of each the one with most lesion, in order."""
     lesion = np.asarray(data.slices.pixels)[:, list(lesion_classes)].sum(axis=1)
     groups = np.unique(data.groups)
-    chosen = groups[np.unique(np.linspace(0, len(groups) - 1, NUM_SHOWN).round().astype(int))]
+    chosen = [groups[number] for number in _spread(len(groups), NUM_SHOWN)]
     best = [max(np.flatnonzero(data.groups == group), key=lambda index: lesion[index]) for group in chosen]
     rest = [index for index in np.argsort(-lesion, kind="stable") if index not in best]
     return sorted(int(index) for index in [*best, *rest][:NUM_SHOWN])
+
+
+def _spread(length: int, most: int) -> list[int]:
+    """At most so many numbers below `length`, evenly spread, with the first and the last."""
+    return sorted(set(np.linspace(0, length - 1, min(most, length)).round().astype(int).tolist()))
 
 
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
-def describe_set(one: Any) -> str:
-    """A set in words: its name, slices, size and type."""
-    height, width = one.shape if hasattr(one, "shape") else one.images.shape[1:3]
-    kind = f", {one.images.dtype} images and {one.masks.dtype} masks" if hasattr(one, "images") else ""
-    return f"{one.name}: {len(one)} slices of {height} x {width} pixels{kind}"
+def describe_sets(sets: Sequence[SliceSet]) -> Finding:
+    """How many slices there are, with a line a set: its slices, their size, and how they are stored."""
+    lines = []
+    for one in sets[:NUM_NAMED]:
+        height, width = one.shape
+        kind = f", {one.images.dtype} images, {one.masks.dtype} masks" if isinstance(one, ArraySet) else ""
+        grid = f", {' x '.join(f'{length:g}' for length in one.spacing)} mm" if one.spacing else ""
+        lines.append(f"{INDENT}{one.name}: {_count(len(one), 'slice')} of {height} x {width} pixels{kind}{grid}")
+    if sets[NUM_NAMED:]:
+        lines.append(f"{INDENT}and {len(sets) - NUM_NAMED} more")
+    return Finding("ok", f"Data: {_count(sum(map(len, sets)), 'slice')} in {_count(len(sets), 'set')}:", lines=lines)

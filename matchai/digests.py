@@ -15,14 +15,16 @@ from matchai.machine import preparing_threads
 # written through a memory map is stamped when the page is first touched, so a young file can change unseen; Linux
 # writes such pages back after about 35 s, and stamps the next change of them anew.
 SETTLED = 60.0
-MOST = 100  # files that a memory knows
+MOST = 20_000  # files that a memory knows; such a memory takes 3 MB
+LISTED = 100  # files whose hashes a run records one by one: a YAML file of thousands takes seconds to read
 
 
-def fingerprint(paths: Sequence[Path], memory: Path | None = None) -> dict[str, str]:
+def fingerprint(paths: Sequence[Path], memory: Path | None = None, folder: Path | None = None) -> dict[str, str]:
     """SHA-256 of whole files, by name; about 1 GB a second and core.
 
     Args:
         paths: The files.
+        folder: A folder above all files, under which they may have the same names: each then goes by its path in it.
         memory: A JSON file of earlier hashes. One holds as long as inode, size, time of modification and time of
             change of its file are the same; the last of these is the system's own, which no program can set back.
 
@@ -49,7 +51,27 @@ def fingerprint(paths: Sequence[Path], memory: Path | None = None) -> dict[str, 
             str(path.resolve()): (value, status) for path, (value, status) in found.items() if status is not None
         }
         _remember(memory, known, kept)
-    return {path.name: value for path, (value, _) in found.items()}
+    return {
+        path.name if folder is None else path.relative_to(folder).as_posix(): value
+        for path, (value, _) in found.items()
+    }
+
+
+def condense(digests: dict[str, str]) -> dict[str, str]:
+    """One SHA-256 a folder in place of those of its files, where these are too many to be listed.
+
+    Args:
+        digests: By path, as `fingerprint` gives them with a folder.
+
+    Returns:
+        The same up to `LISTED` files; else by folder, over the lines "digest  path" of its files, sorted by path.
+    """
+    if len(digests) <= LISTED:
+        return digests
+    folders: dict[str, list[str]] = {}
+    for path in sorted(digests):
+        folders.setdefault(f"{path.rpartition('/')[0]}/", []).append(f"{digests[path]}  {path}\n")
+    return {name: hashlib.sha256("".join(lines).encode()).hexdigest() for name, lines in folders.items()}
 
 
 Known = dict[str, tuple[str, list[int] | None]]

@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 from matchai.arrays import open_sets
 from matchai.build import step_problems
+from matchai.checks import check
 from matchai.checkup import Finding, check_encoder, check_launcher, check_trackers
-from matchai.config import TrainConfig, check
+from matchai.config import TrainConfig
 from matchai.console import Display
 from matchai.data import Data
 from matchai.data_report import (
@@ -22,7 +23,7 @@ from matchai.data_report import (
     choose_slices,
     class_table,
     count_values,
-    describe_set,
+    describe_sets,
 )
 from matchai.errors import InputError
 from matchai.machine import choose_precision, default_workers, num_cores
@@ -38,6 +39,7 @@ from matchai.slices import STEPS, THUMBNAIL
 from matchai.volumes import UPRIGHT, turn
 
 HISTOGRAM, PANELS = "histogram.png", "slices.png"
+PREPARING = ".preparing-"  # what a killed examination leaves behind begins so
 
 
 def examine(config: TrainConfig, pictures: Path) -> Iterator[Finding]:
@@ -83,22 +85,30 @@ def examine(config: TrainConfig, pictures: Path) -> Iterator[Finding]:
     yield check_disk(Path("runs"), "--output")
 
 
-def _examine_data(
-    config: TrainConfig, device: torch.device, pictures: Path
-) -> Generator[Finding, None, Data]:
+def _examine_data(config: TrainConfig, device: torch.device, pictures: Path) -> Generator[Finding, None, Data]:
     """Reads the data as training would; returns them, or raises InputError with its problems."""
     settings, names = config.input, config.input.class_names
     assert settings.data is not None
     _open_pictures(pictures)
     # the slices are prepared as training does it, but for this once
-    with tempfile.TemporaryDirectory(dir=pictures, prefix=".preparing-") as cache:
+    with tempfile.TemporaryDirectory(dir=pictures, prefix=PREPARING) as cache:
         display = Display(True)
         try:
             data = read(config, Path(cache), display)
         finally:
             display.close()
-        sets = open_sets(settings.data, settings.sets, settings.images_name, settings.masks_name, names)
-        yield from (Finding("ok", f"Data: {describe_set(one)}") for one in sets)
+        sets = open_sets(
+            settings.data,
+            settings.sets,
+            settings.images_name,
+            settings.masks_name,
+            names,
+            orientation=settings.orientation,
+            rescale=settings.rescale,
+            label_map=settings.label_map,
+            scratch=Path(cache),
+        )
+        yield describe_sets(sets)
         yield from (Finding("ok", f"Note: {note}") for note in data.notes)
         values = count_values(sets, settings.hu_window)
         yield check_values(values, settings.hu_window)
@@ -122,7 +132,8 @@ def _open_pictures(folder: Path) -> None:
     """Makes the folder of the pictures, or finds it with nothing else in it; raises InputError otherwise."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        others = sorted(path.name for path in folder.iterdir() if path.name not in (HISTOGRAM, PANELS))
+        names = {path.name for path in folder.iterdir() if not path.name.startswith(PREPARING)}
+        others = sorted(names - {HISTOGRAM, PANELS})
         if not os.access(folder, os.W_OK):
             raise PermissionError(13, "no permission")
     except OSError as error:

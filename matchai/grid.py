@@ -7,6 +7,8 @@ nothing is resampled, so a mask goes back to the very voxels that its slices cam
 import gzip
 import math
 import mmap
+import shutil
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
@@ -255,6 +257,30 @@ class GridVolume:
                 f"{self.name}: the pixels of its axial slices are {rows:.2f} x {columns:.2f} mm, as it was not scanned "
                 "in axial slices; a model trained on square pixels may do badly."
             )
+
+
+def scratch_file(path: Path, num_bytes: int, scratch: Path | None) -> BinaryIO:
+    """An open file without a name, for the unpacked voxels of `path`; gone when it is closed.
+
+    Args:
+        path: What is unpacked.
+        num_bytes: How many it will be.
+        scratch: The folder (default: the system's for temporary files).
+
+    Raises:
+        InputError: If there is too little room for it, or it cannot be made.
+    """
+    folder = scratch or Path(tempfile.gettempdir())
+    try:
+        free = shutil.disk_usage(folder).free
+        if free < num_bytes:
+            raise InputError(
+                f"{path} unpacks to {num_bytes / 1e9:.2f} GB, but {folder} has only {free / 1e9:.2f} GB free; "
+                "free some there."
+            )
+        return tempfile.TemporaryFile(dir=folder)
+    except OSError as error:
+        raise InputError(f"{path} cannot be unpacked to {folder}: {error.strerror or error}.") from None
 
 
 def check_same_geometry(image: GridVolume, mask: GridVolume) -> None:

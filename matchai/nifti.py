@@ -2,8 +2,6 @@
 
 import gzip
 import math
-import shutil
-import tempfile
 import zlib
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -12,7 +10,7 @@ import numpy as np
 
 from matchai.errors import InputError
 from matchai.extras import need
-from matchai.grid import FileVoxels, GridVolume
+from matchai.grid import FileVoxels, GridVolume, scratch_file
 
 SUFFIXES = (".nii.gz", ".nii")
 """The ends of NIfTI files' names, in lower case."""
@@ -147,14 +145,7 @@ def _scale_of(nibabel: Any, header: Any, path: Path) -> tuple[float | None, floa
 
 def _unpack(path: Path, num_bytes: int, scratch: Path | None) -> BinaryIO:
     """Unpacks the first `num_bytes` to a file without a name, and checks the rest."""
-    folder = scratch or Path(tempfile.gettempdir())
-    free = shutil.disk_usage(folder).free
-    if free < num_bytes:
-        raise InputError(
-            f"{path} unpacks to {_gb(num_bytes)}, but {folder} has only {_gb(free)} free: free some there, "
-            "or unpack the file yourself (`gunzip`)."
-        )
-    unpacked: BinaryIO = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 it outlives this
+    unpacked = scratch_file(path, num_bytes, scratch)
     missing = num_bytes
     try:
         with gzip.open(path) as packed:
@@ -173,7 +164,7 @@ def _unpack(path: Path, num_bytes: int, scratch: Path | None) -> BinaryIO:
         raise _damaged(path, error) from None
     except OSError as error:
         unpacked.close()
-        raise InputError(f"{path} cannot be unpacked to {folder}: {error.strerror or error}.") from None
+        raise InputError(f"{path} cannot be unpacked: {error.strerror or error}.") from None
     except BaseException:
         unpacked.close()
         raise
@@ -182,7 +173,3 @@ def _unpack(path: Path, num_bytes: int, scratch: Path | None) -> BinaryIO:
 
 def _damaged(path: Path, error: Exception) -> InputError:
     return InputError(f"{path} is damaged or incomplete: {error}; copy it again.")
-
-
-def _gb(num_bytes: int) -> str:
-    return f"{num_bytes / 1e9:.2f} GB"

@@ -131,6 +131,8 @@ def read(config: TrainConfig, cache: Path, display: Display) -> Data:
             masks_name=settings.masks_name,
             groups_name=settings.groups_name,
             orientation=settings.orientation,
+            rescale=settings.rescale,
+            label_map=settings.label_map,
             class_names=settings.class_names,
             background_class=settings.class_names.index(settings.background_class),
             hu_window=settings.hu_window,

@@ -15,7 +15,8 @@ import torch
 
 from matchai.address import parse_storage
 from matchai.build import build_model_of, step_problems
-from matchai.config import FREE, TrainConfig, check
+from matchai.checks import check
+from matchai.config import FREE, TrainConfig
 from matchai.data import Data
 from matchai.errors import InputError
 from matchai.machine import choose_precision

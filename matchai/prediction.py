@@ -14,9 +14,9 @@ from matchai.checkpoint import BEST
 from matchai.console import Display
 from matchai.errors import InputError
 from matchai.figures import draw_panels
+from matchai.hounsfield import implausible_range
 from matchai.inference import Predictor, uncertainty
 from matchai.inputs import open_volume
-from matchai.slices import implausible_range
 from matchai.summaries import Submission, affected_percent, describe_volume, write_label_table, write_summaries
 from matchai.volumes import STEPS, UPRIGHT, Volume, file_labels, turn
 

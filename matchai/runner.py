@@ -14,7 +14,8 @@ from accelerate import Accelerator
 
 from matchai import checkpoint, machine
 from matchai.build import build_model_of, build_training, end_workers, step_problems
-from matchai.config import FREE, TrainConfig, check, parse_interval
+from matchai.checks import check, parse_interval
+from matchai.config import FREE, TrainConfig
 from matchai.console import Display, epoch_line
 from matchai.data import Data
 from matchai.errors import InputError

@@ -4,7 +4,8 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +19,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from matchai.arrays import ArraySet
 from matchai.augmentation import Augmentation
 from matchai.context import neighbours
 from matchai.digests import fingerprint
 from matchai.errors import InputError
 from matchai.files import sync_folder, write_whole
+from matchai.hounsfield import implausible_range
 from matchai.machine import preparing_threads
+from matchai.sets import SliceSet
 
 FORMAT = 1  # part of the cache's key: raised whenever the preparation changes
 STEPS = 65535  # uint16; over a window of 2000 HU a step is 0.03 HU and rounding 0.015, against CT noise of 10 to 30 HU
@@ -44,7 +46,7 @@ class Slices:
         thumbnails: (N, 64, 64) float32 in 0..1.
         sums: (N, 2) uint64, each slice's sum and sum of squares over `images`.
         pixels: (N, C) int64, each slice's pixels of each class at training size.
-        sets: (N,) int64, the array file each slice comes from.
+        sets: (N,) int64, the array file or volume each slice comes from.
         hu_window: HU at 0 and at 65535.
         notes: Sentences on what was odd and how it was settled.
     """
@@ -118,7 +120,7 @@ class SliceDataset(Dataset[tuple[Tensor, Tensor, int]]):
 
 
 def prepare(
-    sets: Sequence[ArraySet],
+    sets: Sequence[SliceSet],
     digests: dict[str, str],
     cache: Path,
     *,
@@ -126,18 +128,22 @@ def prepare(
     image_size: int,
     class_names: Sequence[str],
     background_class: int,
+    reading: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Slices:
-    """Opens the cache entry of these arrays and settings, or checks every slice and makes it.
+    """Opens the cache entry of these slices and settings, or checks every slice and makes it.
+
+    Volumes are read one after another, and closed as soon as their last slice is prepared.
 
     Args:
-        sets: The arrays.
-        digests: Their `fingerprint`.
+        sets: Where the slices lie.
+        digests: The `fingerprint` of their files.
         cache: Folder of cache entries; an entry that is damaged is made anew.
         hu_window: Pixel values are clipped to this range.
         image_size: S.
         class_names: (C,) names, in channel order.
         background_class: Index of the class of pixels that carry none.
+        reading: Settings under which the sets were opened that change what they give: part of the entry's key.
         progress: Told (slices done, slices in all).
 
     Raises:
@@ -145,6 +151,8 @@ def prepare(
     """
     settings = [FORMAT, sorted(digests.items()), [s.name for s in sets], hu_window, image_size]
     settings += [len(class_names), background_class]
+    if reading:
+        settings.append(sorted(reading.items()))
     key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:24]
     folder = cache / key
     found = _open(folder, hu_window)
@@ -194,7 +202,7 @@ def _open(folder: Path, hu_window: tuple[float, float]) -> Slices | None:
 
 
 def _make(
-    sets: Sequence[ArraySet],
+    sets: Sequence[SliceSet],
     folder: Path,
     hu_window: tuple[float, float],
     image_size: int,
@@ -215,11 +223,9 @@ def _make(
         name: open_memmap(folder / f"{name}.npy", mode="w+", dtype=dtype, shape=(num_slices, *shape))
         for name, (dtype, shape) in shapes.items()
     }
-    places = [(number, index) for number, one in enumerate(sets) for index in range(len(one))]
     low, high = hu_window
 
-    def prepare_slice(row: int) -> dict[str, Any]:
-        number, index = places[row]
+    def prepare_slice(row: int, number: int, index: int) -> dict[str, Any]:
         image = sets[number].read_image(index)
         target = sets[number].read_target(index, num_classes, background_class)
         finite = np.isfinite(image)
@@ -238,16 +244,14 @@ def _make(
         out["pixels"][row] = np.bincount(labels.ravel(), minlength=num_classes)
         return found | {"low": float(image.min()), "high": float(image.max())}
 
-    found = []
-    with ThreadPoolExecutor(preparing_threads()) as pool:
-        for done, one in enumerate(pool.map(prepare_slice, range(num_slices)), 1):
-            found.append(one)
-            if progress:
-                progress(done, num_slices)
+    found = _for_each_slice(sets, prepare_slice, progress)
     problems: list[str] = []
-    for number, one_set in enumerate(sets):
-        rows = [one for one, place in zip(found, places, strict=True) if place[0] == number]
-        problems += _image_problems(one_set, rows, hu_window) + _mask_problems(one_set, rows, num_classes)
+    first = 0
+    for one_set in sets:
+        rows = found[first : first + len(one_set)]
+        first += len(one_set)
+        problems += _image_problems(one_set, rows, hu_window)
+        problems += _mask_problems(one_set, rows, class_names, background_class)
     if problems:
         raise InputError(*problems[:MAX_PROBLEMS])
     for array in out.values():
@@ -257,6 +261,37 @@ def _make(
     write_whole(folder / "meta.json", json.dumps(meta).encode())
 
 
+def _for_each_slice(
+    sets: Sequence[SliceSet], work: Callable[[int, int, int], dict[str, Any]], progress: Progress | None
+) -> list[dict[str, Any]]:
+    """Calls `work` with the row, the set and the place in it of every slice, on all cores; closes each set after it."""
+    places = [(number, index) for number, one in enumerate(sets) for index in range(len(one))]
+    num_left = [len(one) for one in sets]
+    counting = threading.Lock()
+
+    def work_and_close(row: int) -> dict[str, Any]:
+        number, index = places[row]
+        found = work(row, number, index)
+        with counting:
+            num_left[number] -= 1
+            is_last = not num_left[number]
+        if is_last:  # a decompressed volume takes room on the disk
+            sets[number].close()
+        return found
+
+    found = []
+    try:
+        with ThreadPoolExecutor(preparing_threads()) as pool:
+            for done, one in enumerate(pool.map(work_and_close, range(len(places))), 1):
+                found.append(one)
+                if progress:
+                    progress(done, len(places))
+    finally:
+        for one_set in sets:
+            one_set.close()
+    return found
+
+
 def resize(image: NDArray[np.float32], size: int) -> NDArray[np.float32]:
     """Resizes (H, W) to (size, size): area means when shrinking, which do not alias, else bilinear."""
     shrinks = size < min(image.shape)
@@ -264,7 +299,7 @@ def resize(image: NDArray[np.float32], size: int) -> NDArray[np.float32]:
     return np.asarray(cv2.resize(image, (size, size), interpolation=kind), np.float32)
 
 
-def _image_problems(one: ArraySet, rows: list[dict[str, Any]], hu_window: tuple[float, float]) -> list[str]:
+def _image_problems(one: SliceSet, rows: list[dict[str, Any]], hu_window: tuple[float, float]) -> list[str]:
     broken = [index for index, row in enumerate(rows) if "non_finite" in row]
     if broken:
         row = rows[broken[0]]
@@ -279,56 +314,21 @@ def _image_problems(one: ArraySet, rows: list[dict[str, Any]], hu_window: tuple[
     return [problem] if problem else []
 
 
-def implausible_range(what: str, low: float, high: float, hu_window: tuple[float, float]) -> str | None:
-    """A sentence if values are hardly Hounsfield units of a lung, else None.
-
-    Args:
-        what: The file or folder that holds them.
-        low: The lowest value.
-        high: The highest.
-        hu_window: The range that is kept.
-    """
-    width = hu_window[1] - hu_window[0]
-    span = f"{what} holds values from {low:g} to {high:g}"
-    window = f"the window of {hu_window[0]:g} to {hu_window[1]:g} HU"
-    if low == high:
-        return f"{what} is constant: every pixel is {low:g}, so there is nothing to see."
-    if high <= hu_window[0] or low >= hu_window[1]:
-        return f"{span}, all outside {window}; state the range to keep with --hu-window LOW HIGH."
-    if high - low < width / 4 or (hu_window[0] <= -500 < low):
-        kind = "values that are no Hounsfield units"
-        if low >= 0 and high <= 1.5:
-            kind = "an image scaled to 0..1, not HU"
-        elif low >= 0 and high <= 255:
-            kind = "8-bit grey values, not HU"
-        elif low >= 0:
-            kind = "raw CT values without their offset (HU is usually the value - 1024)"
-        return (
-            f"{span}, which look like {kind} (lung lies near -850): {window} would lose them. Convert them to HU, "
-            f"or state the range to keep with --hu-window {low:g} {high:g}."
-        )
-    return None
-
-
-def _mask_problems(one: ArraySet, rows: list[dict[str, Any]], num_classes: int) -> list[str]:
+def _mask_problems(
+    one: SliceSet, rows: list[dict[str, Any]], class_names: Sequence[str], background_class: int
+) -> list[str]:
     wrong = [index for index, row in enumerate(rows) if row["wrong"]]
     if not wrong:
         return []
     values = ", ".join(f"{value:g}" for value in rows[wrong[0]]["wrong"])
-    if one.masks.ndim == 4:
-        expected = "one-hot masks hold only 0 and 1 (or 0 and 255): save classes, not probabilities"
-    else:
-        expected = (
-            f"the {num_classes} classes are 0 to {num_classes - 1}: map other labels to these, or set --class-names"
-        )
     return [
         f"{one.mask_path} holds {values} in slice {wrong[0]} ({len(wrong)} of {len(rows)} slices hold such values), "
-        f"but {expected}."
+        f"but {one.expected_values(class_names, background_class)}."
     ]
 
 
 def _notes(
-    sets: Sequence[ArraySet],
+    sets: Sequence[SliceSet],
     found: list[dict[str, Any]],
     pixels: NDArray[np.int64],
     class_names: Sequence[str],
@@ -340,10 +340,10 @@ def _notes(
         notes.append(f"{overlapping:,} pixels carry several classes; each takes the first in channel order.")
     if empty:
         notes.append(f"{empty:,} pixels carry no class; they count as {class_names[background_class]}.")
-    for one in sets:
-        height, width = one.images.shape[1:3]
-        if height != width:
-            notes.append(f"{one.image_path.name}: slices of {height}x{width} pixels are squeezed to a square.")
+    for height, width in dict.fromkeys(one.shape for one in sets if one.shape[0] != one.shape[1]):
+        names = [one.image_path.name for one in sets if one.shape == (height, width)]
+        which = names[0] if len(names) == 1 else f"{len(names)} files from {names[0]} on"
+        notes.append(f"{which}: slices of {height}x{width} pixels are squeezed to a square.")
     totals = pixels.sum(axis=0)
     most = int(totals.argmax())
     if most != background_class:

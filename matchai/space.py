@@ -10,7 +10,8 @@ from typing import Any
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
-from matchai.config import FREE, LEAVES, TrainConfig, check
+from matchai.checks import check
+from matchai.config import FREE, LEAVES, TrainConfig
 from matchai.errors import InputError
 from matchai.parsing import load_mapping
 

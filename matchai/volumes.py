@@ -4,6 +4,7 @@ Every kind of input is a `Volume`: `.npy` arrays here, NIfTI files in `matchai.n
 pictures in `matchai.pictures`.
 """
 
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +13,9 @@ from typing import Any, BinaryIO, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from matchai.arrays import open_array
 from matchai.errors import InputError
 from matchai.files import write_whole
+from matchai.npy import open_array
 
 STEPS = 65535
 """What stands for 1 in maps of numbers in 0..1."""
@@ -118,6 +119,18 @@ def turn(image: NDArray[Any], orientation: str, wanted: str) -> NDArray[Any]:
     return image
 
 
+def forget(array: NDArray[Any]) -> None:
+    """Gives the system back what was read of a memory-mapped array, which else counts as this process's memory.
+
+    Does nothing for arrays in memory, nor where the system has no such call.
+    """
+    base: Any = array
+    while isinstance(base, np.ndarray | memoryview):
+        base = base.base if isinstance(base, np.ndarray) else base.obj
+    if isinstance(base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        base.madvise(mmap.MADV_DONTNEED)
+
+
 @dataclass(frozen=True)
 class ArrayVolume:
     """A `.npy` array: (N, H, W), (N, H, W, 1), or a single slice (H, W)."""
@@ -150,7 +163,8 @@ class ArrayVolume:
         """See `Volume`."""
         slope, intercept = self.rescale
         with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite, and is refused as such
-            image = np.asarray(self._slices[index], dtype=np.float32)
+            image = np.array(self._slices[index], dtype=np.float32)
+        forget(self.array)
         return image if self.rescale == (1, 0) else image * np.float32(slope) + np.float32(intercept)
 
     def save_mask(self, folder: Path, mask: NDArray[np.uint8], file_labels: Sequence[int]) -> Path:
@@ -171,6 +185,7 @@ class ArrayVolume:
             np.lib.format.write_array_header_1_0(file, header)
             for one in values:  # slice by slice, so that a large volume is never in memory whole
                 file.write((one if scale == 1 else one * scale).astype(kind).tobytes())
+                forget(values)
 
         write_whole(path, write)
         return path

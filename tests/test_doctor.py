@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from matchai import data_report, doctor, examination
+from matchai.arrays import ArraySet
 from matchai.checkup import Finding
 from matchai.doctor import main
 
@@ -117,18 +118,10 @@ def test_problems_give_status_1_and_warnings_0(
     assert main([]) == 1
 
 
-class Constant:
-    """Four slices of one value."""
-
-    def __len__(self) -> int:
-        return 4
-
-    def read_image(self, index: int) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
-        return np.full((8, 8), 1000 * index - 1600, np.float32)
-
-
 def test_every_pixel_of_the_histogram_is_counted_once() -> None:
-    values = data_report.count_values([Constant()], (-1500, 500))
+    images = np.stack([np.full((8, 8), value, np.float32) for value in (-1600, -600, 400, 1400)])
+    one = ArraySet("one", Path("images.npy"), Path("masks.npy"), images, np.zeros((4, 8, 8), np.uint8))
+    values = data_report.count_values([one], (-1500, 500))
     assert (values.low, values.high, values.num_pixels) == (-1600, 1400, 4 * 64)
     assert (values.below, values.above, int(values.counts.sum())) == (64, 64, 128)
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from matchai.errors import InputError
-from matchai.volumes import STEPS, file_labels, open_array_volume, turn
+from matchai.volumes import STEPS, file_labels, forget, open_array_volume, turn
 
 ORIENTATIONS = ("LP", "LA", "RP", "RA", "PL", "PR", "AL", "AR")
 SIDES = {"L": (1, 0), "R": (-1, 0), "P": (0, 1), "A": (0, -1)}  # toward the left, toward the back
@@ -74,3 +74,18 @@ def test_an_array_that_is_no_stack_of_slices_is_refused_with_its_shape(tmp_path:
     np.save(tmp_path / "scan.npy", np.zeros(shape))
     with pytest.raises(InputError, match=rf"scan.npy has shape \({shape[0]}"):
         open_array_volume(tmp_path / "scan.npy", "LP", (1, 0))
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="reads its own memory from /proc")
+def test_what_was_read_of_a_mapped_array_is_given_back(tmp_path: Path) -> None:
+    def mapped() -> int:
+        text = Path("/proc/self/smaps").read_text().split("big.npy", 1)
+        return int(text[1].split("Rss:", 1)[1].split("kB", 1)[0]) if len(text) > 1 else 0
+
+    np.save(tmp_path / "big.npy", np.ones((8, 1024, 1024), np.float32))
+    array = np.load(tmp_path / "big.npy", mmap_mode="r")
+    assert array.sum() == 8 * 1024 * 1024
+    assert mapped() > 30_000  # kB
+    forget(array[1:3][0])
+    assert mapped() < 1_000
+    assert array[7, 5, 5] == 1
