@@ -219,7 +219,7 @@ def _check_imagenet(encoder: str) -> Finding:
         return Finding("ok", f"The ImageNet weights of {encoder} are in the local cache")
     reason = _why_hub_is_out_of_reach()
     if reason is None:
-        return Finding("ok", f"The ImageNet weights of {encoder} will be fetched from the hub, which answers")
+        return Finding("ok", f"The ImageNet weights of {encoder} will be fetched: the hub, or the proxy to it, answers")
     return Finding(
         "problem", f"The ImageNet weights of {encoder} are not in the local cache, and {reason}", OTHER_WEIGHTS
     )

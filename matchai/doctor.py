@@ -42,8 +42,9 @@ def main(argv: list[str] | None = None, prog: str = "python -m matchai.doctor") 
     """Examines; returns the exit status: 0 training would start, 1 it would not, 2 wrong flags, 130 Ctrl-C."""
     try:
         from matchai.parsing import parse  # noqa: PLC0415 what it imports may be missing
-    except ImportError:
-        return _tell(iter(check_packages()))
+    except ImportError as error:
+        fault = Finding("problem", f"Flags cannot be read: {error}", "`pip install --force-reinstall tyro pyyaml`")
+        return _tell(iter((*check_packages(), fault)))
     try:
         config = parse(sys.argv[1:] if argv is None else argv, DESCRIPTION, prog, DoctorConfig)
         return _tell(_examine(config))

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from matchai.arrays import open_sets
 from matchai.build import step_problems
+from matchai.checkpoint import load_weights
 from matchai.checks import check
 from matchai.checkup import Finding, check_encoder, check_launcher, check_trackers
 from matchai.config import TrainConfig
@@ -68,7 +69,12 @@ def examine(config: TrainConfig, pictures: Path) -> Iterator[Finding]:
     workers = default_workers(device, 1) if workers is None else workers
     channels, size = 2 * config.network.context + 1, config.input.image_size
     yield check_shared_memory(workers, config.sampling.batch_size, channels, size)
-    yield check_encoder(config.network.encoder, config.network.encoder_weights)
+    yield check_encoder(config.network.encoder, "none" if config.run.init else config.network.encoder_weights)
+    if config.run.init:
+        try:
+            load_weights(config.run.init)
+        except InputError as error:
+            yield from _problems(error.problems)
     num_slices = config.input.phantom_slices
     if config.input.data is None:
         yield Finding("ok", "Data: none named, so training takes the built-in synthetic phantom")

@@ -96,13 +96,20 @@ def test_no_more_is_examined_where_torch_does_not_load(
     assert "are not examined" in said
 
 
-def test_it_speaks_where_torchvision_is_broken_and_torch_is_none(tmp_path: Path) -> None:
-    (tmp_path / "torch.py").write_text("raise OSError('libtorch_cpu.so: cannot open shared object file')")
+@pytest.mark.parametrize(
+    ("module", "fault", "remedy"),
+    [
+        ("torch", "OSError('libtorch_cpu.so: cannot open it')", "pip install --force-reinstall torch torchvision"),
+        ("tyro", "ImportError('No module named tyro')", "pip install --force-reinstall tyro"),
+    ],
+)
+def test_it_speaks_where_a_package_is_broken(module: str, fault: str, remedy: str, tmp_path: Path) -> None:
+    (tmp_path / f"{module}.py").write_text(f"raise {fault}")
     script = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from matchai.doctor import main; sys.exit(main([]))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 1
-    assert "libtorch_cpu.so" in lines_of(done.stdout, "problem")
-    assert "pip install --force-reinstall torch torchvision" in done.stdout
+    assert fault.split("'")[1] in lines_of(done.stdout, "problem")
+    assert remedy in lines_of(done.stdout, "problem")
     assert "Traceback" not in done.stdout + done.stderr
 
 
