@@ -163,7 +163,7 @@ def describe(about: dict[str, Any]) -> dict[str, Any]:
     return {
         "preprocessing": steps,
         "output": [
-            f"logits of the classes {classes}; the background is {about['background_class']}",
+            f"logits of the classes {classes}; {about['background_class']!r} is the background",
             "softmax over axis 1 makes probabilities of them; resize these bilinearly to the slice's own size, and "
             "each pixel's class is the most probable one",
         ],
