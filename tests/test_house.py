@@ -15,9 +15,12 @@ FLOORS = [
         "arrays",
         "augmentation",
         "checkpoint",
+        "checkup",
         "claims",
         "console",
         "context",
+        "data_figures",
+        "data_report",
         "decoding",
         "dicom",
         "dicom_images",
@@ -43,6 +46,7 @@ FLOORS = [
         "phantom",
         "pictures",
         "processes",
+        "resources",
         "reasons",
         "sampling",
         "search",
@@ -65,6 +69,7 @@ FLOORS = [
     {
         "build",
         "evaluation",
+        "exporting",
         "inference",
         "loop",
         "model_card",
@@ -77,9 +82,9 @@ FLOORS = [
         "run_words",
         "space",
     },
-    {"runner"},
+    {"examination", "runner"},
     {"confirm", "ledger", "plan", "study", "workers"},
-    {"evaluate", "predict", "report", "train", "tune"},
+    {"__main__", "doctor", "evaluate", "export", "predict", "report", "train", "tune"},
 ]
 ROOMS = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
 
