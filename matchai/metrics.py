@@ -5,7 +5,7 @@ need. *Pooled* figures divide the counts of a whole set; a mean of per-image fig
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -57,6 +57,30 @@ def iou_per_class(confusion: Counts) -> NDArray[np.float64]:
     return _ratio(confusion, lambda both, truth, pred: (both, truth + pred - both))
 
 
+def recall_per_class(confusion: Counts) -> NDArray[np.float64]:
+    """|P ∩ T| / |T| for every class; NaN for a class without a pixel in the truth.
+
+    Args:
+        confusion: (..., C, C) counts, truth in rows.
+
+    Returns:
+        (..., C) float64.
+    """
+    return _ratio(confusion, lambda both, truth, pred: (both, truth))
+
+
+def precision_per_class(confusion: Counts) -> NDArray[np.float64]:
+    """|P ∩ T| / |P| for every class; NaN for a class without a pixel in the prediction.
+
+    Args:
+        confusion: (..., C, C) counts, truth in rows.
+
+    Returns:
+        (..., C) float64.
+    """
+    return recall_per_class(np.swapaxes(confusion, -1, -2))
+
+
 def _ratio(confusion: Counts, parts: Callable[..., tuple[Counts, Counts]]) -> NDArray[np.float64]:
     both = np.diagonal(confusion, axis1=-2, axis2=-1)
     truth, pred = confusion.sum(-1), confusion.sum(-2)
@@ -66,10 +90,53 @@ def _ratio(confusion: Counts, parts: Callable[..., tuple[Counts, Counts]]) -> ND
     return ratio
 
 
+def collapse(confusion: Counts, classes: Sequence[int]) -> Counts:
+    """Takes some classes for one, such as any lesion, and all others for another.
+
+    Args:
+        confusion: (..., C, C) counts, truth in rows.
+        classes: Indices of the classes that become class 0; the rest becomes class 1.
+
+    Returns:
+        (..., 2, 2) counts, truth in rows.
+    """
+    belongs = np.zeros((confusion.shape[-1], 2), np.int64)
+    belongs[:, 1] = 1
+    belongs[list(classes)] = (1, 0)
+    collapsed: Counts = belongs.T @ confusion @ belongs
+    return collapsed
+
+
+def affected_share(sizes: Counts, lesion_classes: Sequence[int], background_class: int) -> NDArray[np.float64]:
+    """Pixels of lesions in percent of all that are not background; NaN where all are.
+
+    Args:
+        sizes: (..., C) pixels of each class, of a truth or of a prediction.
+        lesion_classes: Indices of the classes that are lesions.
+        background_class: Index of the class outside the lungs.
+
+    Returns:
+        (...) float64.
+    """
+    lungs = sizes.sum(-1) - sizes[..., background_class]
+    share = np.full(lungs.shape, np.nan)
+    np.divide(100 * sizes[..., list(lesion_classes)].sum(-1), lungs, out=share, where=lungs > 0)
+    return share
+
+
 def mean_defined(values: NDArray[np.float64]) -> float:
     """The mean of the values that are not NaN; NaN where all are."""
     defined = values[~np.isnan(values)]
     return float(defined.mean()) if len(defined) else math.nan
+
+
+def mean_along(values: NDArray[np.float64], axis: int) -> NDArray[np.float64]:
+    """`mean_defined` along one axis, such as over images (0) or over classes (-1)."""
+    is_known = ~np.isnan(values)
+    number = is_known.sum(axis=axis)
+    means = np.full(number.shape, np.nan)
+    np.divide(np.where(is_known, values, 0).sum(axis=axis), number, out=means, where=number > 0)
+    return means
 
 
 def notebook_dice(confusions: Counts, batch_size: int) -> float:

@@ -8,12 +8,25 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from monai.metrics.meandice import compute_dice
+from monai.metrics.confusion_matrix import ConfusionMatrixMetric
+from monai.metrics.meandice import DiceMetric, compute_dice
 from monai.metrics.meaniou import compute_iou
-from sklearn.metrics import confusion_matrix, f1_score, jaccard_score
+from sklearn.metrics import confusion_matrix, f1_score, jaccard_score, precision_score, recall_score
 from torch import Tensor
 
-from matchai.metrics import confusion_counts, dice_per_class, iou_per_class, mean_defined, notebook_dice, summarise
+from matchai.metrics import (
+    affected_share,
+    collapse,
+    confusion_counts,
+    dice_per_class,
+    iou_per_class,
+    mean_along,
+    mean_defined,
+    notebook_dice,
+    precision_per_class,
+    recall_per_class,
+    summarise,
+)
 
 CLASSES = 4
 LABELS = list(range(CLASSES))
@@ -66,6 +79,52 @@ def test_dice_and_iou_of_each_image_are_monais(absent: int | None) -> None:
     confusion = counts(pred, target)
     for ours, theirs in ((dice_per_class, compute_dice), (iou_per_class, compute_iou)):
         assert np.allclose(ours(confusion), theirs(one_hot[0], one_hot[1]).numpy(), rtol=0, atol=1e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_pooled_precision_and_recall_are_scikit_learns(seed: int) -> None:
+    pred, target = masks(seed)
+    for ours, theirs in ((precision_per_class, precision_score), (recall_per_class, recall_score)):
+        expected = theirs(target.flatten(), pred.flatten(), labels=LABELS, average=None)
+        assert np.allclose(ours(counts(pred, target).sum(0)), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("absent", [None, 1])
+def test_precision_and_recall_of_each_image_are_monais(absent: int | None) -> None:
+    pred, target = masks(8, absent=absent)
+    pred[0][pred[0] == 2] = 3  # an image without a predicted pixel of a class
+    one_hot = [torch.nn.functional.one_hot(m, CLASSES).movedim(-1, 1) for m in (pred, target)]
+    metric = ConfusionMatrixMetric(metric_name=["precision", "recall"], reduction="none")
+    metric(*one_hot)
+    confusion = counts(pred, target)
+    for ours, theirs in zip((precision_per_class, recall_per_class), metric.aggregate(), strict=True):
+        assert np.allclose(ours(confusion), np.asarray(theirs), rtol=0, atol=1e-6, equal_nan=True)
+
+
+def test_means_over_images_are_monais_dice_metric() -> None:
+    pred, target = masks(9)
+    target[:2][target[:2] == 1] = 3
+    metric = DiceMetric(reduction="mean_batch", ignore_empty=True)
+    metric(*[torch.nn.functional.one_hot(m, CLASSES).movedim(-1, 1) for m in (pred, target)])
+    ours = mean_along(dice_per_class(counts(pred, target)), 0)
+    assert np.allclose(ours, np.asarray(metric.aggregate()), rtol=0, atol=1e-6)
+
+
+def test_any_lesion_is_the_union_of_its_classes() -> None:
+    pred, target = masks(10)
+    union = confusion_counts((pred > 1).long(), (target > 1).long(), 2).numpy()
+    assert np.array_equal(collapse(counts(pred, target), [0, 1]), union)
+
+
+def test_the_affected_share_is_of_all_that_is_not_background() -> None:
+    sizes = np.array([[10, 5, 45, 1000], [0, 0, 20, 5], [0, 0, 0, 9]])
+    assert np.array_equal(affected_share(sizes, [0, 1], 3), [25, 0, np.nan], equal_nan=True)
+
+
+def test_means_along_an_axis_are_those_of_each_column() -> None:
+    values = np.array([[1, np.nan, np.nan], [2, 3, np.nan]])
+    expected = [mean_defined(column) for column in values.T]
+    assert np.array_equal(mean_along(values, 0), expected, equal_nan=True)
 
 
 def test_a_class_absent_from_the_truth_is_nan_even_where_it_was_predicted() -> None:
