@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import safetensors.torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -59,14 +60,30 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         InputError: If there are none, or the file is not matchai's.
     """
+    return _load(path, has_weights=True)
+
+
+def _load(path: Path, *, has_weights: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
     file = path / BEST if path.is_dir() else path
     try:
         with safe_open(file, "pt") as opened:
             about = json.loads((opened.metadata() or {})["matchai"])
-            return {name: opened.get_tensor(name) for name in opened.keys()}, about  # noqa: SIM118 no mapping
+            return {name: opened.get_tensor(name) for name in opened.keys() if has_weights}, about  # noqa: SIM118
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         reason = "does not exist" if isinstance(error, FileNotFoundError) else "is no file of weights that a run kept"
         raise InputError(f"{file} {reason}; give the folder of a matchai run, or its {BEST}.") from None
+
+
+def load_about(path: Path) -> dict[str, Any]:
+    """What the header of the weights that a run kept says of them, without the weights.
+
+    Args:
+        path: A run's folder, or a `best.safetensors` file.
+
+    Raises:
+        InputError: As `load_weights`.
+    """
+    return _load(path, has_weights=False)[1]
 
 
 def save_state(folder: Path, state: State) -> None:
@@ -134,11 +151,38 @@ def load_state(folder: Path) -> State | None:
     return None
 
 
-def _read_state(folder: Path) -> State:
+def peek(folder: Path, name: str) -> tuple[dict[str, Any], NDArray[Any] | None] | None:
+    """The record of a run's newest state and one of its tensors, for who looks on: moves nothing, loads no more.
+
+    Args:
+        folder: The run's; its run may be under way.
+        name: Of the tensor.
+
+    Returns:
+        The record, and the tensor or None where the state has none of that name; None without a readable state.
+    """
+    last = folder / LAST
+    for state in reversed(_names(last) if last.is_dir() else []):
+        try:
+            record = _read_record(last / state)["record"]
+            with safe_open(last / state / _STATE, "np") as opened:
+                has_it = name in opened.keys()  # noqa: SIM118 no mapping
+                return record, opened.get_tensor(name) if has_it else None
+        except (OSError, ValueError, KeyError, SafetensorError):
+            continue  # damaged, or given up for a newer one just now
+    return None
+
+
+def _read_record(folder: Path) -> dict[str, Any]:
     text, seal = (folder / _RECORD).read_text(encoding="utf-8").splitlines()
     if hashlib.sha256(text.encode()).hexdigest() != seal:
         raise ValueError(f"{_RECORD} was altered")
-    stored = json.loads(text)
+    stored: dict[str, Any] = json.loads(text)
+    return stored
+
+
+def _read_state(folder: Path) -> State:
+    stored = _read_record(folder)
     contents = {}
     for name in (_STATE, BEST):
         if name in stored["hashes"]:

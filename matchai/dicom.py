@@ -6,14 +6,14 @@ Nothing that names a patient is read or told.
 import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
-from matchai.dicom_images import DicomImage, read_image, read_pixels
+from matchai.decoding import decode
+from matchai.dicom_images import DicomImage, read_image, why_not_decodable
 from matchai.errors import InputError
 from matchai.extras import need
 from matchai.grid import FileVoxels, GridVolume, scratch_file
@@ -47,7 +47,7 @@ def open_dicom(
     """
     need("pydicom", "medical", f"Reading {folder}")
     images = _choose(folder, list(_images_in(folder)), series)
-    _check_content(folder, images)
+    _check_content(images)
     _check_sameness(images)
     images, notes = _without_duplicates(images)
     images, affine, oddities = _place(folder, images)
@@ -105,15 +105,15 @@ def _choose(folder: Path, images: Sequence[DicomImage], wanted: str | None) -> l
 
 def _told(members: Sequence[DicomImage], with_uid: bool) -> str:
     first = members[0]
-    about = [f"{len(members)} image{'s' if len(members) > 1 else ''}"]
+    about = [first.modality] if first.modality not in ("CT", "") else []
+    about += [f"{len(members)} image{'s' if len(members) > 1 else ''}"]
     about += [f"{first.thickness:g} mm"] if first.thickness else []
     about += [f"UID {first.series or 'missing'}"] if with_uid or not first.number else []
     return f"{first.number or 'no number'} '{first.description}' ({', '.join(about)})"
 
 
-def _check_content(folder: Path, images: Sequence[DicomImage]) -> None:
+def _check_content(images: Sequence[DicomImage]) -> None:
     """Refuses what is no CT slice, or whose numbers cannot be made HU for sure."""
-    pydicom = need("pydicom", "medical", f"Reading {folder}")
 
     def refuse(is_wrong: Callable[[DicomImage], bool], what: str) -> None:
         wrong = [image for image in images if is_wrong(image)]
@@ -147,22 +147,10 @@ def _check_content(folder: Path, images: Sequence[DicomImage]) -> None:
         lambda i: not np.allclose(i.directions @ i.directions.T, np.eye(2), atol=1e-3),
         "has an ImageOrientationPatient that is no pair of directions at right angles",
     )
-    for uid in map(pydicom.uid.UID, sorted({image.syntax for image in images})):
-        try:
-            is_readable = need("pydicom.pixels", "medical", f"Reading {folder}").get_decoder(uid).is_available
-        except NotImplementedError:
-            what = f"is stored as {uid.name}, which is no way to store CT slices"
-        else:
-            is_htj2k = uid.name.startswith("High-Throughput")  # the one that GDCM cannot
-            packages = "pylibjpeg pylibjpeg-openjpeg" if is_htj2k else '"matchai[medical]"'
-            what = f"is packed as {uid.name}, for which no decoder is installed: `pip install {packages}`"
-            if is_readable:
-                continue
-        refuse(partial(_has_syntax, syntax=str(uid)), what)
-
-
-def _has_syntax(image: DicomImage, syntax: str) -> bool:
-    return image.syntax == syntax
+    for image in images:
+        problem = why_not_decodable(image.syntax)
+        if problem:
+            raise InputError(f"{image.path} {problem}.")
 
 
 def _check_sameness(images: Sequence[DicomImage]) -> None:
@@ -192,7 +180,7 @@ def _without_duplicates(images: Sequence[DicomImage]) -> tuple[list[DicomImage],
         twin = kept.setdefault((image.uid, image.position.tobytes()), image) if image.uid else image
         if twin is image:
             rest.append(image)
-        elif not np.array_equal(read_pixels(twin), read_pixels(image)):
+        elif len({pixels.tobytes() for pixels in decode([twin, image])}) > 1:
             raise InputError(
                 f"{twin.path} and {image.path} have one SOPInstanceUID and place, but different pixels; take the wrong "
                 "one out of the folder."
@@ -286,11 +274,9 @@ def _decode(
     """All pixels in one file without a name: as they are stored, or in HU where images differ in type or scale."""
     decoded = scratch_file(folder, len(images) * int(np.prod(images[0].shape)) * dtype.itemsize, scratch)
     try:
-        for image in images:
-            values = read_pixels(image)
-            if not is_stored:
-                values = values * image.scale[0] + image.scale[1]
-            decoded.write(values.astype(dtype).tobytes())
+        for image, values in zip(images, decode(images), strict=True):
+            wanted = values if is_stored else values * image.scale[0] + image.scale[1]
+            decoded.write(wanted.astype(dtype).tobytes())
         decoded.flush()
     except OSError as error:
         decoded.close()

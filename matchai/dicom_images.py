@@ -6,6 +6,7 @@ Nothing that names a patient is read.
 import math
 import warnings
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ class DicomImage:
         description: SeriesDescription.
         modality: Such as "CT"; empty where missing.
         syntax: UID of the transfer syntax.
+        is_packed: Whether pixels are compressed.
         shape: Rows and columns.
         dtype: Of the stored numbers, such as "u2".
         bits: How many are used, and the number of the highest.
@@ -59,6 +61,7 @@ class DicomImage:
     description: str
     modality: str
     syntax: str
+    is_packed: bool
     shape: tuple[int, int]
     dtype: str
     bits: tuple[int, int]
@@ -87,11 +90,15 @@ def read_image(path: Path) -> DicomImage | None:
     header = _header_of(path)
     if header is None:
         return None
-    get = header.get
+    get, uids = header.get, need("pydicom.uid", "medical", f"Reading {path}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             slope, intercept = _float(get("RescaleSlope")), _float(get("RescaleIntercept"))
+            syntax = _syntax_of(header)
+            allocated = int(get("BitsAllocated") or 16)
+            if allocated not in (8, 16, 32):
+                raise ValueError(f"BitsAllocated is {allocated}, not 8, 16 or 32")
             num_bits, high_bit, number = int(get("BitsStored") or 16), get("HighBit"), get("SeriesNumber")
             return DicomImage(
                 path=path,
@@ -100,9 +107,10 @@ def read_image(path: Path) -> DicomImage | None:
                 number="" if number is None else str(number),
                 description="".join(filter(str.isprintable, str(get("SeriesDescription") or ""))).strip(),
                 modality=str(get("Modality") or ""),
-                syntax=_syntax_of(header),
+                syntax=syntax,
+                is_packed=syntax in uids.AllTransferSyntaxes and uids.UID(syntax).is_encapsulated,
                 shape=(int(header.Rows), int(header.Columns)),
-                dtype=f"{'i' if get('PixelRepresentation') else 'u'}{int(get('BitsAllocated') or 16) // 8}",
+                dtype=f"{'i' if get('PixelRepresentation') else 'u'}{allocated // 8}",
                 bits=(num_bits, num_bits - 1 if high_bit is None else int(high_bit)),
                 photometric=str(get("PhotometricInterpretation") or ""),
                 num_frames=int(get("NumberOfFrames") or 1),
@@ -116,7 +124,7 @@ def read_image(path: Path) -> DicomImage | None:
                 decimals=max((_decimals(str(value)) for value in get("ImagePositionPatient") or ()), default=0),
                 thickness=abs(_float(get("SliceThickness")) or 0.0),
             )
-    except (ValueError, TypeError, OverflowError, AttributeError) as error:
+    except Exception as error:  # pydicom reads values when they are asked for, and has many ways to fail
         raise InputError(f"{path} has a header value that makes no sense: {error}.") from None
 
 
@@ -124,7 +132,7 @@ def read_pixels(image: DicomImage) -> NDArray[Any]:
     """Decodes the pixels of an image.
 
     Returns:
-        (H, W) numbers as stored.
+        (H, W) numbers as stored, of the type that the header names, in native byte order.
 
     Raises:
         InputError: If the file is damaged or incomplete.
@@ -146,7 +154,29 @@ def read_pixels(image: DicomImage) -> NDArray[Any]:
         raise InputError(f"{image.path} is damaged or truncated: its pixels cannot be read ({reason}).") from None
     if pixels.shape != image.shape:
         raise InputError(f"{image.path} holds pixels of shape {pixels.shape}, but its header says {image.shape}.")
-    return pixels
+    stored = pixels.astype(image.dtype)
+    if not np.array_equal(stored, pixels):
+        raise InputError(f"{image.path} holds {pixels.dtype} pixels that its header's {stored.dtype} cannot hold.")
+    return stored
+
+
+@cache
+def why_not_decodable(syntax: str) -> str | None:
+    """Why images of a transfer syntax cannot be decoded, the rest of a sentence; None if they can."""
+    pixels = need("pydicom.pixels", "medical", "Reading DICOM files")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        uid = need("pydicom.uid", "medical", "Reading DICOM files").UID(syntax)
+    try:
+        is_readable = pixels.get_decoder(uid).is_available
+    except NotImplementedError:
+        return f"is stored as {uid.name}, which is no way to store CT slices"
+    if is_readable:
+        return None
+    packages = '"matchai[medical]"'
+    if uid.name.startswith("High-Throughput"):  # the one that GDCM cannot
+        packages = "pylibjpeg pylibjpeg-openjpeg"
+    return f"is packed as {uid.name}, for which no decoder is installed: `pip install {packages}`"
 
 
 def _header_of(path: Path) -> Any:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageFile, TiffImagePlugin
+from PIL import Image, ImageFile, TiffImagePlugin, UnidentifiedImageError
 
 from matchai.errors import InputError
 from matchai.files import sync_folder
@@ -277,14 +277,15 @@ def _readable(path: Path) -> Iterator[None]:
                 raise InputError(f"{path} is empty; copy or export it again.") from None
             if head.startswith(b"\xff\xd8"):
                 raise InputError(
-                    f"{path} is a JPEG under another name: it loses the numbers of CT values and labels; export PNG or "
+                    f"{path} is a JPEG: it loses the numbers of CT values and labels; export PNG or "
                     "TIFF from the source."
                 ) from None
             if not head.startswith((b"\x89PNG", b"II", b"MM")):
                 raise InputError(f"{path} is no PNG or TIFF picture; was it downloaded whole?") from None
+        told = "" if isinstance(error, UnidentifiedImageError) else f" ({error})"
         raise InputError(
-            f"{path} is damaged, incomplete, or of a kind that cannot be read ({error}); copy or export it again, as "
-            "8-bit or 16-bit grey."
+            f"{path} is damaged, incomplete, or of a kind that cannot be read{told}; copy or export it again, as 8-bit "
+            "or 16-bit grey."
         ) from None
 
 

@@ -12,7 +12,8 @@ from matchai.build import dataset_of
 from matchai.config import TrainConfig
 from matchai.data import Data
 from matchai.figures import draw_confusion_matrix, draw_dice_per_class, draw_learning_curves, draw_panels
-from matchai.metrics import Counts, dice_per_class
+from matchai.metrics import Counts
+from matchai.run_facts import rank_by_lesion_dice
 from matchai.slices import STEPS
 
 NUM_TYPICAL, NUM_WORST = 3, 3
@@ -39,19 +40,11 @@ def draw_figures(
         predict: Takes standardised images (B, 2 · context + 1, S, S) to class indices (B, S, S).
         epoch: The epoch that the counts and predictions are of.
     """
-    folder.mkdir(exist_ok=True)
+    draw_charts(folder, history, confusions, config, epoch=epoch)
     names = list(config.input.class_names)
     background = names.index(config.input.background_class)
-    source = "built-in synthetic phantom" if config.input.data is None else config.input.data.name
-    about = f"{source}, {len(data.val)} validation slices"
-    draw_learning_curves(history, folder / "learning_curves.png", title=f"Learning curves: {about}")
-    title = f"Dice per class, pooled over pixels: {about}"
-    draw_dice_per_class(history, names, folder / "dice_per_class.png", title=title, background_class=background)
-    title = f"Confusion matrix at epoch {epoch}: {about}"
-    draw_confusion_matrix(confusions.sum(0), names, folder / "confusion_matrix.png", title=title)
-    lesions = [names.index(name) for name in config.input.lesion_classes]
-    dice = _lesion_dice_per_image(confusions, lesions)
-    ranked = sorted(np.flatnonzero(~np.isnan(dice)).tolist(), key=lambda row: float(dice[row]))
+    source = _source(config)
+    ranked, dice = rank_by_lesion_dice(confusions, [names.index(name) for name in config.input.lesion_classes])
     middle = max(0, len(ranked) // 2 - NUM_TYPICAL // 2)
     choices = {"panels": ranked[middle : middle + NUM_TYPICAL], "worst": ranked[:NUM_WORST]}
     dataset = dataset_of(config, data, data.val)
@@ -76,9 +69,29 @@ def draw_figures(
         )
 
 
-def _lesion_dice_per_image(confusions: Counts, lesions: list[int]) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """The mean over the lesion classes that a slice shows; NaN for a slice without any."""
-    dice = dice_per_class(confusions)[:, lesions]
-    shown = ~np.isnan(dice)
-    num_shown = shown.sum(axis=1)
-    return np.where(num_shown > 0, np.where(shown, dice, 0).sum(axis=1) / np.maximum(num_shown, 1), np.nan)
+def draw_charts(
+    folder: Path, history: list[dict[str, Any]], confusions: Counts | None, config: TrainConfig, *, epoch: int | None
+) -> None:
+    """Draws what needs no slices: learning curves, Dice per class and the confusion matrix.
+
+    Args:
+        folder: Where the PNGs go; made where it is missing.
+        history: The rows so far.
+        confusions: (N, C, C) counts of every validation slice; None for no matrix.
+        config: The run's settings.
+        epoch: The epoch that the counts are of.
+    """
+    folder.mkdir(exist_ok=True)
+    names = list(config.input.class_names)
+    about = _source(config) + ("" if confusions is None else f", {len(confusions)} validation slices")
+    draw_learning_curves(history, folder / "learning_curves.png", title=f"Learning curves: {about}")
+    title = f"Dice per class, pooled over pixels: {about}"
+    background = names.index(config.input.background_class)
+    draw_dice_per_class(history, names, folder / "dice_per_class.png", title=title, background_class=background)
+    if confusions is not None:
+        title = f"Confusion matrix at epoch {epoch}: {about}"
+        draw_confusion_matrix(confusions.sum(0), names, folder / "confusion_matrix.png", title=title)
+
+
+def _source(config: TrainConfig) -> str:
+    return "built-in synthetic phantom" if config.input.data is None else config.input.data.name

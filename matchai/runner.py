@@ -325,13 +325,31 @@ class _Run:
             )
         except OSError as error:
             self.display.warn(f"the figures could not be written ({error.strerror}).")
+        if final:
+            self._report()
         self.drawn_at = time.monotonic()
 
+    def _report(self) -> None:
+        """Makes the report and the model card from what the folder holds now."""
+        from matchai.model_card import CARD, write_card  # noqa: PLC0415
+        from matchai.run_facts import read_facts  # noqa: PLC0415
+        from matchai.run_page import PAGE, write_page  # noqa: PLC0415
+
+        try:
+            facts = read_facts(self.output)
+            write_page(facts, self.output / PAGE, redraw=False)
+            write_card(facts, self.output / CARD)
+        except InputError as error:
+            self.display.warn(str(error))
+        except OSError as error:
+            self.display.warn(f"the report could not be written ({error.strerror}).")
+
     def _figures_are_final(self) -> bool:
-        """Whether every figure is younger than the last state; not so if a kill came before they were drawn."""
-        drawn = [path.stat().st_mtime for path in (self.output / "figures").glob("*.png")]
+        """Whether figures and report are younger than the last state; not so if a kill came before they were made."""
+        report = self.output / "report.html"
+        drawn = [path.stat().st_mtime for path in [*(self.output / "figures").glob("*.png"), report] if path.exists()]
         kept = [path.stat().st_mtime for path in (self.output / checkpoint.LAST).glob("state-*")]
-        return bool(drawn) and min(drawn) >= max(kept)
+        return len(drawn) > 1 and report.exists() and min(drawn) >= max(kept)
 
     def _start_from(self, path: Path) -> None:
         weights, about = checkpoint.load_weights(path)
@@ -362,7 +380,7 @@ class _Run:
             f"Done: best at epoch {best['epoch']}; Dice pooled over {len(self.data.val)} validation slices{note}: "
             f"mean {best['mean_dice'] or 0:.3f}, lesion {best['lesion_dice'] or 0:.3f}, {dice}."
         )
-        self.display.say(f"Pictures: {self.output / 'figures'}. Best weights: {self.output / checkpoint.BEST}.")
+        self.display.say(f"Report: {self.output / 'report.html'}. Best weights: {self.output / checkpoint.BEST}.")
 
     def _result(self) -> RunResult:
         history = self.progress.history

@@ -100,7 +100,8 @@ def read_numbers(mask: NDArray[Any], numbers: Mapping[int, int], background_clas
     for number, c in numbers.items():
         classes[number - lowest], is_known[number - lowest] = c, True
     is_near = (mask >= lowest) & (mask <= highest)  # false for NaN
-    places = np.where(is_near, mask, lowest).astype(np.int64) - lowest
+    near = np.where(is_near, mask, 0).astype(np.int64)  # wide before a number is put in that the dtype may lack
+    places = np.where(is_near, near - lowest, 0)
     is_right = is_near & is_known[places]
     if mask.dtype.kind == "f":
         is_right &= mask == np.trunc(mask)

@@ -94,3 +94,14 @@ def test_an_interval_is_seconds_minutes_or_steps(text: str, expected: tuple[floa
 def test_anything_else_is_no_interval(text: str) -> None:
     with pytest.raises(InputError, match="save_every"):
         parse_interval(text)
+
+
+@pytest.mark.parametrize("rescale", [(0, 5), (math.nan, 0), (1, math.inf)], ids=str)
+def test_a_rescale_that_makes_no_hu_is_a_problem(rescale: tuple[float, float]) -> None:
+    assert any(p.startswith("rescale") for p in check(TrainConfig().updated_from({"rescale": rescale})))
+
+
+def test_a_label_map_of_an_unknown_class_is_told_with_the_nearest() -> None:
+    (problem,) = check(TrainConfig().updated(label_map=["0:backgroud"]))
+    assert problem.startswith("label_map")
+    assert "did you mean 'background'" in problem

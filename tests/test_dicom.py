@@ -1,4 +1,3 @@
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from pydicom import uid
 from pydicom.dataset import Dataset, FileMetaDataset
 
 from matchai.dicom import open_dicom
+from matchai.dicom_images import why_not_decodable
 from matchai.errors import InputError
 
 SHAPE = (4, 9, 8)
@@ -89,6 +89,13 @@ def packed(path: Path, kind: Any) -> None:
     writer.SetFile(reader.GetFile())
     writer.SetImage(change.GetOutput())
     assert writer.Write()
+
+
+def at_start_of_python(folder: Path, monkeypatch: pytest.MonkeyPatch, line: str) -> None:
+    """What every Python that is started from here on does first."""
+    (folder / ".code").mkdir()
+    (folder / ".code" / "sitecustomize.py").write_text(line)
+    monkeypatch.syspath_prepend(folder / ".code")
 
 
 def stack(opened: Any) -> NDArray[np.float32]:
@@ -177,10 +184,10 @@ LOSSLESS = ["RLELossless", "JPEGLosslessProcess14", "JPEGLosslessProcess14_1", "
 
 
 @pytest.mark.parametrize("kind", [*LOSSLESS, "JPEGExtendedProcess2_4", "JPEGLSNearLossless", "JPEG2000"])
-def test_packed_images_are_read_without_decoders_of_other_licences(
+def test_packed_images_are_read_with_the_decoders_of_the_extra_alone(
     tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "libjpeg", None)
+    at_start_of_python(tmp_path, monkeypatch, "import sys; sys.modules |= {'pylibjpeg': None, 'jpeg_ls': None}")
     packed(write(tmp_path, 1, BitsStored=12, HighBit=11), getattr(gdcm.TransferSyntax, kind))
     truth = SimpleITK.GetArrayFromImage(by_simpleitk(tmp_path))
     read = stack(open_dicom(tmp_path, "PL"))
@@ -305,6 +312,7 @@ def test_a_series_that_is_not_there_is_refused_with_those_that_are(tmp_path: Pat
         ({"PixelSpacing": None}, "no PixelSpacing"),
         ({"PixelSpacing": [0, 1]}, "not above 0"),
         ({"ImageOrientationPatient": [1, 0, 0, 1, 0, 0]}, "right angles"),
+        ({"BitsAllocated": 12}, "BitsAllocated is 12"),
         ({"RescaleSlope": 0}, "rescale slope 0"),
         ({"BitsStored": 12, "HighBit": 15}, "HighBit"),
         ({"ModalityLUTSequence": [Dataset()]}, "lookup table"),
@@ -351,12 +359,33 @@ def test_a_file_that_only_its_name_calls_dicom_is_refused(tmp_path: Path, conten
         open_dicom(tmp_path)
 
 
+def test_a_decoder_that_breaks_down_takes_no_more_with_it_than_its_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed(write(tmp_path, 0), gdcm.TransferSyntax.JPEG2000Lossless)
+    at_start_of_python(tmp_path, monkeypatch, "import os, pydicom; pydicom.dcmread = lambda *_, **__: os.abort()")
+    with pytest.raises(InputError, match=r"z\.dcm is damaged: the decoder of its packed pixels broke down"):
+        open_dicom(tmp_path).read(0)
+
+
+def test_pixels_that_a_decoder_made_up_are_refused(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 4000, (40, 40)).astype(np.uint16)
+    path = write(tmp_path, 0, pixels=noise, BitsStored=12, HighBit=11)
+    packed(path, gdcm.TransferSyntax.JPEGLosslessProcess14_1)
+    content = path.read_bytes()
+    path.write_bytes(content[:-800] + b"\xff\xd9" + content[-798:])  # an end before the end
+    with pytest.raises(InputError, match=r"is damaged: its packed pixels do not decode .*premature end"):
+        open_dicom(tmp_path).read(0)
+
+
 def test_a_missing_decoder_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     packed(write(tmp_path, 0, BitsStored=12, HighBit=11), gdcm.TransferSyntax.JPEG2000Lossless)
     nobody = type("Decoder", (), {"is_available": False})
+    why_not_decodable.cache_clear()
     monkeypatch.setattr("pydicom.pixels.get_decoder", lambda _: nobody)
     with pytest.raises(InputError, match=r'JPEG 2000 .* no decoder is installed: `pip install "matchai\[medical\]"`'):
         open_dicom(tmp_path)
+    why_not_decodable.cache_clear()
 
 
 def test_a_folder_without_images_is_refused(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from matchai import digests
-from matchai.digests import fingerprint
+from matchai.digests import condense, fingerprint
 
 
 @pytest.fixture
@@ -67,3 +67,26 @@ def test_a_damaged_memory_is_not_believed(file: Path) -> None:
 
 def test_a_memory_that_cannot_be_written_is_done_without(file: Path) -> None:
     assert fingerprint([file], file / "memory.json") == {"images.npy": sha256(b"one")}
+
+
+def test_files_of_one_name_in_two_folders_are_told_apart(tmp_path: Path) -> None:
+    for name in ("images", "masks"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.nii").write_bytes(name.encode())
+    found = fingerprint([tmp_path / "images/a.nii", tmp_path / "masks/a.nii"], folder=tmp_path)
+    assert found == {"images/a.nii": sha256(b"images"), "masks/a.nii": sha256(b"masks")}
+
+
+def test_thousands_of_files_are_told_as_one_hash_a_folder_that_any_of_them_changes() -> None:
+    digests = {f"{folder}/{n}.png": sha256(str(n).encode()) for folder in ("images", "masks") for n in range(1000)}
+    found = condense(digests)
+    assert list(found) == ["images/", "masks/"]
+    changed = condense(digests | {"masks/7.png": sha256(b"other")})
+    assert changed["images/"] == found["images/"]
+    assert changed["masks/"] != found["masks/"]
+    assert condense(dict(reversed(digests.items()))) == found
+
+
+def test_a_few_files_are_told_one_by_one() -> None:
+    digests = {"images/a.nii": "1", "masks/a.nii": "2"}
+    assert condense(digests) == digests

@@ -11,7 +11,9 @@ from torch.utils.data import DataLoader
 from matchai.arrays import ArraySet, open_sets
 from matchai.augmentation import Augmentation
 from matchai.digests import fingerprint
+from matchai.errors import InputError
 from matchai.sampling import DistributedWeightedSampler, Draw, collate
+from matchai.sets import SliceSet
 from matchai.slices import STEPS, SliceDataset, Slices, prepare
 from tests.steps import read_small
 
@@ -142,3 +144,38 @@ def test_augmented_neighbours_move_with_the_slice(phantom: Path, cache: Path) ->
     together = SliceDataset(data.slices, data.train, data.mean, data.std, augmentation, volumes=data.volumes, context=3)
     assert torch.equal(together[draw][0][3:4], alone[draw][0])
     assert torch.equal(together[draw][1], alone[draw][1])
+
+
+def test_rescale_makes_hu_of_arrays(data: Path, tmp_path: Path) -> None:
+    images = np.rint(np.load(data / "images_medseg.npy")).astype(np.float32)
+    np.save(data / "images_medseg.npy", images)
+    reference = prepared(data, tmp_path / "cache")
+    np.save(data / "images_medseg.npy", ((images + 1024) * 2).astype(np.uint16))
+    (one,) = open_sets(data, (), "images_{set}.npy", "masks_{set}.npy", NAMES, rescale=(0.5, -1024.0))
+    assert np.array_equal(one.read_image(3), images[3, ..., 0])
+    with pytest.raises(InputError, match="--rescale 1 -1024"):
+        prepared(data, tmp_path / "cache")
+    assert len(reference) == 16
+
+
+def test_a_label_map_is_the_whole_map_of_index_masks_and_refused_for_one_hot_ones(data: Path) -> None:
+    entries = ["5:ground glass", "6:consolidation", "7:lungs other", "9:background"]
+
+    def opened() -> SliceSet:
+        return open_sets(data, (), "images_{set}.npy", "masks_{set}.npy", NAMES, label_map=entries)[0]
+
+    with pytest.raises(InputError, match=r"one-hot.*--label-map"):
+        opened()
+    labels = np.load(data / "masks_medseg.npy").argmax(-1)
+    np.save(data / "masks_medseg.npy", np.array([5, 6, 7, 9], np.uint8)[labels])
+    assert np.array_equal(opened().read_target(2, 4, 3).labels, labels[2])
+    np.save(data / "masks_medseg.npy", labels)
+    assert opened().read_target(2, 4, 3).wrong_values == [0, 1, 2, 3]
+
+
+def test_what_the_sets_were_opened_with_is_part_of_the_key(data: Path, tmp_path: Path) -> None:
+    sets = open_sets(data, (), "images_{set}.npy", "masks_{set}.npy", NAMES)
+    usual: dict[str, Any] = {"hu_window": (-1500.0, 500.0), "image_size": 32, "class_names": NAMES}
+    for reading in ({}, {"rescale": (1.0, 5.0)}, {"orientation": "PL"}, {"orientation": "PL"}):
+        prepare(sets, {"a": "b"}, tmp_path, background_class=3, reading=reading, **usual)
+    assert len([path for path in tmp_path.iterdir() if path.is_dir()]) == 3

@@ -57,12 +57,15 @@ def finished(phantom: Path, cache: Path, tmp_path_factory: pytest.TempPathFactor
 
 def test_a_run_leaves_everything_in_its_folder(finished: Path) -> None:
     figures = {"learning_curves.png", "dice_per_class.png", "confusion_matrix.png", "panels.png", "worst.png"}
-    assert {path.name for path in finished.iterdir()} >= {"config.yaml", "split.json", "best.safetensors", "last"}
+    files = {"config.yaml", "split.json", "best.safetensors", "last", "report.html", "MODEL_CARD.md"}
+    assert {path.name for path in finished.iterdir()} >= files
     assert {path.name for path in (finished / "figures").iterdir()} == figures
     rows = history(finished)
     assert [row["epoch"] for row in rows] == [1, 2]
     named = {"train_loss", "val_loss", "dice_per_class", "mean_dice", "lesion_dice", "lr", "notebook_dice"}
     assert named <= rows[0].keys()
+    page = (finished / "report.html").read_text(encoding="utf-8")
+    assert page.count("<img ") == len(figures)
 
 
 def test_the_sides_of_the_split_share_no_group(finished: Path) -> None:
@@ -87,6 +90,15 @@ def test_figures_that_a_kill_kept_from_being_drawn_are_drawn_later(finished: Pat
     os.utime(panels, (0, 0))
     assert main([*small(phantom, cache, finished), "--save-every", "1"]) == 0
     assert panels.read_bytes() == content
+
+
+def test_a_report_that_a_kill_kept_from_being_made_is_made_later(finished: Path, phantom: Path, cache: Path) -> None:
+    page, card = finished / "report.html", finished / "MODEL_CARD.md"
+    content = page.read_text(), card.read_text()
+    page.unlink()
+    card.unlink()
+    assert main([*small(phantom, cache, finished), "--save-every", "1"]) == 0
+    assert (page.read_text(), card.read_text()) == content
 
 
 @pytest.mark.parametrize("kills", [(1,), (2, 5), (9,)])

@@ -1,0 +1,65 @@
+"""`python -m matchai.report`: makes a run's report and model card, or makes them anew."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from matchai.errors import InputError
+
+DESCRIPTION = (
+    "Makes RUN/report.html, one page that opens offline, and RUN/MODEL_CARD.md of a run, finished or not, from its "
+    "folder alone. Training makes both at its end."
+)
+
+
+@dataclass(frozen=True)
+class ReportSettings:
+    """What is reported, and where to."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """The run's folder."""
+    output: Path | None = None
+    """Another file for the page; the model card then goes beside it. A file that is there is not overwritten."""
+
+
+def main(argv: list[str] | None = None, prog: str = "python -m matchai.report") -> int:
+    """Reports as the command line says; returns the exit status: 0, or 2 for the user's mistake."""
+    settings = tyro.cli(ReportSettings, args=argv, prog=prog, description=DESCRIPTION)
+    # seconds of imports that --help does not need
+    from matchai.model_card import CARD, write_card  # noqa: PLC0415
+    from matchai.run_facts import read_facts  # noqa: PLC0415
+    from matchai.run_page import PAGE, write_page  # noqa: PLC0415
+
+    try:
+        facts = read_facts(settings.run)
+        page = settings.output or settings.run / PAGE
+        if settings.output is not None:
+            _check_free(page)
+        try:
+            write_page(facts, page)
+            print(f"Report: {page}")
+            write_card(facts, page.with_name(CARD))
+            print(f"Model card: {page.with_name(CARD)}")
+        except OSError as error:
+            raise InputError(
+                f"{page.parent} cannot be written ({error.strerror}); name another file with --output."
+            ) from None
+    except InputError as error:
+        for problem in error.problems:
+            print(f"error: {problem}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _check_free(page: Path) -> None:
+    if page.exists():
+        raise InputError(f"{page} is there already; name another file with --output.")
+    if not page.parent.is_dir():
+        raise InputError(f"{page.parent} is no folder; make it first, or name another file with --output.")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
