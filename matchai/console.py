@@ -208,7 +208,10 @@ def show_evaluation(result: dict[str, Any], display: Display) -> None:
     distances = [name for name in result["any_lesion"] if name.startswith(("hd95_", "nsd_"))]
     if distances:
         over = distances[0].rpartition("_")[2]
-        columns = {name.partition("_mean_")[0].replace("_", " "): name for name in distances}
+        columns = {
+            name.partition("_mean_")[0].replace("_", " ").replace("hd95", "HD95").replace("nsd", "NSD"): name
+            for name in distances
+        }
         measured = {name: figures for name, figures in classes.items() if distances[0] in figures}
         _print_table(
             f"Surface distances, mean over {over} ({result['slices']})", columns, measured, display, list(columns)

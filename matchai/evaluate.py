@@ -23,7 +23,9 @@ DESCRIPTION = (
 class EvaluateSettings:
     """What is judged, and by which slices."""
 
-    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(name="RUN...")]
+    runs: Annotated[
+        tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN...", help_behavior_hint="(required)")
+    ]
     """Folders of runs."""
     data: Path | None = None
     """Folder of the images and masks, in any layout that training reads (default: the run's own)."""

@@ -105,7 +105,8 @@ def evaluate(
     groups, volumes, note = _find_groups(folder, config.input, sets, choice, predictor, display.show)
     num_groups = len(np.unique(groups[choice.rows]))
     counted = f"{num_groups} group{'' if num_groups == 1 else 's'}"
-    display.say(f"{len(choice.rows)} of {num_slices} slices in {counted}; {note.rstrip('.')}.")
+    display.say(f"groups: {note}")
+    display.say(f"evaluated: {len(choice.rows)} of {num_slices} slices, in {counted}")
     if num_groups < MIN_GROUPS:
         display.warn("no interval can be told, as all slices are of one group.")
     scores = _score(predictor, sets, choice, groups, volumes, tolerance, output.parent, display.show)
@@ -174,12 +175,10 @@ def _find_groups(
     known = read_groups(folder / settings.groups_name, sets)
     context = max(about["context"] for about in predictor.abouts)
     if choice.groups is not None and (context == 0 or all(one.is_volume for one in sets)):
-        return choice.groups, numbers, "the groups of the run's split"
+        return choice.groups, numbers, "those of the run's split."
     thumbnails = _look(sets, predictor, show)
     groups, volumes, note = group_slices(thumbnails, sets, known, settings.groups_name, context)
-    return (
-        (groups, volumes, note) if choice.groups is None else (choice.groups, volumes, "the groups of the run's split")
-    )
+    return (groups, volumes, note) if choice.groups is None else (choice.groups, volumes, "those of the run's split.")
 
 
 def _look(sets: Sequence[SliceSet], predictor: Predictor, show: Show) -> NDArray[np.float32]:

@@ -10,8 +10,8 @@ PACKAGE = Path(__file__).parents[1] / "matchai"
 FLOORS = [
     {"checks", "config", "environment", "errors", "extras", "files", "keys", "labels", "parsing", "tuning"},
     {
-        "address",
         "accuracy",
+        "address",
         "arrays",
         "augmentation",
         "checkpoint",
