@@ -103,8 +103,8 @@ def read_data(
         label_map=label_map,
         scratch=cache,
     )
-    known = _read_groups(folder / groups_name, opened)
-    digests = _fingerprint(folder, opened, cache)
+    known = read_groups(folder / groups_name, opened)
+    digests = digest_sets(folder, opened, cache)
     reading = {"orientation": opened[0].orientation, "rescale": rescale, "label_map": list(label_map)}
     usual = {"orientation": "LP", "rescale": (1, 0), "label_map": []}
     slices = prepare(
@@ -121,7 +121,7 @@ def read_data(
     notes = [*slices.notes, *_notes(opened)]
     if known is not None:
         digests = digests | fingerprint([folder / groups_name], cache / "digests.json")
-    groups, volumes, description = _group(slices, opened, known, groups_name, context)
+    groups, volumes, description = group_slices(slices.thumbnails, opened, known, groups_name, context)
     notes.append(description)
     if context:
         num_alone = int((np.bincount(volumes) == 1).sum())
@@ -159,7 +159,8 @@ def read_data(
     )
 
 
-def _fingerprint(folder: Path, opened: Sequence[SliceSet], cache: Path) -> dict[str, str]:
+def digest_sets(folder: Path, opened: Sequence[SliceSet], cache: Path) -> dict[str, str]:
+    """SHA-256 of the files of opened sets, under the names that a run records."""
     paths = [path for one in opened for path in one.files]
     if isinstance(opened[0], ArraySet):
         return fingerprint(paths, cache / "digests.json")
@@ -174,27 +175,32 @@ def _notes(opened: Sequence[SliceSet]) -> list[str]:
     ]
 
 
-def _group(
-    slices: Slices, opened: Sequence[SliceSet], known: NDArray[Any] | None, groups_name: str, context: int
+def group_slices(
+    thumbnails: NDArray[np.float32],
+    opened: Sequence[SliceSet],
+    known: NDArray[Any] | None,
+    groups_name: str,
+    context: int,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], str]:
-    """The group and the volume of each slice, (N,) int64 each, and where the groups come from in words."""
-    sets, are_volumes = np.array(slices.sets), all(one.is_volume for one in opened)
+    """The group and the volume of each slice, each (N,) int64, and where the groups come from in words."""
+    sets = np.repeat(np.arange(len(opened)), [len(one) for one in opened])
+    are_volumes = all(one.is_volume for one in opened)
     if known is not None:
         groups = np.unique(known, return_inverse=True)[1].astype(np.int64)
-        volumes = sets if are_volumes else volume_numbers(sets, groups, slices.thumbnails if context else None)
-        return groups, volumes, f"{len(slices)} slices in {groups.max() + 1} groups, from {groups_name}."
+        volumes = sets if are_volumes else volume_numbers(sets, groups, thumbnails if context else None)
+        return groups, volumes, f"{len(sets)} slices in {groups.max() + 1} groups, from {groups_name}."
     if are_volumes:
         return (
             sets,
             sets,
-            f"{len(slices)} slices in {len(opened)} groups, one for each volume. Where one patient has several, name "
-            f"the patients in {groups_name}.",
+            f"{len(sets)} slices in {len(opened)} groups, one for each volume. Where one patient has several, name the "
+            f"patients in {groups_name}.",
         )
-    found = find_groups(slices.thumbnails, sets)
+    found = find_groups(thumbnails, sets)
     return found.groups, found.volumes, found.description
 
 
-def _read_groups(path: Path, opened: Sequence[SliceSet]) -> NDArray[Any] | None:
+def read_groups(path: Path, opened: Sequence[SliceSet]) -> NDArray[Any] | None:
     """The groups file, (N,) over all slices; for volumes it may hold one entry a volume, in order of their names."""
     if not path.exists():
         return None

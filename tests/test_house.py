@@ -11,6 +11,7 @@ FLOORS = [
     {"checks", "config", "environment", "errors", "extras", "files", "keys", "labels", "parsing", "tuning"},
     {
         "address",
+        "accuracy",
         "arrays",
         "augmentation",
         "checkpoint",
@@ -24,8 +25,8 @@ FLOORS = [
         "dropout",
         "evidence",
         "figures",
-        "hounsfield",
         "grid",
+        "hounsfield",
         "intervals",
         "kernels",
         "lockstep",
@@ -52,7 +53,9 @@ FLOORS = [
         "study_figures",
         "study_page",
         "study_rows",
+        "surface",
         "tally",
+        "unseen",
         "volumes",
         "inputs",
         "summaries",
@@ -61,6 +64,7 @@ FLOORS = [
     },
     {
         "build",
+        "evaluation",
         "inference",
         "loop",
         "model_card",
@@ -74,8 +78,8 @@ FLOORS = [
         "space",
     },
     {"runner"},
-    {"plan", "ledger", "confirm", "study", "workers"},
-    {"predict", "report", "train", "tune"},
+    {"confirm", "ledger", "plan", "study", "workers"},
+    {"evaluate", "predict", "report", "train", "tune"},
 ]
 ROOMS = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
 
