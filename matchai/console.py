@@ -10,6 +10,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+FEW_GROUPS = 10
 PLAIN_EVERY = 30.0  # seconds between lines about a long epoch where there is no terminal
 
 
@@ -190,3 +191,64 @@ def epoch_line(row: dict[str, Any], epochs: int, class_names: Sequence[str], is_
 
 def _figure(value: float | None) -> str:
     return "none" if value is None else f"{value:.3f}"
+
+
+def show_evaluation(result: dict[str, Any], display: Display) -> None:
+    """Prints the main figures of an evaluation, each table saying what its figures are.
+
+    Args:
+        result: What `matchai.evaluation.evaluate` returns.
+        display: Where to.
+    """
+    classes = {**result["classes"], "any lesion": result["any_lesion"]}
+    names = {"dice": "Dice", "iou": "IoU", "precision": "precision", "recall": "recall"}
+    for title, end in (("Pooled over pixels", "pooled_over_pixels"), ("Mean over images", "mean_over_images")):
+        columns = {shown: f"{name}_{end}" for name, shown in names.items()}
+        _print_table(f"{title} ({result['slices']})", columns, classes, display, with_interval=["Dice"])
+    distances = [name for name in result["any_lesion"] if name.startswith(("hd95_", "nsd_"))]
+    if distances:
+        over = distances[0].rpartition("_")[2]
+        columns = {name.partition("_mean_")[0].replace("_", " "): name for name in distances}
+        measured = {name: figures for name, figures in classes.items() if distances[0] in figures}
+        _print_table(
+            f"Surface distances, mean over {over} ({result['slices']})", columns, measured, display, list(columns)
+        )
+    means, share = result["means_over_classes"], result["affected_share"]
+    display.say(
+        f"Pooled over pixels: mean Dice {_with_interval(means['mean_dice_pooled_over_pixels'])} over the classes, "
+        f"{_with_interval(means['lesion_dice_pooled_over_pixels'])} over the lesion classes"
+    )
+    errors = (
+        f"{_with_interval(share[f'absolute_error_points_mean_over_{what}'], 1)} (mean over {what})"
+        for what in ("images", "groups")
+    )
+    display.say(f"Absolute error of the affected share, in percentage points: {', '.join(errors)}")
+    if result["num_groups"] > 1:
+        display.say(
+            f"In brackets: 95 % intervals by bootstrap over {result['num_groups']} groups"
+            f"{', rough with so few' if result['num_groups'] < FEW_GROUPS else ''}; each figure in the file has one"
+        )
+
+
+def _print_table(
+    title: str, columns: dict[str, str], classes: dict[str, Any], display: Display, with_interval: Sequence[str]
+) -> None:
+    """A row for each class, with the figure that each column names."""
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    table.add_column("")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for name, figures in classes.items():
+        cells = (
+            _with_interval(figures[key]) if column in with_interval else _figure(figures[key]["value"])
+            for column, key in columns.items()
+        )
+        table.add_row(name, *cells)
+    display.console.print(table, markup=False)
+
+
+def _with_interval(figure: dict[str, Any], digits: int = 3) -> str:
+    value, low, high = (figure[name] for name in ("value", "low", "high"))
+    if value is None or low is None:
+        return _figure(value)
+    return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"

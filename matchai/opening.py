@@ -141,6 +141,7 @@ def read(config: TrainConfig, cache: Path, display: Display) -> Data:
             folds=settings.folds,
             fold=settings.fold,
             seed=config.run.seed,
+            context=config.network.context,
             progress=lambda done, total: display.show("preparing slices", done, total),
         )
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -226,34 +226,22 @@ def _make(
     low, high = hu_window
 
     def prepare_slice(row: int, number: int, index: int) -> dict[str, Any]:
-        image = sets[number].read_image(index)
-        target = sets[number].read_target(index, num_classes, background_class)
-        finite = np.isfinite(image)
-        found = {"overlapping": target.num_overlapping, "empty": target.num_empty, "wrong": target.wrong_values}
-        if not finite.all():
-            first = np.unravel_index(int(np.argmin(finite)), image.shape)
-            return found | {"non_finite": int((~finite).sum()), "first": first}
-        windowed = np.clip((image - np.float32(low)) / np.float32(high - low), 0, 1)
+        looked = look_at(sets[number], index, num_classes, background_class)
+        if looked.image is None:
+            return looked.found
+        windowed = np.clip((looked.image - np.float32(low)) / np.float32(high - low), 0, 1)
         resized = resize(windowed, image_size)
         steps = np.rint(resized * STEPS).astype(np.uint16)
-        labels = cv2.resize(target.labels, (image_size, image_size), interpolation=cv2.INTER_NEAREST_EXACT)
+        labels = cv2.resize(looked.labels, (image_size, image_size), interpolation=cv2.INTER_NEAREST_EXACT)
         wide = steps.astype(np.uint64)
         out["images"][row], out["targets"][row], out["sets"][row] = steps, labels, number
         out["thumbnails"][row] = resize(windowed, THUMBNAIL)
         out["sums"][row] = wide.sum(), (wide * wide).sum()
         out["pixels"][row] = np.bincount(labels.ravel(), minlength=num_classes)
-        return found | {"low": float(image.min()), "high": float(image.max())}
+        return looked.found
 
-    found = _for_each_slice(sets, prepare_slice, progress)
-    problems: list[str] = []
-    first = 0
-    for one_set in sets:
-        rows = found[first : first + len(one_set)]
-        first += len(one_set)
-        problems += _image_problems(one_set, rows, hu_window)
-        problems += _mask_problems(one_set, rows, class_names, background_class)
-    if problems:
-        raise InputError(*problems[:MAX_PROBLEMS])
+    found = for_each_slice(sets, prepare_slice, progress)
+    refuse_unfit(sets, found, hu_window, class_names, background_class)
     for array in out.values():
         array.flush()
     meta = {"notes": _notes(sets, found, out["pixels"], class_names, background_class)}
@@ -261,7 +249,7 @@ def _make(
     write_whole(folder / "meta.json", json.dumps(meta).encode())
 
 
-def _for_each_slice(
+def for_each_slice(
     sets: Sequence[SliceSet], work: Callable[[int, int, int], dict[str, Any]], progress: Progress | None
 ) -> list[dict[str, Any]]:
     """Calls `work` with the row, the set and the place in it of every slice, on all cores; closes each set after it."""
@@ -292,6 +280,53 @@ def _for_each_slice(
     return found
 
 
+class Look(NamedTuple):
+    """A slice as its files have it.
+
+    Attributes:
+        image: (H, W) in HU; None where pixels are NaN or infinite.
+        labels: (H, W) class indices.
+        found: What `image_problems` and `mask_problems` judge.
+    """
+
+    image: NDArray[np.float32] | None
+    labels: NDArray[np.uint8]
+    found: dict[str, Any]
+
+
+def look_at(one: SliceSet, index: int, num_classes: int, background_class: int) -> Look:
+    """Reads a slice and its mask, and notes what may be wrong with them."""
+    image, target = one.read_image(index), one.read_target(index, num_classes, background_class)
+    finite = np.isfinite(image)
+    found = {"overlapping": target.num_overlapping, "empty": target.num_empty, "wrong": target.wrong_values}
+    if not finite.all():
+        first = np.unravel_index(int(np.argmin(finite)), image.shape)
+        return Look(None, target.labels, found | {"non_finite": int((~finite).sum()), "first": first})
+    return Look(image, target.labels, found | {"low": float(image.min()), "high": float(image.max())})
+
+
+def refuse_unfit(
+    sets: Sequence[SliceSet],
+    found: Sequence[dict[str, Any]],
+    hu_window: tuple[float, float],
+    class_names: Sequence[str],
+    background_class: int,
+) -> None:
+    """Refuses slices that cannot be trained on or judged by, given what `look_at` found in each.
+
+    Raises:
+        InputError: With the first `MAX_PROBLEMS` problems.
+    """
+    problems: list[str] = []
+    first = 0
+    for one in sets:
+        rows = found[first : first + len(one)]
+        first += len(one)
+        problems += _image_problems(one, rows, hu_window) + _mask_problems(one, rows, class_names, background_class)
+    if problems:
+        raise InputError(*problems[:MAX_PROBLEMS])
+
+
 def resize(image: NDArray[np.float32], size: int) -> NDArray[np.float32]:
     """Resizes (H, W) to (size, size): area means when shrinking, which do not alias, else bilinear."""
     shrinks = size < min(image.shape)
@@ -299,7 +334,7 @@ def resize(image: NDArray[np.float32], size: int) -> NDArray[np.float32]:
     return np.asarray(cv2.resize(image, (size, size), interpolation=kind), np.float32)
 
 
-def _image_problems(one: SliceSet, rows: list[dict[str, Any]], hu_window: tuple[float, float]) -> list[str]:
+def _image_problems(one: SliceSet, rows: Sequence[dict[str, Any]], hu_window: tuple[float, float]) -> list[str]:
     broken = [index for index, row in enumerate(rows) if "non_finite" in row]
     if broken:
         row = rows[broken[0]]
@@ -315,7 +350,7 @@ def _image_problems(one: SliceSet, rows: list[dict[str, Any]], hu_window: tuple[
 
 
 def _mask_problems(
-    one: SliceSet, rows: list[dict[str, Any]], class_names: Sequence[str], background_class: int
+    one: SliceSet, rows: Sequence[dict[str, Any]], class_names: Sequence[str], background_class: int
 ) -> list[str]:
     wrong = [index for index, row in enumerate(rows) if row["wrong"]]
     if not wrong:

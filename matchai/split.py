@@ -102,17 +102,20 @@ def find_groups(thumbnails: _Floats, sets: _Ints) -> FoundGroups:
     return FoundGroups(groups, volumes, num_groups, num_volumes, num_alone, num_pairs, description)
 
 
-def volume_numbers(sets: _Ints, groups: NDArray[Any]) -> _Ints:
-    """Numbers the volumes: runs of consecutive slices of one set and one group.
+def volume_numbers(sets: _Ints, groups: NDArray[Any], thumbnails: _Floats | None = None) -> _Ints:
+    """Numbers the volumes: runs of consecutive slices of one set and one group, which may be a patient of several.
 
     Args:
         sets: (N,) the number of the file of each slice.
         groups: (N,) integers or strings, the group of each slice.
+        thumbnails: As for `find_groups`; where given, a run also ends at a break that is seen in the images.
 
     Returns:
         (N,) int64, from 0, rising.
     """
     is_border = (sets[1:] != sets[:-1]) | (groups[1:] != groups[:-1])
+    if thumbnails is not None:
+        is_border |= _compare_neighbours(thumbnails, sets)[1][1:]
     return np.concatenate([[0], np.cumsum(is_border)]).astype(np.int64)
 
 
@@ -122,17 +125,26 @@ def _count(number: int, noun: str) -> str:
 
 def _find_volumes(thumbnails: _Floats, sets: _Ints) -> _Ints:
     """Numbers the volumes (N,) int64 by breaks within each array; a slice in no order is a volume of its own."""
+    is_ordered, is_break = _compare_neighbours(thumbnails, sets)
+    return np.cumsum(is_break | ~is_ordered) - 1
+
+
+def _compare_neighbours(thumbnails: _Floats, sets: _Ints) -> tuple[_Bools, _Bools]:
+    """Tells of each slice (N,) whether it is stacked on the one before, and whether a volume begins with it."""
     features = _describe(thumbnails, *_BREAK_BLURS)
-    is_joined = np.zeros(len(sets), bool)  # with the slice before
+    is_ordered, is_break = np.zeros(len(sets), bool), np.ones(len(sets), bool)
     for number in np.unique(sets):
         members = np.flatnonzero(sets == number)
         if len(members) > 1:
-            is_joined[members[1:]] = _joins_next(features[members])
-    return np.cumsum(~is_joined) - 1
+            is_ordered[members[1:]], is_break[members[1:]] = _find_breaks(features[members])
+    return is_ordered, is_break
 
 
-def _joins_next(features: _Floats) -> _Bools:
-    """Tells for each pair of neighbours of one array, (n - 1,) bool, whether both are of one volume."""
+def _find_breaks(features: _Floats) -> tuple[_Bools, _Bools]:
+    """Tells of each pair of neighbours of one array, (n - 1,) bool, whether it is in an order, and whether it breaks.
+
+    An order are neighbours more alike than strangers.
+    """
     first, second = np.random.default_rng(0).integers(0, len(features), (2, 4096))
     is_pair = first != second
     random_unlike = float(np.median(_unlike(features[first[is_pair]], features[second[is_pair]])))
@@ -149,7 +161,7 @@ def _joins_next(features: _Floats) -> _Bools:
     padded = np.pad(across, _BREAK_APART, constant_values=np.inf)
     is_break &= across >= np.lib.stride_tricks.sliding_window_view(padded, 2 * _BREAK_APART + 1).max(1)
     is_ordered = _running_median(unlike, -_ORDER_REACH, _ORDER_REACH) < _ORDER_SHARE * random_unlike
-    return is_ordered & ~is_break
+    return is_ordered, is_break
 
 
 def _unlike(first: _Floats, second: _Floats) -> _Floats:

@@ -11,6 +11,7 @@ FLOORS = [
     {"checks", "config", "environment", "errors", "extras", "files", "keys", "labels", "parsing", "tuning"},
     {
         "address",
+        "accuracy",
         "arrays",
         "augmentation",
         "checkpoint",
@@ -27,8 +28,8 @@ FLOORS = [
         "dropout",
         "evidence",
         "figures",
-        "hounsfield",
         "grid",
+        "hounsfield",
         "intervals",
         "kernels",
         "lockstep",
@@ -56,7 +57,9 @@ FLOORS = [
         "study_figures",
         "study_page",
         "study_rows",
+        "surface",
         "tally",
+        "unseen",
         "volumes",
         "inputs",
         "summaries",
@@ -65,6 +68,7 @@ FLOORS = [
     },
     {
         "build",
+        "evaluation",
         "exporting",
         "inference",
         "loop",
@@ -79,8 +83,8 @@ FLOORS = [
         "space",
     },
     {"examination", "runner"},
-    {"plan", "ledger", "confirm", "study", "workers"},
-    {"__main__", "doctor", "export", "predict", "report", "train", "tune"},
+    {"confirm", "ledger", "plan", "study", "workers"},
+    {"__main__", "doctor", "evaluate", "export", "predict", "report", "train", "tune"},
 ]
 ROOMS = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
 

@@ -55,7 +55,9 @@ def test_a_run_with_context_says_so_in_its_weights_and_is_not_taken_for_another(
     phantom: Path, cache: Path, tmp_path: Path
 ) -> None:
     with_context = config(phantom, cache, tmp_path / "run", context=1, soft_boundary=2)
-    assert run(with_context).is_finished
+    said = io.StringIO()
+    assert run(with_context, display=Display(True, said)).is_finished
+    assert "Neighbours within 4 volumes" in said.getvalue()
     weights, about = load_weights(tmp_path / "run")
     assert (about["context"], about["in_channels"]) == (1, 3)
     assert run(with_context).is_finished  # the same again goes on from there

@@ -283,6 +283,15 @@ def test_a_volume_ends_with_its_file_and_with_its_group() -> None:
     assert volume_numbers(sets, groups).tolist() == [0, 1, 1, 2, 3, 3]
 
 
+def test_the_volumes_of_one_patient_are_told_apart_by_their_images(
+    stack: tuple[NDArray[np.float32], NDArray[np.int64]],
+) -> None:
+    thumbnails, volumes = stack
+    assert (volume_numbers(zeros(len(volumes)), volumes // 2, thumbnails) == volumes).all()
+    every_fifth = slice(None, None, 5)  # so far apart that they are no stack
+    assert len(np.unique(volume_numbers(zeros(6), zeros(6), thumbnails[:30][every_fifth]))) == 1
+
+
 def test_the_volumes_found_in_the_images_are_told(stack: tuple[NDArray[np.float32], NDArray[np.int64]]) -> None:
     assert (find_groups(stack[0], zeros(len(stack[0]))).volumes == stack[1]).all()
 
