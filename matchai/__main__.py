@@ -9,6 +9,7 @@ COMMANDS = {
     "train": "trains a UNet++ on CT slices, or goes on with a run",
     "tune": "searches better settings",
     "predict": "predicts slices and volumes with what runs kept",
+    "evaluate": "judges what runs kept on data with masks",
     "report": "makes the report and the model card of a run",
     "doctor": "says whether a training would start here, and what to mend",
     "export": "writes a run's model as ONNX, or as weights for plain segmentation-models-pytorch",
