@@ -15,6 +15,7 @@ from matchai.figures import draw_confusion_matrix, draw_dice_per_class, draw_lea
 from matchai.metrics import Counts
 from matchai.run_facts import rank_by_lesion_dice
 from matchai.slices import STEPS
+from matchai.volumes import UPRIGHT, turn
 
 NUM_TYPICAL, NUM_WORST = 3, 3
 
@@ -30,6 +31,8 @@ def draw_figures(
     epoch: int | None,
 ) -> None:
     """Draws learning curves, Dice per class, the confusion matrix, and panels of typical and of the worst slices.
+
+    Slices are drawn upright, however they lie in their files.
 
     Args:
         folder: Where the PNGs go.
@@ -55,10 +58,12 @@ def draw_figures(
         preds = predict(torch.stack([item[0] for item in items])).numpy()
         low, high = data.slices.hu_window
         images = np.stack([data.slices.images[data.val[row]] for row in rows]) * ((high - low) / STEPS) + low
+        targets = np.stack([item[1].numpy() for item in items])
+        images, targets, preds = (turn(one, data.orientation, UPRIGHT) for one in (images, targets, preds))
         kind = "Typical validation slices" if name == "panels" else "The worst validation slices by lesion Dice"
         draw_panels(
             images,
-            np.stack([item[1].numpy() for item in items]),
+            targets,
             preds,
             [f"slice {data.val[row]} · lesion Dice of this slice {dice[row]:.2f}" for row in rows],
             names,

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -14,21 +15,16 @@ from numpy.typing import NDArray
 from matchai.errors import InputError
 from matchai.figures import class_colors
 from matchai.files import write_whole
+from matchai.metrics import affected_share
 from matchai.volumes import Volume, file_labels
 
 KAGGLE_SIZE = 512  # pixels
 
 
 def affected_percent(pixels: NDArray[np.int64], lesion_classes: Sequence[int], background_class: int) -> float | None:
-    """Lesion pixels as a percentage of all that are not background, lung and lesions; None where there are none.
-
-    Args:
-        pixels: (C,) pixels of each class.
-        lesion_classes: Indices of the lesion classes.
-        background_class: Index of the background.
-    """
-    lung = int(pixels.sum() - pixels[background_class])
-    return 100 * int(pixels[list(lesion_classes)].sum()) / lung if lung else None
+    """`matchai.metrics.affected_share` of one count of pixels (C,); None where no pixel is lung or lesion."""
+    share = float(affected_share(pixels, lesion_classes, background_class))
+    return None if math.isnan(share) else share
 
 
 def describe_volume(
