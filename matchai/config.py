@@ -47,7 +47,8 @@ class InputSettings:
     """The slices: which files, which classes, which pixels."""
 
     data: Path | None = None
-    """Folder of the arrays. Without it matchai trains on its built-in synthetic phantom."""
+    """Folder of the slices: arrays, or `images` and `masks` with NIfTI files or pictures in them. Without it matchai
+    trains on its built-in synthetic phantom."""
     sets: tuple[str, ...] = ()
     """The sets to use together (default: medseg and radiopedia, as far as they are there)."""
     images_name: str = "images_{set}.npy"
@@ -55,8 +56,8 @@ class InputSettings:
     masks_name: str = "masks_{set}.npy"
     """File of a set's masks: one-hot (N, H, W, C) of any type, or class indices (N, H, W)."""
     groups_name: str = "groups.npy"
-    """File that names each slice's patient or volume (N,), over all sets in order. Where it is missing, groups are
-    found by likeness."""
+    """File that names each slice's patient or volume (N,), over all sets in order; of volumes also one name each. Where
+    it is missing, each volume is a group, and among other slices groups are found by likeness."""
     orientation: Literal["auto", "LP", "LA", "RP", "RA", "PL", "PR", "AL", "AR"] = "auto"
     """Toward which sides of the patient the rows and columns of a slice run: L left, R right, A front, P back. auto:
     LP for .npy arrays (as the Kaggle set lies), PL for pictures (upright, as a viewer shows them). NIfTI volumes know

@@ -18,6 +18,8 @@ from matchai.split import assign_folds, check_groups_array, find_groups, volume_
 
 MAX_NOTES = 5  # of the files
 PHANTOM_SIZE = 256  # pixels; the presets that use it train at 128 and below
+OF_VOLUMES = "one for each volume"
+"""What tells in the notes that groups are volumes, neither given nor found."""
 
 
 @dataclass(frozen=True)
@@ -193,7 +195,7 @@ def group_slices(
         return (
             sets,
             sets,
-            f"{len(sets)} slices in {len(opened)} groups, one for each volume. Where one patient has several, name the "
+            f"{len(sets)} slices in {len(opened)} groups, {OF_VOLUMES}. Where one patient has several, name the "
             f"patients in {groups_name}.",
         )
     found = find_groups(thumbnails, sets)

@@ -64,7 +64,7 @@ def open_dicom(
         orientation,
         scale=None if scale == (1, 0) else scale,
         rescale=rescale,
-        notes=[*_content_notes(folder, images), *notes, *oddities],
+        notes=[*_content_notes(images), *notes, *oddities],
     )
     if len(images) == 1 and not images[0].thickness:
         opened.spacing, opened.voxel_ml = None, None
@@ -75,7 +75,7 @@ def _images_in(folder: Path) -> Iterator[DicomImage]:
     if not folder.is_dir():
         raise InputError(f"{folder} {'is a file, not a folder' if folder.exists() else 'does not exist'}.")
     for place, folders, names in os.walk(folder):
-        folders.sort()
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
             if name.startswith(".") or name.upper() == "DICOMDIR":
                 continue
@@ -205,9 +205,9 @@ def _place(folder: Path, images: Sequence[DicomImage]) -> tuple[list[DicomImage]
         _check_gaps(folder, images, positions, normal)
         tilt = float(np.degrees(np.arccos(min(1.0, step @ normal / np.linalg.norm(step)))))
         if tilt > 0.1:
-            notes.append(f"{folder}: the gantry was tilted by {tilt:.1f} degrees; masks are written with its shear.")
+            notes.append(f"The gantry was tilted by {tilt:.1f} degrees; masks are written with its shear.")
     elif not images[0].thickness:
-        notes.append(f"{folder} is a single image without SliceThickness, so its volume in mL is unknown.")
+        notes.append("It is a single image without SliceThickness, so its volume in mL is unknown.")
     affine = np.eye(4)
     between_rows, between_columns = first.spacing
     across = np.stack([first.directions[0] * between_columns, first.directions[1] * between_rows, step], axis=1)
@@ -254,18 +254,18 @@ def _check_gaps(
         )
 
 
-def _content_notes(folder: Path, images: Sequence[DicomImage]) -> Iterator[str]:
+def _content_notes(images: Sequence[DicomImage]) -> Iterator[str]:
     num_bare = sum(not image.is_scale_told for image in images)
     if num_bare:
         yield (
-            f"{folder}: {num_bare} of {len(images)} images name no rescale slope or intercept, taken as 1 and 0; if "
+            f"{num_bare} of {len(images)} images name no rescale slope or intercept, taken as 1 and 0; if "
             "values are no HU, give `--rescale`."
         )
     if any(not image.modality for image in images):
-        yield f"{folder} does not name its modality; it is taken for CT."
+        yield "It does not name its modality, and is taken for CT."
     others = sorted({image.unit for image in images if image.unit.upper() not in ("HU", "US")})
     if others:
-        yield f"{folder} says that its numbers are {', '.join(others)}, not HU."
+        yield f"It says that its numbers are {', '.join(others)}, not HU."
 
 
 def _decode(

@@ -312,7 +312,7 @@ def draw_panels(
     for image, caption, *row in zip(images, captions, *shown.values(), strict=True):
         grey = np.clip((np.nan_to_num(image.astype(np.float64), nan=low) - low) / (high - low), 0, 1)
         for left, labels in zip(lefts, row, strict=True):
-            _fill_panel(page.axes(left, width, height), grey, labels, colors)
+            fill_panel(page.axes(left, width, height), grey, labels, colors)
         page.y += height + 0.05
         page.paragraph(caption, TEXT_SIZE)
         page.y += 0.12
@@ -320,7 +320,7 @@ def draw_panels(
     page.save(path)
 
 
-def _fill_panel(axes: Axes, grey: Floats, labels: npt.NDArray[np.integer[Any]], colors: dict[int, str]) -> None:
+def fill_panel(axes: Axes, grey: Floats, labels: npt.NDArray[np.integer[Any]], colors: dict[int, str]) -> None:
     """Shows a slice, (H, W) from 0 to 1, with the classes that have a colour tinted and outlined."""
     picture = np.repeat(grey[..., None], 3, axis=2)
     for index, color in reversed(colors.items()):

@@ -93,7 +93,7 @@ class GridVolume:
         header: A nibabel NIfTI header that written files take over: codes, units, the affine to its last bit.
             Without it they have the affine alone.
         unit: Millimetres in the affine's unit of length.
-        notes: What the user should know, in sentences.
+        notes: What the user should know, in sentences that need not name the volume.
 
     Raises:
         InputError: If the affine cannot place voxels, or nibabel is missing.
@@ -247,14 +247,14 @@ class GridVolume:
         tilt = math.degrees(math.acos(min(1.0, abs(float(axis[2])))))
         if tilt > 15:
             yield (
-                f"{self.name}: the voxel axis nearest to the patient's long axis is {tilt:.0f} degrees off it; slices "
+                f"The voxel axis nearest to the patient's long axis is {tilt:.0f} degrees off it; slices "
                 "are cut along the voxels, not straight across the patient."
             )
         assert self.spacing is not None
         _, rows, columns = self.spacing
         if max(rows, columns) > 1.5 * min(rows, columns):
             yield (
-                f"{self.name}: the pixels of its axial slices are {rows:.2f} x {columns:.2f} mm, as it was not scanned "
+                f"The pixels of its axial slices are {rows:.2f} x {columns:.2f} mm, as it was not scanned "
                 "in axial slices; a model trained on square pixels may do badly."
             )
 

@@ -21,7 +21,8 @@ from matchai.model import build_model
 from matchai.slices import STEPS, resize
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-OLDER: dict[str, Any] = {"orientation": "LP", "rescale": [1.0, 0.0], "context": 0}  # of weights that do not tell it yet
+# of weights that do not tell it yet
+OLDER: dict[str, Any] = {"orientation": "LP", "rescale": [1.0, 0.0], "context": 0, "in_channels": 1}
 ALIKE = ("class_names", "background_class", "lesion_classes", "orientation")  # what an ensemble must agree on
 
 ReadSlice = Callable[[int], NDArray[np.float32]]

@@ -33,7 +33,7 @@ def choose_precision(asked: str, device: torch.device) -> tuple[str, str]:
         choice, reason = "bf16", "the GPU computes it natively"
     elif device.type == "cuda":
         choice, reason = "fp16", "the GPU has no native bf16"
-    elif device.type == "cpu" and _cpu_has_bf16():
+    elif device.type == "cpu" and cpu_has_bf16():
         choice, reason = "bf16", "the CPU computes it natively"
     else:
         choice, reason = "no", f"the {device.type} has no native bf16"
@@ -44,7 +44,8 @@ def choose_precision(asked: str, device: torch.device) -> tuple[str, str]:
     return choice, reason
 
 
-def _cpu_has_bf16() -> bool:
+def cpu_has_bf16() -> bool:
+    """Whether the CPU computes in bf16 natively."""
     capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()  # newer than our oldest torch
     return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "sve_bf16", "bf16"))
 

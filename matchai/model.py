@@ -172,8 +172,24 @@ def _offline_problem(encoder: str, repo_id: str = "", revision: str = "") -> str
     )
 
 
+def encoder_names() -> list[str]:
+    """Every encoder that can be named: smp's own, and timm's as tu-NAME."""
+    return [*smp.encoders.get_encoder_names(), *(f"tu-{name}" for name in timm.list_models())]
+
+
+def weights_place(encoder: str) -> tuple[str, str | None, tuple[str, ...]] | None:
+    """Where the hub keeps the ImageNet weights of an encoder: repository, revision, file names; None without any."""
+    if "pretrained_settings" in smp.encoders.encoders.get(encoder, {}):
+        settings: Any = smp.encoders.encoders[encoder]["pretrained_settings"].get("imagenet")
+        return settings and (settings["repo_id"], settings["revision"], ("model.safetensors",))
+    config = timm.get_pretrained_cfg(encoder.removeprefix("tu-"))
+    if config is None or not config.hf_hub_id:
+        return None
+    return config.hf_hub_id, None, ("model.safetensors", "pytorch_model.bin")
+
+
 def _encoder_problem(encoder: str, by_timm: bool, error: Exception) -> str:
-    names = [*smp.encoders.get_encoder_names(), *(f"tu-{name}" for name in timm.list_models())]
+    names = encoder_names()
     if encoder in names:
         return _offline_problem(encoder) if by_timm else f"Encoder {encoder} cannot be built into a UNet++: {error}"
     near = difflib.get_close_matches(encoder, names, 3)

@@ -113,7 +113,7 @@ def _data(facts: RunFacts) -> str:
         # names of volumes and pictures may tell who the patients are
         listing = "".join(f"{digests[name]}  {name}\n" for name in sorted(digests))
         digest = hashlib.sha256(listing.encode()).hexdigest()
-        digests = {f"sha256sum's list of all {len(digests)} files, by name": digest}
+        digests = {'the lines "digest  name" of all data in config.yaml, sorted by name': digest}
     rows = [[_escape(name), f"`{digest}`"] for name, digest in digests.items()]
     return _points(lines) + ("\n\n" + _table(["file", "SHA-256"], rows) if rows else "")
 

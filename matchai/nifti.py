@@ -1,8 +1,11 @@
 """NIfTI files: opened, checked, and read without being held in memory."""
 
+import contextlib
 import gzip
+import logging
 import math
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -71,14 +74,13 @@ def open_nifti(
     notes = []
     if not header["sform_code"] and not header["qform_code"]:
         notes.append(
-            f"{path} has no orientation (sform and qform codes are 0); it is taken as nibabel takes it: the first "
+            "It has no orientation (sform and qform codes are 0); it is taken as nibabel takes it: the first "
             "axis runs to the patient's left, the second to the front, the third to the head. Check that its pictures "
             "are upright."
         )
-    unit_name = header.get_xyzt_units()[0]
-    unit = {"meter": 1000.0, "micron": 0.001}.get(unit_name, 1.0)
+    unit_name, unit = {1: ("metre", 1000.0), 3: ("micrometre", 0.001)}.get(int(header["xyzt_units"]) % 8, ("mm", 1.0))
     if unit != 1:
-        notes.append(f"{path} says that its unit of length is the {unit_name}; spacing and volumes are told in mm.")
+        notes.append(f"It says that its unit of length is the {unit_name}; spacing and volumes are told in mm.")
 
     def provide() -> BinaryIO:
         return _unpack(path, num_bytes, scratch) if is_packed else path.open("rb")
@@ -112,7 +114,8 @@ def _read_header(nibabel: Any, path: Path) -> tuple[Any, bool]:
                         raise InputError(
                             f"{path} is the header of a .hdr/.img pair; convert the pair to one .nii file."
                         )
-                    return kind.from_fileobj(file), is_packed
+                    with _silence("nibabel.global"):  # what it mends in a header it tells without the file's name
+                        return kind.from_fileobj(file), is_packed
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise _damaged(path, error) from None
         except (nibabel.spatialimages.HeaderDataError, ValueError, KeyError, OverflowError) as error:
@@ -121,6 +124,16 @@ def _read_header(nibabel: Any, path: Path) -> tuple[Any, bool]:
             raise InputError(f"{path} has a NIfTI header that makes no sense: {error}.") from None
     found = "is empty" if not start else f"begins with {start[:12]!r}"
     raise InputError(f"{path} is no NIfTI file: it {found}; was it downloaded whole?")
+
+
+@contextlib.contextmanager
+def _silence(name: str) -> Iterator[None]:
+    logger = logging.getLogger(name)
+    was_disabled, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = was_disabled
 
 
 def _dtype_of(header: Any, path: Path) -> np.dtype[Any]:

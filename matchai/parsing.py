@@ -42,10 +42,12 @@ def parse(argv: list[str], description: str, prog: str, kind: type[Settings], *,
     data = None if known.data == "None" else known.data
     settings = load(Path(known.config)) if known.config else {}
     base = preset_config(settings, preset=known.preset, data=data, first_look=first_look)
+    kinds: dict[str, Any] = {group.name: group.type for group in dataclasses.fields(kind)}
+    groups = [group.name for group in dataclasses.fields(TrainConfig)]
     return tyro.cli(
         tyro.conf.configure(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)(kind),
         args=argv,
-        default=kind(**{group.name: getattr(base, group.name) for group in dataclasses.fields(TrainConfig)}),
+        default=kind(**{name: kinds[name](**vars(getattr(base, name))) for name in groups}),
         prog=prog,
         description=description,
     )

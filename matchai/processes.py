@@ -58,6 +58,7 @@ def check_launch(num_processes: int) -> None:
     """
     spec = getattr(sys.modules.get("__main__"), "__spec__", None)
     program = spec.name if spec and spec.name.startswith("matchai.") else "matchai.train"
+    program = program.replace("__main__", sys.argv[1]) if program == "matchai.__main__" else program
     command = f"ACCELERATE_USE_CPU=1 accelerate launch --multi_gpu --num_processes {{}} -m {program}"
     text = os.environ.get("WORLD_SIZE", "1")
     asked = int(text) if text.isdecimal() else num_processes

@@ -19,7 +19,7 @@ DESCRIPTION = (
 class ReportSettings:
     """What is reported, and where to."""
 
-    run: Annotated[Path, tyro.conf.Positional]
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """The run's folder."""
     output: Path | None = None
     """Another file for the page; the model card then goes beside it. A file that is there is not overwritten."""

@@ -11,6 +11,7 @@ import numpy as np
 
 from matchai import checkpoint, parsing
 from matchai.config import PRESETS, TrainConfig
+from matchai.data import OF_VOLUMES
 from matchai.errors import InputError
 from matchai.intervals import Bootstrap
 from matchai.metrics import (
@@ -153,7 +154,7 @@ class RunFacts:
         files: dict[str, str] = self.recorded.get("data", {})
         if self.is_synthetic or self.config.input.groups_name in files:
             return "given"
-        return "volumes" if any(name.lower().endswith((".nii", ".nii.gz")) for name in files) else "found"
+        return "volumes" if any(OF_VOLUMES in note for note in self.recorded.get("notes", [])) else "found"
 
     @property
     def preset(self) -> TrainConfig:

@@ -14,10 +14,10 @@ DESCRIPTION = (
 )
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, prog: str = "python -m matchai.train") -> int:
     """Trains as the command line says; returns the exit status: 0, 1 diverged, 2 the user's mistake, 130 Ctrl-C."""
     try:
-        config = parse(sys.argv[1:] if argv is None else argv, DESCRIPTION, "python -m matchai.train", TrainConfig)
+        config = parse(sys.argv[1:] if argv is None else argv, DESCRIPTION, prog, TrainConfig)
         choose_waiting()
         # seconds of imports that --help does not need
         from matchai.machine import is_out_of_memory  # noqa: PLC0415

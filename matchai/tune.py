@@ -23,11 +23,11 @@ DESCRIPTION = (
 MISTAKE = 2  # exit status
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, prog: str = "python -m matchai.tune") -> int:
     """Studies as the command line says; returns the exit status: 0, 1 broken, 2 the user's mistake, 130 Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
     try:
-        tune = parse(argv, DESCRIPTION, "python -m matchai.tune", TuneConfig, first_look="study")
+        tune = parse(argv, DESCRIPTION, prog, TuneConfig, first_look="study")
         choose_waiting()
         # seconds of imports that --help does not need
         from matchai.console import StudyDisplay  # noqa: PLC0415

@@ -127,6 +127,14 @@ def test_other_units_of_length_are_told_in_millimetres(tmp_path: Path, unit: int
     assert "unit of length" in opened.notes[0]
 
 
+def test_what_nibabel_mends_in_a_header_is_mended_without_a_word(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path / "a.nii", numbers(), pixdim=[0, 0.7, 0.8, 2.5, 1, 1, 1, 1], xyzt_units=64)
+    assert stack(open_nifti(path)).size == np.prod(SHAPE)
+    assert not "".join(capfd.readouterr())
+
+
 def test_a_packed_file_is_unpacked_once_without_a_name_and_again_after_close(tmp_path: Path) -> None:
     path = write(tmp_path / "a.nii.gz", numbers())
     scratch = tmp_path / "scratch"

@@ -213,6 +213,19 @@ def moved() -> NDArray[np.float64]:
     return affine
 
 
+def save_both(values: NDArray[Any]) -> Callable[[Path], None]:
+    def spoil(folder: Path) -> None:
+        for name in ("images", "masks"):
+            save(folder / name / "c.nii.gz", values)
+
+    return spoil
+
+
+def empty(folder: Path) -> None:
+    for path in (folder / "images").iterdir():
+        path.unlink()
+
+
 BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no mask": (remove("masks/a.nii.gz"), r"images: 1 of 2 files have no namesake.*: a\.nii\.gz"),
     "no image": (remove("images/b_0000.nii.gz"), r"masks: 1 of 2 files have no namesake.*: b\.nii\.gz"),
@@ -221,7 +234,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "size": (lambda d: save(d / "masks/a.nii.gz", voxels("u1", 32, 33, 2)), "voxel by voxel"),
     "affine": (lambda d: save(d / "masks/a.nii.gz", voxels("u1", 32, 32, 2), moved()), r"0\.01 mm"),
     "tiny": (
-        lambda d: [save(d / f"{name}/c.nii.gz", voxels("u1", 31, 32, 2)) for name in ("images", "masks")],
+        save_both(voxels("u1", 31, 32, 2)),
         "at least 32x32",
     ),
     "truncated": (lambda d: truncate(d / "images/a.nii.gz"), "damaged"),
@@ -230,7 +243,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "labels": (lambda d: save(d / "masks/a.nii.gz", voxels("u1", 32, 32, 2) + 2), r"holds 4, 5 in .*--label-map"),
     "half labels": (lambda d: save(d / "masks/a.nii.gz", voxels("u1", 32, 32, 2) * 0.5), r"holds 0\.5, 1\.5 in"),
     "no masks": (lambda d: (d / "masks").rename(d / "labels"), "none named masks"),
-    "empty": (lambda d: [one.unlink() for one in (d / "images").iterdir()], "neither"),
+    "empty": (empty, "neither"),
     "raw": (lambda d: save(d / "images/a.nii.gz", voxels("i2", 32, 32, 2) * 500), "--rescale 1 -1024"),
 }
 

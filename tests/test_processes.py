@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -35,6 +36,16 @@ def test_a_launch_that_joined_is_accepted(
 def test_processes_that_each_believe_to_be_alone_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(InputError, match="ACCELERATE_USE_CPU=1 accelerate launch --multi_gpu --num_processes 2"):
+        check_launch(1)
+
+
+def test_the_command_that_is_told_is_that_of_the_table_where_it_was_started_by_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setitem(sys.modules, "__main__", SimpleNamespace(__spec__=SimpleNamespace(name="matchai.__main__")))
+    monkeypatch.setattr(sys, "argv", ["matchai", "tune", "--trials", "5"])
+    with pytest.raises(InputError, match=r"-m matchai\.tune`"):
         check_launch(1)
 
 

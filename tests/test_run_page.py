@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from matchai.data import OF_VOLUMES
 from matchai.metrics import Counts
 from matchai.run_facts import read_facts
 from matchai.run_page import PAGE, render, write_page
@@ -81,15 +82,15 @@ def test_an_unfinished_run_says_so(num_done: int, start: str, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("files", "told"),
+    ("recorded", "told"),
     [
-        (["images_medseg.npy"], "found by likeness, which cannot tell patients"),
-        (["images_medseg.npy", "groups.npy"], "groups.npy says what a group is"),
-        (["images/a.nii.gz"], "The split divides no volume"),
+        ({"data": {"images_medseg.npy": ""}}, "found by likeness, which cannot tell patients"),
+        ({"data": {"images_medseg.npy": "", "groups.npy": ""}}, "groups.npy says what a group is"),
+        ({"notes": [f"9 slices in 2 groups, {OF_VOLUMES}."]}, "The split divides no volume"),
     ],
 )
-def test_where_the_groups_come_from_is_told(files: list[str], told: str, tmp_path: Path) -> None:
-    assert told in words(page_of(tmp_path, data="slices", recorded={"data": dict.fromkeys(files, "0" * 64)}))
+def test_where_the_groups_come_from_is_told(recorded: dict[str, Any], told: str, tmp_path: Path) -> None:
+    assert told in words(page_of(tmp_path, data="slices", recorded=recorded))
 
 
 def test_a_class_that_no_slice_shows_is_told(tmp_path: Path) -> None:

@@ -1,0 +1,42 @@
+"""`matchai COMMAND ...`: the commands of matchai under one name; `python -m matchai.COMMAND` is the same."""
+
+import difflib
+import importlib
+import sys
+from importlib import metadata
+
+COMMANDS = {
+    "train": "trains a UNet++ on CT slices, or goes on with a run",
+    "tune": "searches better settings",
+    "predict": "predicts slices and volumes with what runs kept",
+    "evaluate": "judges what runs kept on data with masks",
+    "report": "makes the report and the model card of a run",
+    "doctor": "says whether a training would start here, and what to mend",
+    "export": "writes a run's model as ONNX, or as weights for plain segmentation-models-pytorch",
+}
+"""Each command, which is a room of its own, and what it does."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Hands the words after the command to it; returns its exit status, or 2 for an unknown command."""
+    argv = sys.argv[1:] if argv is None else argv
+    name, rest = (argv[0], argv[1:]) if argv else ("", [])
+    if name in COMMANDS:
+        status: int = importlib.import_module(f"matchai.{name}").main(rest, prog=f"matchai {name}")
+        return status
+    if name == "--version":
+        print(f"matchai {metadata.version('matchai')}")
+        return 0
+    if name in ("", "-h", "--help"):
+        print("usage: matchai COMMAND ...\n\nSegments COVID-19 lesions in lung CT slices. For research only.\n")
+        print("\n".join(f"  {command:<10}{does}" for command, does in COMMANDS.items()))
+        print("\n`matchai COMMAND --help` lists the settings of a command.")
+        return 0 if name else 2
+    near = difflib.get_close_matches(name, COMMANDS, 1, 0.5)
+    hint = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(COMMANDS)}."
+    print(f"error: There is no command {name!r}: {hint}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,89 @@
+"""`python -m matchai.doctor [--data DIR]`: says whether a training with these flags would start, and what to mend."""
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from matchai.checkup import (
+    Finding,
+    check_extras,
+    check_launcher,
+    check_loading,
+    check_packages,
+    check_torch,
+)
+from matchai.config import RunSettings, TrainConfig
+from matchai.errors import InputError
+
+DESCRIPTION = (
+    "Says whether a training with these flags would start on this machine and these data, line by line, and what to "
+    "do where not. It takes every flag of matchai.train; only --output names the folder of its pictures of the data. "
+    "Exit status: 0 if training would start, 1 if not."
+)
+
+
+@dataclass(frozen=True)
+class DoctorRun(RunSettings):
+    """What would be run."""
+
+    output: Path | None = None
+    """Folder of the pictures of the data (default: doctor); nothing is written elsewhere."""
+
+
+@dataclass(frozen=True)
+class DoctorConfig(TrainConfig):
+    """All settings of the training that is thought of."""
+
+    run: DoctorRun = DoctorRun()
+
+
+def main(argv: list[str] | None = None, prog: str = "python -m matchai.doctor") -> int:
+    """Examines; returns the exit status: 0 training would start, 1 it would not, 2 wrong flags, 130 Ctrl-C."""
+    try:
+        from matchai.parsing import parse  # noqa: PLC0415 what it imports may be missing
+    except ImportError as error:
+        fault = Finding("problem", f"Flags cannot be read: {error}", "`pip install --force-reinstall tyro pyyaml`")
+        return _tell(iter((*check_packages(), fault)))
+    try:
+        config = parse(sys.argv[1:] if argv is None else argv, DESCRIPTION, prog, DoctorConfig)
+        return _tell(_examine(config))
+    except InputError as error:
+        for problem in error.problems:
+            print(f"error: {problem}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _examine(config: DoctorConfig) -> Iterator[Finding]:
+    yield from check_packages()
+    fit = check_torch()
+    yield fit
+    loading = check_loading() if fit.status != "problem" else fit
+    if loading.status == "problem":
+        yield from () if loading is fit else (loading,)
+        yield from check_launcher(0)
+        yield Finding("warning", "Devices, encoder and data are not examined", "mend the packages first")
+        return
+    yield loading
+    yield check_extras()
+    from matchai.examination import examine  # noqa: PLC0415 needs torch, which the checks above may find broken
+
+    yield from examine(config, config.run.output or Path("doctor"))
+
+
+def _tell(findings: Iterator[Finding]) -> int:
+    num_problems = 0
+    for one in findings:
+        print(one, flush=True)
+        num_problems += one.status == "problem"
+    if num_problems:
+        print(f"Training would not start, or soon end: {num_problems} of the lines above tell a problem.")
+        return 1
+    print("Training would start.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
