@@ -98,7 +98,8 @@ def evaluate(
             f"The weights of {runs[0]} know the classes {', '.join(predictor.class_names)}, but its config.yaml names "
             f"{', '.join(config.input.class_names)}; undo the change there."
         )
-    sets, digests = _open(folder, config.input, cache)
+    _make_parent(output)
+    sets, digests = _open(folder, config.input, cache, output.parent)
     num_slices = sum(map(len, sets))
     choice = choose_slices(runs, digests, num_slices, wanted)
     display.say(f"slices: {choice.statement}")
@@ -146,7 +147,20 @@ def check_output(output: Path) -> None:
         )
 
 
-def _open(folder: Path, settings: InputSettings, cache: Path) -> tuple[Sequence[SliceSet], dict[str, str]]:
+def _make_parent(output: Path) -> None:
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output.parent):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"{output.parent} cannot be written ({error.strerror}); name another folder with --output."
+        ) from None
+
+
+def _open(
+    folder: Path, settings: InputSettings, cache: Path, scratch: Path
+) -> tuple[Sequence[SliceSet], dict[str, str]]:
     """The sets, and the hashes of their images under the names that runs record."""
     sets = open_sets(
         folder,
@@ -157,6 +171,7 @@ def _open(folder: Path, settings: InputSettings, cache: Path) -> tuple[Sequence[
         orientation=settings.orientation,
         rescale=settings.rescale,
         label_map=settings.label_map,
+        scratch=scratch,
     )
     names = {one.image_path.name for one in sets}
     digests = digest_sets(folder, sets, cache).items()
@@ -220,9 +235,7 @@ def _score(
 
     def measure(pred: Labels, truth: Labels, spacing: Sequence[float]) -> list[tuple[float, float]]:
         assert tolerance is not None
-        return [
-            surface_distances(np.isin(pred, region), np.isin(truth, region), spacing, tolerance) for region in regions
-        ]
+        return [surface_distances(_mask(pred, one), _mask(truth, one), spacing, tolerance) for one in regions]
 
     for number, one in enumerate(sets):
         mine = choice.rows[places[choice.rows, 0] == number]
@@ -264,6 +277,14 @@ def _score(
         volumes=scored,
         volume_distances=distances(of_volumes, "mm"),
     )
+
+
+def _mask(labels: Labels, classes: Sequence[int]) -> NDArray[np.bool_]:
+    """Where any of the classes is; numpy.isin needs eight times the memory."""
+    mask: NDArray[np.bool_] = labels == classes[0]
+    for c in classes[1:]:
+        mask |= labels == c
+    return mask
 
 
 def _count(pred: Labels, truth: Labels, num_classes: int) -> Counts:
@@ -314,7 +335,6 @@ def _labels(folder: Path, shape: tuple[int, ...], is_wanted: bool) -> Iterator[L
 
 def _write(output: Path, result: dict[str, Any], scores: Scores) -> None:
     """Writes all files into a folder beside, which then takes the place of an older one."""
-    output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=".evaluation-") as name:
         beside = Path(name) / "new"
         beside.mkdir()

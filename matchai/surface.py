@@ -5,6 +5,7 @@ Counts of pixels say how much two regions share; distances say how far apart the
 
 import importlib.util
 import math
+import warnings
 from collections.abc import Sequence
 
 import numpy as np
@@ -50,7 +51,9 @@ def surface_distances(pred: Mask, truth: Mask, spacing: Sequence[float], toleran
         return math.nan, math.nan
     if len(found) == 1:
         return math.hypot(*np.multiply(pred.shape, spacing)), 0.0
-    metrics = need("monai.metrics", "evaluate", "Measuring surface distances")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of torch, to MONAI, at its first import
+        metrics = need("monai.metrics", "evaluate", "Measuring surface distances")
     # all that follows is done on the box around both, for which alone there may be memory; one pixel more on each side
     # keeps every border that is none of the image's edge
     around = tuple(

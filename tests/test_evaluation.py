@@ -180,3 +180,9 @@ def test_the_command_prints_figures_that_say_what_they_are(
     assert "Mean over images (other data)" in said
     assert "bootstrap over 2 groups" in said
     assert json.loads((tmp_path / "out/evaluation.json").read_text())["forward_passes"] == 4
+
+
+def test_a_place_that_cannot_be_written_is_refused_at_the_start(kept: Path, others: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="--output"):
+        judged(kept, tmp_path / "file/out", others)
