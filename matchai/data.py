@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from matchai.arrays import ArraySet, open_sets
 from matchai.digests import condense, fingerprint
 from matchai.errors import InputError
+from matchai.inputs import kind_of
 from matchai.phantom import write_phantom
 from matchai.sets import SliceSet
 from matchai.slices import Progress, Slices, prepare
@@ -37,6 +38,7 @@ class Data:
         std: Likewise.
         notes: What the user should know, in sentences.
         orientation: Toward which sides of the patient the slices' rows and columns run (`matchai.config`).
+        kind: Of the files (`matchai.inputs.kind_of`).
     """
 
     slices: Slices
@@ -49,6 +51,7 @@ class Data:
     std: float
     notes: list[str]
     orientation: str
+    kind: str
 
     def presence(self) -> NDArray[np.bool_]:
         """(N, C), whether class c appears in slice n."""
@@ -158,6 +161,7 @@ def read_data(
         std,
         notes,
         opened[0].orientation,
+        kind_of(opened[0].files[0]),
     )
 
 

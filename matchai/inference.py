@@ -22,7 +22,7 @@ from matchai.slices import STEPS, resize
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # of weights that do not tell it yet
-OLDER: dict[str, Any] = {"orientation": "LP", "rescale": [1.0, 0.0], "context": 0, "in_channels": 1}
+OLDER: dict[str, Any] = {"orientation": "LP", "rescale": [1.0, 0.0], "data_kind": "npy", "context": 0, "in_channels": 1}
 ALIKE = ("class_names", "background_class", "lesion_classes", "orientation")  # what an ensemble must agree on
 
 ReadSlice = Callable[[int], NDArray[np.float32]]

@@ -176,6 +176,7 @@ def describe_weights(config: TrainConfig, data: Data, row: dict[str, Any]) -> di
         "mean_hu": low + data.mean * (high - low),
         "std_hu": data.std * (high - low),
         "image_size": settings.image_size,
+        "data_kind": data.kind,
         "orientation": data.orientation,
         "rescale": list(settings.rescale),
         "encoder": config.network.encoder,

@@ -16,7 +16,7 @@ from matchai.errors import InputError
 from matchai.figures import draw_panels
 from matchai.hounsfield import implausible_range
 from matchai.inference import Predictor, uncertainty
-from matchai.inputs import open_volume
+from matchai.inputs import Usual, kind_of, open_volume
 from matchai.summaries import Submission, affected_percent, describe_volume, write_label_table, write_summaries
 from matchai.volumes import STEPS, UPRIGHT, Volume, file_labels, turn
 
@@ -229,6 +229,12 @@ def predict(
     runs = [path for number, path in enumerate(paths) if number == 0 or _is_run(path)]
     inputs = [path for number, path in enumerate(paths) if number > 0 and not _is_run(path)]
     _check_places(inputs, output, submission)
+    kinds = sorted({kind_of(path) for path in inputs})
+    if rescale is not None and len(kinds) > 1:
+        raise InputError(
+            f"--rescale is for inputs of one kind, but these are of {len(kinds)} ({', '.join(kinds)}): predict them by a "
+            "command each."
+        )
     predictor = Predictor(runs, is_mirrored=is_mirrored, mixed_precision=mixed_precision, batch_size=batch_size)
     output.mkdir(parents=True, exist_ok=True)
     first = predictor.abouts[0]
@@ -241,7 +247,7 @@ def predict(
                 predictor.orientation,
                 orientation=orientation,
                 rescale=rescale,
-                array_rescale=tuple(first["rescale"]),
+                usual=Usual(first["data_kind"], first["orientation"], tuple(first["rescale"])),
                 scratch=output,
                 series=series,
             )

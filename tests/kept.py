@@ -37,6 +37,7 @@ def describe(**about: Any) -> dict[str, Any]:
         "mean_hu": -600.0,
         "std_hu": 400.0,
         "image_size": 64,
+        "data_kind": "npy",
         "orientation": "LP",
         "rescale": [1.0, 0.0],
         "encoder": "tu-test_resnet",

@@ -138,3 +138,11 @@ def test_several_runs_predict_together(tmp_path: Path, volume: NDArray[np.float3
     told = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert [one["path"] for one in told["runs"]] == [str(run) for run in runs]
     assert told["passes"] == 2
+
+
+def test_a_rescale_for_inputs_of_several_kinds_is_refused(
+    tmp_path: Path, run: Path, volume: NDArray[np.float32]
+) -> None:
+    paths = [saved(tmp_path, "scan.npy", volume), tmp_path / "scan.nii"]
+    with pytest.raises(InputError, match=r"these are of 2 \(nifti, npy\)"):
+        predict([run, *paths], tmp_path / "out", rescale=(1, -1024))
