@@ -232,8 +232,8 @@ def predict(
     kinds = sorted({kind_of(path) for path in inputs})
     if rescale is not None and len(kinds) > 1:
         raise InputError(
-            f"--rescale is for inputs of one kind, but these are of {len(kinds)} ({', '.join(kinds)}): predict them by a "
-            "command each."
+            f"--rescale is for inputs of one kind, but these are of {len(kinds)} ({', '.join(kinds)}): predict each "
+            "kind by a command of its own."
         )
     predictor = Predictor(runs, is_mirrored=is_mirrored, mixed_precision=mixed_precision, batch_size=batch_size)
     output.mkdir(parents=True, exist_ok=True)
