@@ -228,37 +228,11 @@ def predict(
     display = display or Display(is_main_process=True)
     runs = [path for number, path in enumerate(paths) if number == 0 or _is_run(path)]
     inputs = [path for number, path in enumerate(paths) if number > 0 and not _is_run(path)]
-    _check_places(inputs, output, submission)
-    kinds = sorted({kind_of(path) for path in inputs})
-    if rescale is not None and len(kinds) > 1:
-        raise InputError(
-            f"--rescale is for inputs of one kind, but these are of {len(kinds)} ({', '.join(kinds)}): predict each "
-            "kind by a command of its own."
-        )
+    _check_asked(inputs, output, submission, rescale)
     predictor = Predictor(runs, is_mirrored=is_mirrored, mixed_precision=mixed_precision, batch_size=batch_size)
     output.mkdir(parents=True, exist_ok=True)
-    first = predictor.abouts[0]
-    volumes: list[Volume] = []
+    volumes = _open_all(inputs, predictor, orientation=orientation, rescale=rescale, scratch=output, series=series)
     problems: list[str] = []
-    for path in inputs:
-        try:
-            volume = open_volume(
-                path,
-                predictor.orientation,
-                orientation=orientation,
-                rescale=rescale,
-                usual=Usual(first["data_kind"], first["orientation"], tuple(first["rescale"])),
-                scratch=output,
-                series=series,
-            )
-            check_volume(volume, [about["hu_window"] for about in predictor.abouts])
-            volumes.append(volume)
-            if len(inputs) > 1:
-                volume.close()  # what is unpacked on disk, all together, may be large
-        except InputError as error:
-            problems += error.problems
-    if problems:
-        raise InputError(*problems)
     kaggle = Submission(volumes, predictor.lesion_classes) if submission else None
     for volume in volumes:
         for note in volume.notes:
@@ -305,14 +279,58 @@ def predict(
     return problems
 
 
+def _open_all(
+    inputs: Sequence[Path],
+    predictor: Predictor,
+    *,
+    orientation: str | None,
+    rescale: tuple[float, float] | None,
+    scratch: Path,
+    series: str | None,
+) -> list[Volume]:
+    """Opens and looks at every input; raises InputError with the problems of all."""
+    first = predictor.abouts[0]
+    usual = Usual(first["data_kind"], first["orientation"], tuple(first["rescale"]))
+    volumes: list[Volume] = []
+    problems: list[str] = []
+    for path in inputs:
+        try:
+            volume = open_volume(
+                path,
+                predictor.orientation,
+                orientation=orientation,
+                rescale=rescale,
+                usual=usual,
+                scratch=scratch,
+                series=series,
+            )
+            check_volume(volume, [about["hu_window"] for about in predictor.abouts])
+            volumes.append(volume)
+            if len(inputs) > 1:
+                volume.close()  # what is unpacked on disk, all together, may be large
+        except InputError as error:
+            problems += error.problems
+    if problems:
+        raise InputError(*problems)
+    return volumes
+
+
 def _is_run(path: Path) -> bool:
     return path.suffix == ".safetensors" or (path / BEST).is_file()
 
 
-def _check_places(inputs: Sequence[Path], output: Path, submission: Path | None) -> None:
+def _check_asked(
+    inputs: Sequence[Path], output: Path, submission: Path | None, rescale: tuple[float, float] | None
+) -> None:
     if not inputs:
         raise InputError(
             "No input was given; after the run name a .npy array, a NIfTI file, or a folder of DICOM or picture files."
+        )
+    kinds = sorted({kind_of(path) for path in inputs})
+    if rescale is not None and len(kinds) > 1:
+        raise InputError(
+            f"--rescale is for inputs of one kind, but these are of {len(kinds)} ({', '.join(kinds)}): predict each "
+            "kind by a command of its own."
         )
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise InputError(f"{output} is there already and not empty; name another folder with --output.")
