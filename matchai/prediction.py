@@ -33,7 +33,7 @@ class SliceResult:
 
     Attributes:
         pixels: (C,) pixels of each class.
-        uncertainty: Mean over the pixels that are not background; None without them, or where it was not asked for.
+        uncertainty: Mean over the pixels of predicted lesions; None without them, or where it was not asked for.
     """
 
     pixels: NDArray[np.int64]
@@ -141,8 +141,8 @@ def predict_volume(
             maps += [doubt] if doubt is not None else []
             for file, values in zip(map_files.values(), maps, strict=True):
                 file.write(np.rint(np.clip(values, 0, 1) * STEPS).astype(np.uint16).tobytes())
-            is_body = pred != predictor.background_class
-            mean_doubt = float(doubt[is_body].mean()) if doubt is not None and is_body.any() else None
+            is_lesion = np.isin(pred, predictor.lesion_classes)
+            mean_doubt = float(doubt[is_lesion].mean()) if doubt is not None and is_lesion.any() else None
             results.append(SliceResult(pixels, mean_doubt))
             if each:
                 each(pred)
@@ -369,7 +369,7 @@ def _write(output: Path, predictor: Predictor, runs: Sequence[Path], results: Se
         told = describe_volume(volume, result.pixels, names, predictor.lesion_classes, predictor.background_class)
         files = {what: str(path.relative_to(output)) for what, path in result.files.items()}
         doubts = [one.uncertainty for one in result.slices if one.uncertainty is not None]
-        told["mean_uncertainty"] = float(np.mean(doubts)) if doubts else None
+        told["mean_uncertainty_of_lesions"] = float(np.mean(doubts)) if doubts else None
         inputs.append({**told, "notes": list(volume.notes), "files": files})
         for index, one in enumerate(result.slices):
             row: dict[str, Any] = {"input": str(volume.path), "slice": index}
@@ -377,7 +377,7 @@ def _write(output: Path, predictor: Predictor, runs: Sequence[Path], results: Se
             row["percent_of_lung_affected"] = affected_percent(
                 one.pixels, predictor.lesion_classes, predictor.background_class
             )
-            slices.append({**row, "mean_uncertainty": one.uncertainty})
+            slices.append({**row, "mean_uncertainty_of_lesions": one.uncertainty})
     write_label_table(output / "labels.txt", names, predictor.background_class)
     write_summaries(output, about, inputs, slices)
 
