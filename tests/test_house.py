@@ -68,6 +68,7 @@ FLOORS = [
     },
     {
         "build",
+        "delivery",
         "evaluation",
         "exporting",
         "inference",

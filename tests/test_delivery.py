@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from matchai.delivery import predict
 from matchai.errors import InputError
-from matchai.prediction import predict
 from tests.kept import NAMES, keep_weights
 
 Ints = NDArray[np.uint8]
