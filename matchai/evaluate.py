@@ -41,7 +41,7 @@ class EvaluateSettings:
     surface_tolerance: float = 2.0
     """Up to which distance the normalised surface Dice counts a piece of border as right, in mm or pixels."""
     sets: tuple[str, ...] | None = None
-    """The sets of arrays to use (this and all below, default: as in the run's settings)."""
+    """The sets of arrays to use (this and those to --label-map, default: as in the run's settings)."""
     images_name: str | None = None
     """File of a set's images."""
     masks_name: str | None = None
@@ -49,7 +49,8 @@ class EvaluateSettings:
     groups_name: str | None = None
     """File that names each slice's patient or volume."""
     orientation: Literal["auto", "LP", "LA", "RP", "RA", "PL", "PR", "AL", "AR"] | None = None
-    """Toward which sides of the patient the rows and columns of arrays and pictures run."""
+    """Toward which sides of the patient the rows and columns of arrays and pictures run (this and both below: of data
+    of another kind of files than the run's, nothing is taken from its settings)."""
     rescale: tuple[float, float] | None = None
     """Slope and intercept that make HU of the files' numbers."""
     label_map: tuple[str, ...] | None = None

@@ -23,6 +23,7 @@ from matchai.errors import InputError
 from matchai.figures import draw_confusion_matrix
 from matchai.files import sync_folder, write_whole
 from matchai.inference import Predictor
+from matchai.inputs import kind_of
 from matchai.intervals import MIN_GROUPS
 from matchai.metrics import Counts, confusion_counts
 from matchai.pairs import IMAGES
@@ -34,6 +35,8 @@ from matchai.volumes import turn
 
 RESULT, SLICES, VOLUMES, PICTURE = "evaluation.json", "slices.csv", "volumes.csv", "confusion_matrix.png"
 FILES = (RESULT, SLICES, VOLUMES, PICTURE)
+OF_A_KIND: dict[str, Any] = {"orientation": "auto", "rescale": (1.0, 0.0), "label_map": ()}
+"""Settings that say how one kind of files is read, as they are for another."""
 
 Show = Callable[[str, int, int, str], None]
 Labels = NDArray[np.uint8]
@@ -99,6 +102,10 @@ def evaluate(
             f"{', '.join(config.input.class_names)}; undo the change there."
         )
     _make_parent(output)
+    if data is not None:
+        config = _for_the_files(
+            folder, config, settings or {}, predictor.abouts[0]["data_kind"], output.parent, display
+        )
     sets, digests = _open(folder, config.input, cache, output.parent)
     num_slices = sum(map(len, sets))
     choice = choose_slices(runs, digests, num_slices, wanted)
@@ -162,7 +169,14 @@ def _open(
     folder: Path, settings: InputSettings, cache: Path, scratch: Path
 ) -> tuple[Sequence[SliceSet], dict[str, str]]:
     """The sets, and the hashes of their images under the names that runs record."""
-    sets = open_sets(
+    sets = _open_sets(folder, settings, scratch)
+    names = {one.image_path.name for one in sets}
+    digests = digest_sets(folder, sets, cache).items()
+    return sets, {name: digest for name, digest in digests if name in names or name.startswith(f"{IMAGES}/")}
+
+
+def _open_sets(folder: Path, settings: InputSettings, scratch: Path) -> Sequence[SliceSet]:
+    return open_sets(
         folder,
         settings.sets,
         settings.images_name,
@@ -173,9 +187,17 @@ def _open(
         label_map=settings.label_map,
         scratch=scratch,
     )
-    names = {one.image_path.name for one in sets}
-    digests = digest_sets(folder, sets, cache).items()
-    return sets, {name: digest for name, digest in digests if name in names or name.startswith(f"{IMAGES}/")}
+
+
+def _for_the_files(
+    folder: Path, config: TrainConfig, given: dict[str, Any], kind: str, scratch: Path, display: Display
+) -> TrainConfig:
+    """The settings without what they say of how the run's own kind of files is read, where these are of another."""
+    plain = config.updated(**(OF_A_KIND | given))
+    if plain == config or kind_of(_open_sets(folder, plain.input, scratch)[0].files[0]) == kind:
+        return config
+    display.say(f"the run's settings of how its files are read ({kind}) are not taken for files of another kind.")
+    return plain
 
 
 def _find_groups(

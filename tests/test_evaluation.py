@@ -2,12 +2,14 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import nibabel as nib
 import numpy as np
 import pytest
+import yaml
 
 from matchai import TrainConfig, run
 from matchai.config import PRESETS
@@ -61,6 +63,21 @@ def judged(kept: Path, output: Path, data: Path | None = None, **options: Any) -
 
 def pooled(result: dict[str, Any], name: str = "dice") -> list[float]:
     return [figures[f"{name}_pooled_over_pixels"]["value"] for figures in result["classes"].values()]
+
+
+def test_how_a_run_read_its_files_is_not_taken_for_files_of_another_kind(
+    kept: Path, others: Path, as_nifti: Path, tmp_path: Path
+) -> None:
+    """By the run's settings its arrays need an offset, and class 0 of them is 3 in other files."""
+    run = tmp_path / "run"
+    shutil.copytree(kept, run)
+    text = (run / "config.yaml").read_text()
+    told = yaml.safe_load(text) | {"rescale": [1.0, -300.0], "label_map": ["0:background", "3:ground glass"]}
+    (run / "config.yaml").write_text(yaml.safe_dump(told))
+    expected = pooled(judged(kept, tmp_path / "arrays", others))
+    assert pooled(judged(run, tmp_path / "volumes", as_nifti)) == expected
+    # where the user states them, they count
+    assert pooled(judged(run, tmp_path / "stated", as_nifti, settings={"rescale": (1.0, -300.0)})) != expected
 
 
 def best_row(kept: Path) -> dict[str, Any]:
