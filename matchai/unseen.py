@@ -109,4 +109,9 @@ def _describe(side: str | None, num_trained: int, overlap: str, num_runs: int) -
     if num_trained or overlap:
         which = f"{num_trained} of them TRAINING slices" if num_trained else f"TRAINING slices of {overlap} among them"
         return "TRAINING and other slices", f"all slices, {which}: these figures flatter."
-    return "other data", "all slices, of other data than the training's."
+    whose = "the run's" if num_runs == 1 else "the runs'"
+    return (
+        "other data",
+        f"all slices; by their hashes the files are none of {whose} training, which tells nothing of copies, or of "
+        "other slices of the same patients.",
+    )

@@ -46,6 +46,7 @@ def test_other_data_is_chosen_whole(tmp_path: Path) -> None:
     choice = choose_slices([kept_run(tmp_path / "run")], {"images_medseg.npy": "cc"}, 9, "auto")
     assert choice.rows.tolist() == list(range(9))
     assert choice.name == "other data"
+    assert "by their hashes" in choice.statement  # which a copy in another format has not
     assert choice.groups is None
 
 
