@@ -260,12 +260,12 @@ class _Run:
             self.on_step(training.step, training.scheduler.total_steps)
         if time.monotonic() - self.shown_at > 0.1:
             self.shown_at = time.monotonic()
-            loss = tally.loss_sum / max(tally.num_draws, 1)
+            loss = f"loss {tally.loss_sum / tally.num_draws:.3f} · " if tally.num_draws else ""
             self.display.show(
                 f"epoch {epoch}/{self.config.optimisation.epochs}",
                 training.step,
                 training.scheduler.total_steps,
-                f"loss {loss:.3f} · {tally.consumed / max(tally.seconds, 1e-9):.1f} images/s",
+                f"{loss}{tally.consumed / max(tally.seconds, 1e-9):.1f} images/s",
             )
         is_due = (
             time.monotonic() - self.saved_at >= self.every_seconds
@@ -371,14 +371,16 @@ class _Run:
             )
             return
         best = history[(self.progress.best_epoch or 1) - 1]
+        names = ["mean", "lesion", *self.names]
+        values = [best["mean_dice"], best["lesion_dice"], *best["dice_per_class"]]
         dice = ", ".join(
             f"{name} {'undefined' if value is None else f'{value:.3f}'}"
-            for name, value in zip(self.names, best["dice_per_class"], strict=True)
+            for name, value in zip(names, values, strict=True)
         )
         note = " on the synthetic phantom, not on patients" if self.config.input.data is None else ""
         self.display.say(
             f"Done: best at epoch {best['epoch']}; Dice pooled over {len(self.data.val)} validation slices{note}: "
-            f"mean {best['mean_dice'] or 0:.3f}, lesion {best['lesion_dice'] or 0:.3f}, {dice}."
+            f"{dice}."
         )
         self.display.say(f"Report: {self.output / 'report.html'}. Best weights: {self.output / checkpoint.BEST}.")
 

@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -31,6 +32,29 @@ def test_a_run_tells_each_epoch_and_leaves_the_global_random_state(phantom: Path
     assert result.is_finished
     assert result.best_epoch == 1
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_a_figure_that_is_undefined_is_not_told_as_0(data: Path, cache: Path, tmp_path: Path) -> None:
+    """A lesion is in one slice alone, which must train."""
+    masks = np.load(data / "masks_medseg.npy")
+    masks[1:, ..., 2] |= masks[1:, ..., :2].any(axis=-1)
+    masks[1:, ..., :2] = False
+    np.save(data / "masks_medseg.npy", masks)
+    said = io.StringIO()
+    run(config(data, cache, tmp_path / "run"), display=Display(True, said))
+    end = " ".join(said.getvalue().split())
+    assert "lesion undefined, ground glass undefined, consolidation undefined, lungs other 0." in end
+
+
+def test_no_loss_is_shown_before_one_is_known(
+    phantom: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That of a step is known with the next."""
+    shown: list[str] = []
+    monkeypatch.setattr(Display, "show", lambda _self, _what, _done, _total, told="": shown.append(told))
+    run(config(phantom, cache, tmp_path / "run"))
+    assert "images/s" in next(told for told in shown if told)
+    assert not any("loss 0.000" in told for told in shown)
 
 
 def test_the_folds_validate_every_slice_once(phantom: Path, cache: Path, tmp_path: Path) -> None:
