@@ -151,7 +151,7 @@ def describe(about: dict[str, Any]) -> dict[str, Any]:
         "take the axial slice in Hounsfield units (HU)",
         f"turn it so that its rows follow one another toward the patient's {down} and its columns toward the {across}",
         f"clip it to {low:g} to {high:g} HU",
-        f"resize it to {size} x {size} pixels: area means where it shrinks (OpenCV's INTER_AREA), else bilinear",
+        f"resize it to {size} x {size} pixels: area means where both sides shrink (OpenCV's INTER_AREA), else bilinear",
         f"subtract {about['mean_hu']!r} HU and divide by {about['std_hu']!r} HU",
     ]
     if context:
@@ -164,8 +164,8 @@ def describe(about: dict[str, Any]) -> dict[str, Any]:
         "preprocessing": steps,
         "output": [
             f"logits of the classes {classes}; {about['background_class']!r} is the background",
-            "softmax over axis 1 makes probabilities of them; resize these bilinearly to the slice's own size, and "
-            "each pixel's class is the most probable one",
+            "softmax over axis 1 makes probabilities of them; resize these bilinearly to the slice's own size, with "
+            "antialiasing where it is smaller, and each pixel's class is the most probable one",
         ],
         "input_shape": ["batch", channels, size, size],
         "output_shape": ["batch", len(names), size, size],

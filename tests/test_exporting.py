@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import onnxruntime
 import pytest
@@ -13,7 +14,9 @@ from torch import nn
 
 from matchai import exporting
 from matchai.exporting import ExportError, compare, describe, pack_onnx, pack_safetensors, sample
+from matchai.inference import Predictor
 from matchai.model import build_model
+from matchai.phantom import phantom_slices
 
 ABOUT: dict[str, Any] = {
     "class_names": ["ground glass", "consolidation", "lungs other", "background"],
@@ -65,6 +68,27 @@ def test_the_metadata_tell_how_images_are_made(session: onnxruntime.InferenceSes
     words = " ".join(told["preprocessing"])
     for part in ("-1500 to 500 HU", "64 x 64", "-600.0", "450.0", "toward the patient's left", "3 slices as channels"):
         assert part in words
+
+
+def test_the_metadata_are_enough_for_the_masks_of_a_prediction(
+    onnx_file: bytes, model: nn.Module, tmp_path: Path
+) -> None:
+    """By numpy, OpenCV and onnxruntime alone, as another program would."""
+    session = onnxruntime.InferenceSession(onnx_file, providers=["CPUExecutionProvider"])
+    told = json.loads(session.get_modelmeta().custom_metadata_map["matchai"])
+    volume = np.stack([image for image, _, _ in phantom_slices(4, size=96)]).astype(np.float32)
+    (low, high), size = told["hu_window"], told["input_shape"][-1]
+    small = [cv2.resize(np.clip(one, low, high), (size, size), interpolation=cv2.INTER_AREA) for one in volume]
+    ready = [((one - told["mean_hu"]) / told["std_hu"]).astype(np.float32) for one in small]
+    around = [(1, 0, 1), (0, 1, 2), (1, 2, 3), (2, 3, 2)]  # one neighbour on each side, mirrored at the ends
+    stacks = np.stack([[ready[index] for index in places] for places in around])
+    scores = np.exp(session.run(["logits"], {"images": stacks})[0])
+    scores /= scores.sum(axis=1, keepdims=True)
+    masks = [np.argmax([cv2.resize(one, (96, 96)) for one in each], axis=0) for each in scores]
+    (tmp_path / "best.safetensors").write_bytes(pack_safetensors(model, ABOUT)[0])
+    predictor = Predictor([tmp_path], mixed_precision="no", device=torch.device("cpu"))
+    predicted = [probs.argmax(0) for _, probs in predictor.probabilities(lambda index: volume[index], 4)]
+    assert (np.stack(masks) != np.stack(predicted)).mean() < 1e-3  # where two classes are equal but for rounding
 
 
 def test_the_file_names_no_folder_of_the_machine_that_made_it(onnx_file: bytes) -> None:
