@@ -28,7 +28,7 @@ def limits(facts: RunFacts) -> list[str]:
         )
     else:
         sentences.append(f"The split divides no group; {settings.groups_name} says what a group is.")
-    if facts.history:
+    if len(facts.history) > 1:
         sentences.append(
             f"The same validation slices chose the best of {count(len(facts.history), 'epoch')}, so the figures "
             "flatter it. Slices that took no part tell more: python -m matchai.evaluate."

@@ -71,6 +71,11 @@ def test_the_phantom_is_said_to_be_no_patient(tmp_path: Path) -> None:
     assert "the figures say nothing about patients" in words(page)
 
 
+@pytest.mark.parametrize(("num_done", "was_chosen"), [(1, False), (2, True)])
+def test_the_choice_of_an_epoch_flatters_where_there_is_one(num_done: int, was_chosen: bool, tmp_path: Path) -> None:
+    assert ("flatter it" in words(page_of(tmp_path, num_done=num_done))) == was_chosen
+
+
 @pytest.mark.parametrize(
     ("num_done", "start"),
     [(1, "Unfinished, 1 of 2 epochs; the best so far is epoch 1: mean"), (0, "No epoch is finished yet")],
