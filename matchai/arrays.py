@@ -127,8 +127,11 @@ def open_sets(
         InputError: With every problem found.
     """
     if not folder.is_dir():
-        what = "is a file" if folder.exists() else "does not exist"
-        raise InputError(f"The data folder {folder} {what}; --data takes the folder that holds {images_name}.")
+        what, example = "is a file" if folder.exists() else "does not exist", images_name.format(set=KNOWN_SETS[0])
+        raise InputError(
+            f"The data folder {folder} {what}; --data takes the folder that holds {example}, or that of {IMAGES}/ and "
+            f"{MASKS}/."
+        )
     numbers = parse_label_map(label_map, class_names) if label_map else None
     names = list(sets) or (["medseg"] if "{set}" not in images_name + masks_name else list(KNOWN_SETS))
     pairs = [(name, folder / images_name.format(set=name), folder / masks_name.format(set=name)) for name in names]

@@ -60,7 +60,8 @@ def check_packages() -> list[Finding]:
         about = metadata.metadata("matchai")
     except ModuleNotFoundError as error:  # metadata's own error is one, too
         missing = error.name or "matchai"
-        return [Finding("problem", f"{missing} is not installed", "`pip install -e .` in matchai's folder")]
+        remedy = "activate the environment that has matchai, or `pip install -e .` in matchai's folder"
+        return [Finding("problem", f"{missing} is not installed for {sys.executable}", remedy)]
     findings = []
     python, wanted = ".".join(map(str, sys.version_info[:3])), about["Requires-Python"] or ""
     if not SpecifierSet(wanted).contains(python, prereleases=True):

@@ -194,7 +194,9 @@ def group_slices(
     if known is not None:
         groups = np.unique(known, return_inverse=True)[1].astype(np.int64)
         volumes = sets if are_volumes else volume_numbers(sets, groups, thumbnails if context else None)
-        return groups, volumes, f"{len(sets)} slices in {groups.max() + 1} groups, from {groups_name}."
+        number = groups.max() + 1
+        counted = f"{len(sets)} slices in {number} group{'' if number == 1 else 's'}"
+        return groups, volumes, f"{counted}, from {groups_name}."
     if are_volumes:
         return (
             sets,
@@ -217,7 +219,12 @@ def read_groups(path: Path, opened: Sequence[SliceSet]) -> NDArray[Any] | None:
         raise InputError(
             f"{path} is no complete .npy file of plain numbers or texts; save the {num_slices} groups with numpy.save."
         ) from None
-    if all(one.is_volume for one in opened) and groups.shape == (len(opened),):
+    if all(one.is_volume for one in opened) and groups.shape != (num_slices,):
+        if groups.shape != (len(opened),):
+            raise InputError(
+                f"{path.name}: the groups have shape {groups.shape}; expected one integer or string for each of the "
+                f"{len(opened)} volumes in order of their names, or for each of the {num_slices} slices."
+            )
         check_groups_array(groups, len(opened), path.name)
         return np.repeat(groups, [len(one) for one in opened])
     check_groups_array(groups, num_slices, path.name)

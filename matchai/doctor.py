@@ -79,7 +79,7 @@ def _tell(findings: Iterator[Finding]) -> int:
         print(one, flush=True)
         num_problems += one.status == "problem"
     if num_problems:
-        print(f"Training would not start, or soon end: {num_problems} of the lines above tell a problem.")
+        print(f"Training would not start, or soon end: lines above that tell a problem: {num_problems}.")
         return 1
     print("Training would start.")
     return 0

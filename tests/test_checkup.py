@@ -76,6 +76,13 @@ def test_a_package_that_is_too_old_or_missing_is_a_problem_with_its_command(
     assert remedy in found.remedy
 
 
+def test_an_environment_without_packages_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "packaging.requirements", None)
+    (found,) = checkup.check_packages()
+    assert found.status == "problem"
+    assert sys.executable in found.text
+
+
 def test_an_old_python_is_a_problem(installed: dict[str, str | None], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metadata, "metadata", lambda _: {"Requires-Python": ">=99"})
     (found,) = check_packages()

@@ -244,6 +244,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "half labels": (lambda d: save(d / "masks/a.nii.gz", voxels("u1", 32, 32, 2) * 0.5), r"holds 0\.5, 1\.5 in"),
     "no masks": (lambda d: (d / "masks").rename(d / "labels"), "none named masks"),
     "empty": (empty, "neither"),
+    "groups": (lambda d: np.save(d / "groups.npy", np.arange(3)), r"shape \(3,\).*each of the 2 volumes"),
     "raw": (lambda d: save(d / "images/a.nii.gz", voxels("i2", 32, 32, 2) * 500), "--rescale 1 -1024"),
 }
 
