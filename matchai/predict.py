@@ -55,8 +55,8 @@ def main(argv: list[str] | None = None, prog: str = "python -m matchai.predict")
         settings = tyro.cli(PredictSettings, args=argv, prog=prog, description=DESCRIPTION)
         choose_waiting()
         # seconds of imports that --help does not need
+        from matchai.delivery import predict  # noqa: PLC0415
         from matchai.machine import is_out_of_memory  # noqa: PLC0415
-        from matchai.prediction import predict  # noqa: PLC0415
 
         try:
             problems = predict(

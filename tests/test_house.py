@@ -68,6 +68,7 @@ FLOORS = [
     },
     {
         "build",
+        "delivery",
         "evaluation",
         "exporting",
         "inference",
@@ -127,3 +128,8 @@ def test_a_part_takes_plain_arguments_and_never_the_config(room: str) -> None:
 @pytest.mark.parametrize("room", ROOMS)
 def test_no_room_is_above_400_lines(room: str) -> None:
     assert len((PACKAGE / f"{room}.py").read_text(encoding="utf-8").splitlines()) <= 400
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_every_room_is_told_in_the_readme(room: str) -> None:
+    assert f"\n  {room}.py " in (PACKAGE.parent / "README.md").read_text(encoding="utf-8")
