@@ -135,7 +135,7 @@ def report(records: list[Record]) -> list[str]:
     found = {(one["what"], one["value"], one["seed"]): one for one in records}
     seeds = sorted({one["seed"] for one in records})
     lines = [
-        "| trained with | | lesion Dice | less without, by seed | mean | mean Dice | less without, by seed | mean |",
+        "| what | | lesion Dice | difference from 0, by seed | mean | mean Dice | difference from 0, by seed | mean |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for what, value in dict.fromkeys((one["what"], one["value"]) for one in records):
