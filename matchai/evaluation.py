@@ -21,7 +21,7 @@ from matchai.console import Display
 from matchai.data import built_in_phantom, digest_sets, group_slices, read_groups
 from matchai.errors import InputError
 from matchai.figures import draw_confusion_matrix
-from matchai.files import sync_folder, write_whole
+from matchai.files import make_folder, sync_folder, write_whole
 from matchai.inference import Predictor
 from matchai.intervals import MIN_GROUPS
 from matchai.metrics import Counts, confusion_counts
@@ -98,7 +98,7 @@ def evaluate(
             f"The weights of {runs[0]} know the classes {', '.join(predictor.class_names)}, but its config.yaml names "
             f"{', '.join(config.input.class_names)}; undo the change there."
         )
-    _make_parent(output)
+    make_folder(output.parent)
     sets, digests = _open(folder, config.input, cache, output.parent)
     num_slices = sum(map(len, sets))
     choice = choose_slices(runs, digests, num_slices, wanted)
@@ -145,17 +145,6 @@ def check_output(output: Path) -> None:
             f"{output} holds {foreign[0]}, which no evaluation wrote and none shall replace; name another folder with "
             "--output."
         )
-
-
-def _make_parent(output: Path) -> None:
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output.parent):
-            pass
-    except OSError as error:
-        raise InputError(
-            f"{output.parent} cannot be written ({error.strerror}); name another folder with --output."
-        ) from None
 
 
 def _open(

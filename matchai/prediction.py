@@ -73,7 +73,7 @@ def check_volume(volume: Volume, hu_windows: Sequence[tuple[float, float]]) -> N
     looked_at = [_finite(volume, index) for index in places]
     low, high = min(float(one.min()) for one in looked_at), max(float(one.max()) for one in looked_at)
     for hu_window in hu_windows:
-        problem = implausible_range(str(volume.path), low, high, hu_window)
+        problem = implausible_range(str(volume.path), low, high, hu_window, can_choose_window=False)
         if problem:
             raise InputError(problem)
 
@@ -134,10 +134,10 @@ def predict_volume(
             pixels = np.bincount(pred.ravel(), minlength=len(names))
             mask_file.write(pred.tobytes())
             doubt = uncertainty(probs) if with_uncertainty else None
-            maps = [*probs] if with_probabilities else []
-            maps += [doubt] if doubt is not None else []
+            maps = [*_in_steps(probs, pred)] if with_probabilities else []
+            maps += [_in_steps(doubt[None])[0]] if doubt is not None else []
             for file, values in zip(map_files.values(), maps, strict=True):
-                file.write(np.rint(np.clip(values, 0, 1) * STEPS).astype(np.uint16).tobytes())
+                file.write(values.tobytes())
             is_lesion = np.isin(pred, predictor.lesion_classes)
             mean_doubt = float(doubt[is_lesion].mean()) if doubt is not None and is_lesion.any() else None
             results.append(SliceResult(pixels, mean_doubt))
@@ -152,6 +152,16 @@ def predict_volume(
         files["panels"] = folder / f"{volume.name}_panels.png"
         _draw(volume, mask, results, predictor, files["panels"])
     return VolumeResult(volume, results, files)
+
+
+def _in_steps(values: NDArray[np.float32], pred: NDArray[np.uint8] | None = None) -> NDArray[np.uint16]:
+    """Numbers (C, H, W) in 0..1 in steps of 1 / 65535; the class of `pred`, if given, leads where they tie."""
+    steps = np.rint(np.clip(values, 0, 1) * STEPS).astype(np.uint16)
+    if pred is not None:
+        top = steps.max(0)
+        is_tie = (steps == top).sum(0) > 1
+        np.put_along_axis(steps, pred[None], (top + is_tie)[None], 0)
+    return steps
 
 
 def _mapped(file: BinaryIO, kind: type[np.generic], shape: tuple[int, ...]) -> NDArray[Any]:
