@@ -116,6 +116,7 @@ class GridVolume:
         nibabel = need("nibabel", "medical", f"Reading {path}")
         self.path = path
         self.name = name
+        self.is_volume = True
         self.voxels = voxels
         self.affine = np.asarray(affine, dtype=np.float64)
         self.orientation = orientation

@@ -58,6 +58,11 @@ class Volume(Protocol):
         ...
 
     @property
+    def is_volume(self) -> bool:
+        """Whether the slices are known to be neighbours in order, of one volume."""
+        ...
+
+    @property
     def notes(self) -> Sequence[str]:
         """What the user should know of the input, in sentences."""
         ...
@@ -141,6 +146,7 @@ class ArrayVolume:
     array: NDArray[Any]
     spacing: tuple[float, float, float] | None = None
     voxel_ml: float | None = None
+    is_volume: bool = False
     notes: Sequence[str] = ()
 
     @property

@@ -1,9 +1,12 @@
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from matchai.inference import Predictor
+from matchai.phantom import write_phantom
 from matchai.prediction import predict_volume
 from matchai.volumes import open_array_volume
 from tests.kept import NAMES, keep_weights
@@ -22,3 +25,20 @@ def test_maps_peak_at_the_class_of_the_mask_even_where_rounding_makes_them_equal
     maps = np.stack([np.load(files[f"probability_{name.replace(' ', '_')}"]) for name in NAMES])
     assert (np.load(files["mask"]) == 2).all()
     assert (maps.argmax(0) == 2).all()
+
+
+def test_neighbours_never_come_from_another_volume_of_the_same_array(tmp_path: Path) -> None:
+    write_phantom(tmp_path, 16, size=64)  # two volumes of eight slices
+    images = np.load(tmp_path / "images_medseg.npy")
+    predictor = Predictor(
+        [keep_weights(tmp_path / "run", context=1, in_channels=3)], mixed_precision="no", batch_size=8
+    )
+
+    def mask_of(name: str, slices: NDArray[Any]) -> NDArray[np.uint8]:
+        np.save(tmp_path / name, slices)
+        volume = open_array_volume(tmp_path / name, "LP", (1, 0))
+        mask: NDArray[np.uint8] = np.load(predict_volume(volume, predictor, tmp_path).files["mask"])
+        return mask
+
+    apart = [mask_of("first.npy", images[:8]), mask_of("second.npy", images[8:])]
+    assert np.array_equal(mask_of("both.npy", images), np.concatenate(apart))
