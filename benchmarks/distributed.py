@@ -32,6 +32,7 @@ from torch import Tensor
 from matchai.build import build_training
 from matchai.config import TrainConfig
 from matchai.data import Data, read_data
+from matchai.environment import choose_waiting
 from matchai.errors import InputError
 from matchai.files import write_whole
 from matchai.loop import Training, train_step
@@ -117,6 +118,7 @@ def cost_cases(encoder: str, size: int, num_steps: int) -> list[Case]:
 
 def main() -> None:
     options = parse(sys.argv[1:])
+    choose_waiting()  # of the server's processes, which load torch anew; as the commands do
     # turned into an exit that passes through every `finally`, so that no worker is left behind
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     costs = [case for encoder in options.encoders for case in cost_cases(encoder, max(options.sizes), options.steps)]
@@ -177,7 +179,8 @@ def run_group(world: int, cases: Sequence[Case], folder: Path) -> list[Record]:
     The processes are forked from a server that has done nothing but import, which spares each the seconds of it.
 
     Returns:
-        A record for each case: of the process whose gradient is farthest off, or the first process's seconds.
+        A record for each case: of the process whose gradient is farthest off, or the first process's seconds,
+        with the CPU-seconds of all processes.
 
     Raises:
         RuntimeError: If a process fails, or the group takes longer than `TIME_LIMIT`; the others are killed.
@@ -208,7 +211,15 @@ def run_group(world: int, cases: Sequence[Case], folder: Path) -> list[Record]:
             process.kill()
             process.join()
     found = [json.loads((folder / f"records-{rank}.json").read_text(encoding="utf-8")) for rank in range(world)]
-    return [max(records, key=lambda record: max(record.get("errors", [0]))) for records in zip(*found, strict=True)]
+    together = []
+    for records in zip(*found, strict=True):
+        chosen = max(records, key=lambda record: max(record.get("errors", [0])))
+        if "cpu_seconds" in chosen:
+            chosen["cpu_seconds"] = [
+                sum(one) for one in zip(*(record["cpu_seconds"] for record in records), strict=True)
+            ]
+        together.append(chosen)
+    return together
 
 
 def work(rank: int, cases: Sequence[Case], folder: Path, environment: dict[str, str]) -> None:
@@ -222,8 +233,10 @@ def work(rank: int, cases: Sequence[Case], folder: Path, environment: dict[str, 
         record["mixed_precision"] = training.accelerator.mixed_precision
         if case.num_steps:
             batch = batch_of(case, training, 1)
-            seconds = [timed_step(training, batch) for _ in range(WARM_UP + case.num_steps)]
-            record["seconds"] = seconds[WARM_UP:]
+            timed = [timed_step(training, batch) for _ in range(WARM_UP + case.num_steps)][WARM_UP:]
+            record["seconds"], record["cpu_seconds"] = (
+                [float(one) for one in times] for times in zip(*timed, strict=True)
+            )
         else:
             found = first_moments(case, training)
             if case.num_processes == 1 and not case.permutation:
@@ -316,10 +329,11 @@ def first_moments(case: Case, training: Training) -> list[Tensor]:
     return found
 
 
-def timed_step(training: Training, batch: tuple[Tensor, Tensor, list[int]]) -> float:
-    start = time.perf_counter()
+def timed_step(training: Training, batch: tuple[Tensor, Tensor, list[int]]) -> tuple[float, float]:
+    """Seconds of a step, by the clock and of this process's threads together."""
+    start, start_cpu = time.perf_counter(), time.process_time()
     train_step(training, 1, BATCH_SIZE, *batch)
-    return time.perf_counter() - start
+    return time.perf_counter() - start, time.process_time() - start_cpu
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
@@ -391,12 +405,13 @@ def report(about: Record, exactness: Sequence[Record], cost: Sequence[Record], o
         "",
         f"A training step of {BATCH_SIZE} slices at {max(options.sizes)} px, mixed precision {precisions}, data "
         f"loading left out: median of {options.rounds} rounds of {options.steps} steps (smallest–largest), and its "
-        "ratio to W = 1.",
+        "ratio to W = 1; CPU-seconds of all processes and threads.",
         "",
-        f"| step | threads a process | {' | '.join(f'{encoder} | ratio' for encoder in encoders)} |",
-        f"|---|---|{'---|---|' * len(encoders)}",
+        f"| step | threads a process | {' | '.join(f'{one} | ratio | CPU-seconds | ratio' for one in encoders)} |",
+        f"|---|---|{'---|---|---|---|' * len(encoders)}",
     ]
     medians: dict[tuple[str, str], float] = {}
+    cpu: dict[tuple[str, str], float] = {}
     order = {case.label: number for number, case in enumerate(cost_cases(encoders[0], 0, 1))}
     for label in sorted(labels(cost), key=lambda label: order[label]):
         cells = []
@@ -404,8 +419,14 @@ def report(about: Record, exactness: Sequence[Record], cost: Sequence[Record], o
             own = [record for record in cost if (record["encoder"], record["label"]) == (encoder, label)]
             seconds = [one for record in own for one in record["seconds"]]
             medians[encoder, label] = statistics.median(seconds)
-            ratio = medians[encoder, label] / medians[encoder, next(iter(order))]
-            cells += [spread(seconds), three_figures(ratio)]
+            cpu[encoder, label] = statistics.median(one for record in own for one in record["cpu_seconds"])
+            ratio, cpu_ratio = (one[encoder, label] / one[encoder, next(iter(order))] for one in (medians, cpu))
+            cells += [
+                spread(seconds),
+                three_figures(ratio),
+                three_figures(cpu[encoder, label]),
+                three_figures(cpu_ratio),
+            ]
         threads = str(own[0]["threads"]) if not own[0]["deterministic"] else "one a slice"
         lines.append(f"| {label} | {threads} | {' | '.join(cells)} |")
     lines += [

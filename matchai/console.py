@@ -60,7 +60,7 @@ class Display:
             self.progress.update(self.task, description=label, completed=done, total=total, detail=detail)
         elif time.monotonic() - self._last_line > PLAIN_EVERY:
             self._last_line = time.monotonic()
-            self.say(f"{label} {done}/{total} {detail}")
+            self.say(f"{label} {done}/{total} {detail}".rstrip())
 
     def close(self) -> None:
         """Takes the bar off the screen."""

@@ -9,6 +9,7 @@ import numpy as np
 from matchai.checkpoint import BEST
 from matchai.console import Display
 from matchai.errors import InputError
+from matchai.files import make_folder
 from matchai.inference import Predictor
 from matchai.inputs import Usual, kind_of, open_volume
 from matchai.prediction import VolumeResult, check_volume, predict_volume
@@ -56,9 +57,9 @@ def predict(
     display = display or Display(is_main_process=True)
     runs = [path for number, path in enumerate(paths) if number == 0 or _is_run(path)]
     inputs = [path for number, path in enumerate(paths) if number > 0 and not _is_run(path)]
-    _check_asked(inputs, output, submission, rescale)
+    _check_asked(inputs, output, submission, rescale, batch_size)
     predictor = Predictor(runs, is_mirrored=is_mirrored, mixed_precision=mixed_precision, batch_size=batch_size)
-    output.mkdir(parents=True, exist_ok=True)
+    make_folder(output)
     volumes = _open_all(inputs, predictor, orientation=orientation, rescale=rescale, scratch=output, series=series)
     problems: list[str] = []
     kaggle = Submission(volumes, predictor.lesion_classes) if submission else None
@@ -80,26 +81,28 @@ def predict(
     def show(done: int, _: int) -> None:
         display.show("predicting", begun + done, total)
 
-    for volume in volumes:
-        folder = _folder_of(volume, volumes, output)
-        try:
-            results.append(
-                predict_volume(
-                    volume,
-                    predictor,
-                    folder,
-                    with_probabilities=with_probabilities,
-                    with_uncertainty=with_uncertainty,
-                    each=kaggle.add if kaggle else None,
-                    progress=show,
+    try:
+        for volume in volumes:
+            folder = _folder_of(volume, volumes, output)
+            try:
+                results.append(
+                    predict_volume(
+                        volume,
+                        predictor,
+                        folder,
+                        with_probabilities=with_probabilities,
+                        with_uncertainty=with_uncertainty,
+                        each=kaggle.add if kaggle else None,
+                        progress=show,
+                    )
                 )
-            )
-        except InputError as error:
-            problems += error.problems
-        finally:
-            volume.close()
-        begun += volume.shape[0]
-    display.close()
+            except InputError as error:
+                problems += error.problems
+            finally:
+                volume.close()
+            begun += volume.shape[0]
+    finally:
+        display.close()  # gives the terminal its cursor back, however this ends
     _write(output, predictor, runs, results)
     if kaggle and submission and not problems:
         kaggle.write(submission)
@@ -117,18 +120,23 @@ def _open_all(
     series: str | None,
 ) -> list[Volume]:
     """Opens and looks at every input; raises InputError with the problems of all."""
-    first = predictor.abouts[0]
-    usual = Usual(first["data_kind"], first["orientation"], tuple(first["rescale"]))
+    usuals = {Usual(one["data_kind"], one["orientation"], tuple(one["rescale"])) for one in predictor.abouts}
     volumes: list[Volume] = []
     problems: list[str] = []
     for path in inputs:
         try:
+            mine = [usual for usual in usuals if usual.kind == kind_of(path)]
+            if len(mine) > 1 and rescale is None:
+                raise InputError(
+                    f"{path} could be HU by any of {_listed(mine)}, as the runs were trained on such files by "
+                    "different ones; give the right one as --rescale SLOPE INTERCEPT."
+                )
             volume = open_volume(
                 path,
                 predictor.orientation,
                 orientation=orientation,
                 rescale=rescale,
-                usual=usual,
+                usual=mine[0] if mine else None,
                 scratch=scratch,
                 series=series,
             )
@@ -147,13 +155,25 @@ def _is_run(path: Path) -> bool:
     return path.suffix == ".safetensors" or (path / BEST).is_file()
 
 
+def _listed(usuals: Sequence[Usual]) -> str:
+    return ", ".join(f"{slope:g} {intercept:g}" for slope, intercept in sorted(usual.rescale for usual in usuals))
+
+
 def _check_asked(
-    inputs: Sequence[Path], output: Path, submission: Path | None, rescale: tuple[float, float] | None
+    inputs: Sequence[Path],
+    output: Path,
+    submission: Path | None,
+    rescale: tuple[float, float] | None,
+    batch_size: int | None,
 ) -> None:
     if not inputs:
         raise InputError(
             "No input was given; after the run name a .npy array, a NIfTI file, or a folder of DICOM or picture files."
         )
+    if batch_size is not None and batch_size < 1:
+        raise InputError(f"batch_size is {batch_size}, but must be at least 1.")
+    if rescale is not None and not (np.isfinite(rescale).all() and rescale[0]):
+        raise InputError(f"rescale is {rescale[0]:g} {rescale[1]:g}, but needs a slope other than 0 and an intercept.")
     kinds = sorted({kind_of(path) for path in inputs})
     if rescale is not None and len(kinds) > 1:
         raise InputError(
@@ -164,7 +184,7 @@ def _check_asked(
         raise InputError(f"{output} is there already and not empty; name another folder with --output.")
     if submission is not None and submission.exists():
         raise InputError(f"{submission} is there already; name another file with --submission.")
-    if submission is not None and not submission.absolute().parent.is_dir():
+    if submission is not None and submission.parent != output and not submission.absolute().parent.is_dir():
         raise InputError(f"The folder of {submission} does not exist; make it, or name another with --submission.")
 
 
@@ -188,6 +208,7 @@ def _write(output: Path, predictor: Predictor, runs: Sequence[Path], results: Se
         "precision": predictor.precision,
         "class_indices_in_npy": {name: index for index, name in enumerate(names)},
         "numbers_in_other_masks": dict(zip(names, labels, strict=True)),
+        "slices": "counted from 0; in NIfTI and DICOM volumes from the lowest up",
         "percent_of_lung_affected": "lesion pixels of all that are not background",
         "use": "Research only; uncertainty is a flag for review, no estimate of the error.",
     }

@@ -205,7 +205,10 @@ def _place(folder: Path, images: Sequence[DicomImage]) -> tuple[list[DicomImage]
         _check_gaps(folder, images, positions, normal)
         tilt = float(np.degrees(np.arccos(min(1.0, step @ normal / np.linalg.norm(step)))))
         if tilt > 0.1:
-            notes.append(f"The gantry was tilted by {tilt:.1f} degrees; masks are written with its shear.")
+            notes.append(
+                f"The gantry was tilted by {tilt:.1f} degrees; masks are written with its shear, "
+                "which ITK leaves out, in its own reading of the series too."
+            )
     elif not images[0].thickness:
         notes.append("It is a single image without SliceThickness, so its volume in mL is unknown.")
     affine = np.eye(4)

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from matchai.environment import choose_waiting
+from matchai.environment import choose_waiting, refuse_launch
 from matchai.errors import InputError
 
 DESCRIPTION = (
@@ -68,6 +68,7 @@ def main(argv: list[str] | None = None, prog: str = "python -m matchai.evaluate"
     """Evaluates as the command line says; returns the exit status: 0, 1 no memory, 2 the user's mistake, 130 Ctrl-C."""
     try:
         settings = tyro.cli(EvaluateSettings, args=argv, prog=prog, description=DESCRIPTION)
+        refuse_launch(prog)
         _check(settings)
         choose_waiting()
         # seconds of imports that --help does not need

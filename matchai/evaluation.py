@@ -21,7 +21,7 @@ from matchai.console import Display
 from matchai.data import built_in_phantom, digest_sets, group_slices, read_groups
 from matchai.errors import InputError
 from matchai.figures import draw_confusion_matrix
-from matchai.files import sync_folder, write_whole
+from matchai.files import make_folder, sync_folder, write_whole
 from matchai.inference import Predictor
 from matchai.inputs import kind_of
 from matchai.intervals import MIN_GROUPS
@@ -101,7 +101,7 @@ def evaluate(
             f"The weights of {runs[0]} know the classes {', '.join(predictor.class_names)}, but its config.yaml names "
             f"{', '.join(config.input.class_names)}; undo the change there."
         )
-    _make_parent(output)
+    make_folder(output.parent)
     if data is not None:
         config = _for_the_files(
             folder, config, settings or {}, predictor.abouts[0]["data_kind"], output.parent, display
@@ -152,17 +152,6 @@ def check_output(output: Path) -> None:
             f"{output} holds {foreign[0]}, which no evaluation wrote and none shall replace; name another folder with "
             "--output."
         )
-
-
-def _make_parent(output: Path) -> None:
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output.parent):
-            pass
-    except OSError as error:
-        raise InputError(
-            f"{output.parent} cannot be written ({error.strerror}); name another folder with --output."
-        ) from None
 
 
 def _open(

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from matchai.environment import choose_waiting
+from matchai.environment import choose_waiting, refuse_launch
 from matchai.errors import InputError
 
 DESCRIPTION = (
@@ -34,6 +34,7 @@ def main(argv: list[str] | None = None, prog: str = "python -m matchai.export") 
     """Exports as the command line says; returns its status: 0, 1 not the same, 2 the user's mistake, 130 Ctrl-C."""
     try:
         settings = tyro.cli(ExportSettings, args=argv, prog=prog, description=DESCRIPTION)
+        refuse_launch(prog)
         folder = settings.run if settings.run.is_dir() else settings.run.parent
         path = settings.output or folder / "export" / f"model.{settings.format}"
         if path.exists():

@@ -3,11 +3,14 @@
 import contextlib
 import hashlib
 import os
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
+
+from matchai.errors import InputError
 
 PATIENCE = 2.0  # seconds; to read what is prepared takes less
 
@@ -38,6 +41,20 @@ def write_whole(path: Path, content: bytes | Callable[[BinaryIO], None]) -> None
     finally:
         beside.unlink(missing_ok=True)
     sync_folder(path.parent)
+
+
+def make_folder(folder: Path) -> None:
+    """Makes a folder, and those above it, and tries whether it can be written; one that is there may be full.
+
+    Raises:
+        InputError: If it cannot.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(f"{folder} cannot be written ({error.strerror}); name another folder with --output.") from None
 
 
 def sync_folder(folder: Path) -> None:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from matchai.errors import InputError
 from matchai.extras import need
 from matchai.files import write_whole
-from matchai.volumes import STEPS
+from matchai.volumes import STEPS, forget
 
 SAME = 1e-3
 """Millimetres by which the corners of two grids may differ."""
@@ -116,6 +116,7 @@ class GridVolume:
         nibabel = need("nibabel", "medical", f"Reading {path}")
         self.path = path
         self.name = name
+        self.is_volume = True
         self.voxels = voxels
         self.affine = np.asarray(affine, dtype=np.float64)
         self.orientation = orientation
@@ -213,6 +214,7 @@ class GridVolume:
                 for piece in _pieces(turned):
                     named = piece if numbers is None else numbers[piece]
                     packed.write(named.astype(dtype).tobytes(order="F"))
+                    forget(values)
 
         write_whole(path, write)
         return path
@@ -224,10 +226,9 @@ class GridVolume:
             header.set_data_shape(self.voxels.shape)
             header.set_xyzt_units("mm")
             header.set_sform(self.affine, code="scanner")
-            directions = self.affine[:3, :3] / np.linalg.norm(self.affine[:3, :3], axis=0)
-            is_sheared = not np.allclose(directions.T @ directions, np.eye(3), atol=1e-5)
-            # a qform cannot hold a shear; its voxel sizes are needed all the same
-            header.set_qform(self.affine, code="unknown" if is_sheared else "scanner")
+            # a qform cannot hold the shear of a tilted gantry; ITK, which takes no other grid than one at right angles,
+            # then falls back on it, and finds the grid that it makes of the series itself
+            header.set_qform(_upright(self.affine), code="scanner")
         else:
             header = self._header.copy()
             header.extensions.clear()  # they tell of the image, and may name the patient
@@ -319,6 +320,15 @@ def _way(axis_codes: NDArray[np.float64], orientation: str) -> tuple[tuple[int, 
     axes = [int(np.flatnonzero(axis_codes[:, 0] == world)[0]) for world, _ in wanted]
     flips = [bool(axis_codes[axis, 1] != sign) for axis, (_, sign) in zip(axes, wanted, strict=True)]
     return (axes[0], axes[1], axes[2]), (flips[0], flips[1], flips[2])
+
+
+def _upright(affine: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The affine with its third axis turned, if need be, to stand at right angles on the others; no length changes."""
+    normal = np.cross(affine[:3, 0], affine[:3, 1])
+    normal *= np.sign(normal @ affine[:3, 2]) * np.linalg.norm(affine[:3, 2]) / np.linalg.norm(normal)
+    turned = affine.copy()
+    turned[:3, 2] = normal
+    return turned
 
 
 def _pieces(turned: NDArray[Any]) -> Iterator[NDArray[Any]]:

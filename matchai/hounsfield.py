@@ -1,7 +1,9 @@
 """Whether numbers can be Hounsfield units."""
 
 
-def implausible_range(what: str, low: float, high: float, hu_window: tuple[float, float]) -> str | None:
+def implausible_range(
+    what: str, low: float, high: float, hu_window: tuple[float, float], *, can_choose_window: bool = True
+) -> str | None:
     """Tells why numbers are no HU in the window that is kept, or None where they may be.
 
     Args:
@@ -9,6 +11,7 @@ def implausible_range(what: str, low: float, high: float, hu_window: tuple[float
         low: The smallest.
         high: The largest.
         hu_window: The range that is kept.
+        can_choose_window: Whether the user may state another, as in training.
 
     Returns:
         A sentence with what was found, what was expected and how to mend it.
@@ -28,9 +31,8 @@ def implausible_range(what: str, low: float, high: float, hu_window: tuple[float
             f"them. If HU is the value - {offset}, give --rescale 1 -{offset}; else --rescale SLOPE INTERCEPT."
         )
     if is_outside:
-        return (
-            f"{span}, all outside {window}; make HU of them with --rescale SLOPE INTERCEPT, or state the range to keep "
-            "with --hu-window LOW HIGH."
+        return f"{span}, all outside {window}; make HU of them with --rescale SLOPE INTERCEPT" + (
+            ", or state the range to keep with --hu-window LOW HIGH." if can_choose_window else "."
         )
     kind = "values that are no Hounsfield units"
     if low >= 0:
@@ -41,8 +43,8 @@ def implausible_range(what: str, low: float, high: float, hu_window: tuple[float
             kind = "an image scaled to 0..1, not HU"
     return (
         f"{span}, which look like {kind} (lung lies near -850): {window} would lose them. Make HU of them with "
-        "--rescale SLOPE INTERCEPT (HU = SLOPE * number + INTERCEPT), or state the range to keep with "
-        f"--hu-window {low:g} {high:g}."
+        "--rescale SLOPE INTERCEPT (HU = SLOPE * number + INTERCEPT)"
+        + (f", or state the range to keep with --hu-window {low:g} {high:g}." if can_choose_window else ".")
     )
 
 

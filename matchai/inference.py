@@ -92,6 +92,7 @@ class Predictor:
         orientation: How the networks want their slices to lie (`matchai.config`).
         device: Where it computes.
         precision: In which precision, and why.
+        context: Neighbours on each side that a slice is predicted with, the most of all runs.
         num_passes: Forward passes that each probability is a mean of.
 
     Raises:
@@ -129,6 +130,7 @@ class Predictor:
         self.background_class = self.class_names.index(first["background_class"])
         self.lesion_classes = [self.class_names.index(name) for name in first["lesion_classes"]]
         self.orientation: str = first["orientation"]
+        self.context = max(member.context for member in self._members)
         self.num_passes = len(runs) * (2 if is_mirrored else 1)
         self._mirror = -2 if self.orientation[0] in "LR" else -1  # the axis from the patient's one side to the other
 
@@ -167,7 +169,7 @@ class Predictor:
 
     def _load_batch(self, read: ReadSlice, length: int, batch: Sequence[int]) -> tuple[tuple[int, int], list[Tensor]]:
         """The slices' own size, and for each member its images (B, in_channels, S, S)."""
-        context = max(member.context for member in self._members)
+        context = self.context
         around = {index: mirrored(index, context, length) for index in batch}
         slices = {index: read(index) for index in sorted({one for places in around.values() for one in places})}
         images = []

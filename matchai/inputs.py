@@ -7,9 +7,10 @@ from matchai.errors import InputError
 from matchai.volumes import UPRIGHT, Volume, open_array_volume
 
 PICTURES = (".png", ".tif", ".tiff")
+LOSSY = (".jpg", ".jpeg")
 NIFTI = (".nii", ".nii.gz")
 NO_CT = {
-    **dict.fromkeys((".jpg", ".jpeg"), "a JPEG, whose compression has lost HU"),
+    **dict.fromkeys(LOSSY, "a JPEG, whose compression has lost HU"),
     ".npz": "an archive of arrays: save one with numpy.save",
     ".zip": "a zip archive: unpack it",
     ".mha": "a MetaImage: convert it to NIfTI",
@@ -37,7 +38,9 @@ def kind_of(path: Path) -> str:
     """What a file's name, or a folder's content, says it is: npy, nifti, picture, dicom (any other folder), unknown."""
     name = path.name.lower()
     if path.is_dir():
-        return "picture" if any(one.name.lower().endswith(PICTURES) for one in path.iterdir()) else "dicom"
+        suffixes = [one.suffix.lower() for one in path.iterdir() if not one.name.startswith(".")]
+        is_lossy = bool(suffixes) and set(suffixes) <= set(LOSSY)  # whose refusal says what a JPEG lacks
+        return "picture" if is_lossy or any(suffix in PICTURES for suffix in suffixes) else "dicom"
     if name.endswith(NIFTI):
         return "nifti"
     return {".npy": "npy", **dict.fromkeys(PICTURES, "picture")}.get(path.suffix.lower(), "unknown")

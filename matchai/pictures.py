@@ -122,6 +122,7 @@ class PictureVolume:
         self.orientation = UPRIGHT if orientation == "auto" else orientation
         self.spacing: tuple[float, float, float] | None = None
         self.voxel_ml: float | None = None
+        self.is_volume = look.num_pages > 1
         self.notes: Sequence[str] = []
         self._rescale = rescale
         self._stack: ImageFile.ImageFile | None = None

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from matchai.environment import choose_waiting
+from matchai.environment import choose_waiting, refuse_launch
 from matchai.errors import InputError
 
 DESCRIPTION = (
@@ -22,7 +22,7 @@ DESCRIPTION = (
 class PredictSettings:
     """What is predicted, and what is written."""
 
-    paths: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(name="RUN... INPUT...")]
+    paths: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN... INPUT...")]
     """Runs, then inputs."""
     output: Path = Path("predictions")
     """Folder of the results; it must be new or empty."""
@@ -53,6 +53,8 @@ def main(argv: list[str] | None = None, prog: str = "python -m matchai.predict")
     """Predicts as the command line says; returns the exit status: 0, 1 no memory, 2 the user's mistake, 130 Ctrl-C."""
     try:
         settings = tyro.cli(PredictSettings, args=argv, prog=prog, description=DESCRIPTION)
+        output = _at_home(settings.output)
+        refuse_launch(prog)
         choose_waiting()
         # seconds of imports that --help does not need
         from matchai.delivery import predict  # noqa: PLC0415
@@ -60,12 +62,12 @@ def main(argv: list[str] | None = None, prog: str = "python -m matchai.predict")
 
         try:
             problems = predict(
-                settings.paths,
-                settings.output,
+                [_at_home(path) for path in settings.paths],
+                output,
                 with_probabilities=settings.probabilities,
                 is_mirrored=settings.tta or settings.uncertainty,
                 with_uncertainty=settings.uncertainty,
-                submission=settings.submission,
+                submission=_at_home(settings.submission) if settings.submission else None,
                 rescale=settings.rescale,
                 orientation=settings.orientation,
                 series=settings.series,
@@ -79,12 +81,29 @@ def main(argv: list[str] | None = None, prog: str = "python -m matchai.predict")
             return 1
     except InputError as error:
         problems = list(error.problems)
+    except OSError as error:
+        where = error.filename or output
+        print(f"error: {where} cannot be read or written ({error.strerror or error}). {_left(output)}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
-        print("Stopped by Ctrl-C; the volumes done so far are in the output folder.", file=sys.stderr)
+        print(f"Stopped by Ctrl-C. {_left(output)}", file=sys.stderr)
         return 130
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
     return 2 if problems else 0
+
+
+def _at_home(path: Path) -> Path:
+    """The path, a leading `~` replaced, which shells leave in words such as --output=~/here."""
+    return path.expanduser() if path.parts[:1] == ("~",) else path
+
+
+def _left(output: Path) -> str:
+    """What stands there after a prediction that came to no end."""
+    return (
+        f"What was done so far is in {output}, each file whole, without a summary; to predict anew, delete "
+        "that folder or name another with --output."
+    )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """The prediction of one volume: mask, maps and panels, written, and what was found in each slice."""
 
 import dataclasses
+import itertools
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -13,7 +14,9 @@ from numpy.typing import NDArray
 from matchai.errors import InputError
 from matchai.figures import draw_panels
 from matchai.hounsfield import implausible_range
-from matchai.inference import Predictor, uncertainty
+from matchai.inference import Predictor, ReadSlice, uncertainty
+from matchai.slices import THUMBNAIL, resize
+from matchai.split import find_groups
 from matchai.summaries import affected_percent
 from matchai.volumes import STEPS, UPRIGHT, Volume, file_labels, turn
 
@@ -73,7 +76,7 @@ def check_volume(volume: Volume, hu_windows: Sequence[tuple[float, float]]) -> N
     looked_at = [_finite(volume, index) for index in places]
     low, high = min(float(one.min()) for one in looked_at), max(float(one.max()) for one in looked_at)
     for hu_window in hu_windows:
-        problem = implausible_range(str(volume.path), low, high, hu_window)
+        problem = implausible_range(str(volume.path), low, high, hu_window, can_choose_window=False)
         if problem:
             raise InputError(problem)
 
@@ -128,16 +131,16 @@ def predict_volume(
         shown = [f"probability_{name.replace(' ', '_')}" for name in names] if with_probabilities else []
         shown += ["uncertainty"] if with_uncertainty else []
         map_files = {what: stack.enter_context(tempfile.TemporaryFile(dir=folder)) for what in shown}
-        for _, turned in predictor.probabilities(read, length):
+        for turned in _predict_each(volume, predictor, read):
             probs = turn(turned, predictor.orientation, volume.orientation)
             pred = probs.argmax(0).astype(np.uint8)
             pixels = np.bincount(pred.ravel(), minlength=len(names))
             mask_file.write(pred.tobytes())
             doubt = uncertainty(probs) if with_uncertainty else None
-            maps = [*probs] if with_probabilities else []
-            maps += [doubt] if doubt is not None else []
+            maps = [*_in_steps(probs, pred)] if with_probabilities else []
+            maps += [_in_steps(doubt[None])[0]] if doubt is not None else []
             for file, values in zip(map_files.values(), maps, strict=True):
-                file.write(np.rint(np.clip(values, 0, 1) * STEPS).astype(np.uint16).tobytes())
+                file.write(values.tobytes())
             is_lesion = np.isin(pred, predictor.lesion_classes)
             mean_doubt = float(doubt[is_lesion].mean()) if doubt is not None and is_lesion.any() else None
             results.append(SliceResult(pixels, mean_doubt))
@@ -152,6 +155,36 @@ def predict_volume(
         files["panels"] = folder / f"{volume.name}_panels.png"
         _draw(volume, mask, results, predictor, files["panels"])
     return VolumeResult(volume, results, files)
+
+
+def _predict_each(volume: Volume, predictor: Predictor, read: ReadSlice) -> Iterator[NDArray[np.float32]]:
+    """The probabilities (C, H, W) of every slice, with neighbours of its own volume alone."""
+    for start, stop in _volumes_in(volume, predictor, read):
+        for _, probs in predictor.probabilities(lambda index, start=start: read(start + index), stop - start):  # type: ignore[misc]
+            yield probs
+
+
+def _volumes_in(volume: Volume, predictor: Predictor, read: ReadSlice) -> list[tuple[int, int]]:
+    """First and one past the last slice of each volume: found in the images, as in training, where nothing tells."""
+    length = volume.shape[0]
+    if predictor.context == 0 or volume.is_volume:
+        return [(0, length)]
+    low, high = predictor.abouts[0]["hu_window"]
+    windowed = (np.clip((read(index) - low) / (high - low), 0, 1).astype(np.float32) for index in range(length))
+    thumbnails = np.stack([resize(one, THUMBNAIL) for one in windowed])
+    numbers = find_groups(thumbnails, np.zeros(length, np.int64)).volumes
+    borders = [0, *(np.flatnonzero(np.diff(numbers)) + 1).tolist(), length]
+    return list(itertools.pairwise(borders))
+
+
+def _in_steps(values: NDArray[np.float32], pred: NDArray[np.uint8] | None = None) -> NDArray[np.uint16]:
+    """Numbers (C, H, W) in 0..1 in steps of 1 / 65535; the class of `pred`, if given, leads where they tie."""
+    steps = np.rint(np.clip(values, 0, 1) * STEPS).astype(np.uint16)
+    if pred is not None:
+        top = steps.max(0)
+        is_tie = (steps == top).sum(0) > 1
+        np.put_along_axis(steps, pred[None], (top + is_tie)[None], 0)
+    return steps
 
 
 def _mapped(file: BinaryIO, kind: type[np.generic], shape: tuple[int, ...]) -> NDArray[Any]:

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import math
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -135,12 +136,14 @@ class Submission:
                 f"{len(lesion_classes)} lesion classes."
             )
         self.lesion_classes = np.array(lesion_classes)
-        self._preds: list[bytes] = []
+        self._preds = tempfile.TemporaryFile()  # noqa: SIM115 kept for `write`; 64 kB a slice
+        self._num_slices = 0
 
     def add(self, pred: NDArray[np.uint8]) -> None:
         """Takes the class indices (H, W) of the next slice."""
         is_lesion = pred[..., None] == self.lesion_classes
-        self._preds.append(np.packbits(is_lesion).tobytes())  # 64 kB a slice
+        self._preds.write(np.packbits(is_lesion).tobytes())
+        self._num_slices += 1
 
     def write(self, path: Path) -> None:
         """Writes the file."""
@@ -148,8 +151,9 @@ class Submission:
         def write(file: BinaryIO) -> None:
             file.write(b"Id,Predicted\n")
             per_slice = KAGGLE_SIZE * KAGGLE_SIZE * len(self.lesion_classes)
-            for number, packed in enumerate(self._preds):
-                values = np.unpackbits(np.frombuffer(packed, np.uint8), count=per_slice).tolist()
+            self._preds.seek(0)
+            for number in range(self._num_slices):
+                values = np.unpackbits(np.frombuffer(self._preds.read(per_slice // 8), np.uint8)).tolist()
                 lines = (f"{number * per_slice + k},{value}\n" for k, value in enumerate(values))
                 file.write("".join(lines).encode())
 

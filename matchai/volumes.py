@@ -58,6 +58,11 @@ class Volume(Protocol):
         ...
 
     @property
+    def is_volume(self) -> bool:
+        """Whether the slices are known to be neighbours in order, of one volume."""
+        ...
+
+    @property
     def notes(self) -> Sequence[str]:
         """What the user should know of the input, in sentences."""
         ...
@@ -141,6 +146,7 @@ class ArrayVolume:
     array: NDArray[Any]
     spacing: tuple[float, float, float] | None = None
     voxel_ml: float | None = None
+    is_volume: bool = False
     notes: Sequence[str] = ()
 
     @property
@@ -172,8 +178,8 @@ class ArrayVolume:
         return self._save(folder / f"{self.name}_mask.npy", mask, np.uint8, 1)
 
     def save_map(self, folder: Path, values: NDArray[np.uint16], what: str) -> Path:
-        """See `Volume`; float16, whose steps below 1 are at most 0.0005."""
-        return self._save(folder / f"{self.name}_{what}.npy", values, np.float16, 1 / STEPS)
+        """See `Volume`; float32, in which no two steps fall together."""
+        return self._save(folder / f"{self.name}_{what}.npy", values, np.float32, 1 / STEPS)
 
     def close(self) -> None:
         """See `Volume`; nothing is unpacked."""
@@ -207,4 +213,11 @@ def open_array_volume(path: Path, orientation: str, rescale: tuple[float, float]
         raise InputError(
             f"{path} has shape {array.shape}, but images must be (N, H, W), (N, H, W, 1), or one slice (H, W)."
         )
-    return ArrayVolume(path, orientation, rescale, array)
+    first, second, last = array.shape if array.ndim == 3 else (0, 1, 0)
+    notes = []
+    if first == second != last:
+        notes.append(
+            f"Its shape {array.shape} is read as {first} slices of {second}x{last} pixels; if the slices lie along the "
+            "last axis, save numpy.moveaxis(array, -1, 0) instead."
+        )
+    return ArrayVolume(path, orientation, rescale, array, notes=notes)

@@ -27,6 +27,8 @@ PASSWORD = "s3cret&word"  # of the test server
 
 # set before any test imports torch: spinning threads of several processes would starve each other
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# two tests at a time on two cores: a second thread of each takes a fifth more of the processor, and gains nothing
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")

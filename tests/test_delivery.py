@@ -146,3 +146,11 @@ def test_a_rescale_for_inputs_of_several_kinds_is_refused(
     paths = [saved(tmp_path, "scan.npy", volume), tmp_path / "scan.nii"]
     with pytest.raises(InputError, match=r"these are of 2 \(nifti, npy\)"):
         predict([run, *paths], tmp_path / "out", rescale=(1, -1024))
+
+
+def test_runs_that_make_hu_in_other_ways_need_the_users_word(tmp_path: Path, volume: NDArray[np.float32]) -> None:
+    runs = [keep_weights(tmp_path / str(offset), rescale=[1.0, float(offset)]) for offset in (0, -24)]
+    path = saved(tmp_path, "scan.npy", volume)
+    with pytest.raises(InputError, match="could be HU by any of 1 -24, 1 0"):
+        predict([*runs, path], tmp_path / "out")
+    assert predict([*runs, path], tmp_path / "out", rescale=(1, 0)) == []

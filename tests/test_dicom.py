@@ -248,6 +248,18 @@ def test_a_tilted_gantry_shears_the_grid_and_is_told(tmp_path: Path) -> None:
     assert np.allclose(saved.affine, opened.affine, atol=1e-5)
 
 
+def test_the_mask_of_a_tilted_gantry_lies_for_simpleitk_as_its_own_reading_of_the_series(tmp_path: Path) -> None:
+    for index in range(SHAPE[0]):
+        write(tmp_path, index, ImagePositionPatient=[-100, -90 + index, 30 + 2 * index])
+    opened = open_dicom(tmp_path)
+    mask = SimpleITK.ReadImage(str(opened.save_mask(tmp_path, np.zeros(opened.shape, np.uint8), [0, 1])))
+    reader = SimpleITK.ImageSeriesReader()
+    reader.SetFileNames(reader.GetGDCMSeriesFileNames(str(tmp_path)))
+    image = reader.Execute()
+    for name in ("GetOrigin", "GetSpacing", "GetDirection", "GetSize"):
+        assert getattr(mask, name)() == pytest.approx(getattr(image, name)(), abs=1e-5), name
+
+
 def test_places_rounded_by_their_writer_are_no_gaps(tmp_path: Path) -> None:
     for index in range(SHAPE[0]):
         write(tmp_path, index, ImagePositionPatient=[0, 0, round(0.625 * index + 0.2, 1)])

@@ -4,7 +4,8 @@ import os
 
 import pytest
 
-from matchai.environment import SPIN_COUNT, choose_waiting
+from matchai.environment import SPIN_COUNT, choose_waiting, refuse_launch
+from matchai.errors import InputError
 
 
 @pytest.fixture(autouse=True)
@@ -25,3 +26,19 @@ def test_a_users_choice_of_waiting_stands(monkeypatch: pytest.MonkeyPatch, name:
     choose_waiting()
     chosen = {key: os.environ.get(key) for key in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
     assert chosen == {"OMP_WAIT_POLICY": None, "GOMP_SPINCOUNT": None} | {name: value}
+
+
+@pytest.mark.parametrize(("rank", "num_problems"), [("0", 1), ("1", 0)])
+def test_one_of_several_processes_says_that_they_are_too_many(
+    monkeypatch: pytest.MonkeyPatch, rank: str, num_problems: int
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", rank)
+    with pytest.raises(InputError) as raised:
+        refuse_launch("python -m matchai.predict")
+    assert len(raised.value.problems) == num_problems
+
+
+def test_the_only_process_of_a_launcher_may_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    refuse_launch("python -m matchai.predict")

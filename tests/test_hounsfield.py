@@ -38,3 +38,11 @@ def test_other_numbers_are_told_for_what_they_look_like(low: float, high: float,
 
 def test_a_window_that_is_stated_for_other_numbers_is_believed() -> None:
     assert implausible_range("a.png", 0, 255, (0, 255)) is None
+
+
+@pytest.mark.parametrize("span", [(0, 255), (5000, 9000), (0, 65535)])
+def test_a_window_is_not_offered_where_it_cannot_be_chosen(span: tuple[float, float]) -> None:
+    problem = implausible_range("a.png", *span, WINDOW, can_choose_window=False)
+    assert problem is not None
+    assert "--rescale" in problem
+    assert "--hu-window" not in problem

@@ -64,3 +64,9 @@ def test_one_slice_of_a_series_is_refused_with_the_folder_to_give(tmp_path: Path
     (tmp_path / "1.dcm").touch()
     with pytest.raises(InputError, match=f"give the folder that holds the series, {tmp_path}"):
         open_volume(tmp_path / "1.dcm", "LP")
+
+
+def test_a_folder_of_jpegs_is_told_what_they_have_lost(tmp_path: Path) -> None:
+    Image.fromarray(np.zeros((40, 50), np.uint8)).save(tmp_path / "a.jpg")
+    with pytest.raises(InputError, match=r"a\.jpg is a JPEG .*it loses the numbers of CT values"):
+        open_volume(tmp_path, "LP")

@@ -57,7 +57,12 @@ def test_a_map_is_saved_as_numbers_from_0_to_1(tmp_path: Path) -> None:
     volume = open_array_volume(tmp_path / "scan.npy", "LP", (1, 0))
     values = np.linspace(0, STEPS, 32 * 32).round().astype(np.uint16).reshape(1, 32, 32)
     saved = np.load(volume.save_map(tmp_path, values, "uncertainty"))
-    assert np.abs(saved.astype(np.float64) - values / STEPS).max() <= 2**-12  # half a step of float16 below 1
+    assert np.array_equal(np.rint(saved.astype(np.float64) * STEPS), values)
+
+
+def test_an_array_whose_last_axis_may_be_that_of_the_slices_says_how_it_is_read(tmp_path: Path) -> None:
+    np.save(tmp_path / "scan.npy", np.zeros((64, 64, 40), np.float32))
+    assert "read as 64 slices of 64x40 pixels" in open_array_volume(tmp_path / "scan.npy", "LP", (1, 0)).notes[0]
 
 
 @pytest.mark.parametrize("dtype", [">f4", "<f8", ">i2", "u2", "f2"])
