@@ -118,7 +118,7 @@ def cost_cases(encoder: str, size: int, num_steps: int) -> list[Case]:
 
 def main() -> None:
     options = parse(sys.argv[1:])
-    choose_waiting()  # of the server's processes, which load torch anew; as the commands do
+    choose_waiting()  # as the commands do; the server's processes load torch anew
     # turned into an exit that passes through every `finally`, so that no worker is left behind
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     costs = [case for encoder in options.encoders for case in cost_cases(encoder, max(options.sizes), options.steps)]
@@ -460,8 +460,6 @@ def verdict(check: Record) -> str:
 
 if __name__ == "__main__":
     os.environ["ACCELERATE_USE_CPU"] = "true"
-    # as `python -m matchai.train` sets it: spinning threads of several processes starve each other
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # by name, as Python before 3.13 passes over `__main__` here
     multiprocessing.get_context("forkserver").set_forkserver_preload(["matchai.build", "matchai.opening"])
     main()

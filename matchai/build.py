@@ -4,6 +4,7 @@ import functools
 import math
 import os
 import signal
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -154,7 +155,9 @@ def build_training(
     if accelerator.num_processes > 1 and not in_lockstep:
         if config.network.sync_batch_norm:
             model = synchronise_processes(model)
-        model = accelerator.prepare(model)
+        with warnings.catch_warnings():  # Accelerate has no other name yet for what DDP now calls forward_sync_buffers
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+            model = accelerator.prepare(model)
         _settle_buckets(model, seed, num_channels(config))
     buffers = join_buffers(model)  # after Accelerate, which puts other tensors in their place
     lockstep = None
