@@ -9,10 +9,10 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 
-def test_the_sampler_benchmark_tabulates_and_stores_every_measurement(tmp_path: Path) -> None:
-    output = tmp_path / "results" / "sampler.json"
+def printed_by(benchmark: str, *flags: str) -> str:
+    """What a benchmark prints that ends well."""
     done = subprocess.run(
-        [sys.executable, "benchmarks/sampler.py", "--sizes", "1000", "--repeats", "1", "--output", str(output)],
+        [sys.executable, f"benchmarks/{benchmark}.py", *flags],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -20,9 +20,13 @@ def test_the_sampler_benchmark_tabulates_and_stores_every_measurement(tmp_path: 
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    rows = [
-        [cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines() if "| 1,000 |" in line
-    ]
+    return done.stdout
+
+
+def test_the_sampler_benchmark_tabulates_and_stores_every_measurement(tmp_path: Path) -> None:
+    output = tmp_path / "results" / "sampler.json"
+    printed = printed_by("sampler", "--sizes", "1000", "--repeats", "1", "--output", str(output))
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines() if "| 1,000 |" in line]
     assert {"matchai", "torch", "accelerate"} <= {row[1] for row in rows}
     measurements = json.loads(output.read_text(encoding="utf-8"))["measurements"]
     assert len(measurements) == 2 * len(rows)
@@ -36,16 +40,8 @@ def test_the_sampler_benchmark_tabulates_and_stores_every_measurement(tmp_path: 
 def test_the_benchmark_of_several_processes_tabulates_and_stores_exactness_and_cost(tmp_path: Path) -> None:
     output = tmp_path / "results" / "distributed.json"
     flags = ["--encoders", "tu-test_efficientnet", "--sizes", "64", "--steps", "1", "--rounds", "1"]
-    done = subprocess.run(
-        [sys.executable, "benchmarks/distributed.py", *flags, "--output", str(output)],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    rows = [line for line in done.stdout.splitlines() if line.startswith("| ") and "W = " in line]
+    printed = printed_by("distributed", *flags, "--output", str(output))
+    rows = [line for line in printed.splitlines() if line.startswith("| ") and "W = " in line]
     found = json.loads(output.read_text(encoding="utf-8"))
     several = [one for one in found["exactness"] if one["num_processes"] > 1]
     assert {one["label"] for one in several + found["cost"]} <= {row.split(" | ")[0].removeprefix("| ") for row in rows}
@@ -60,16 +56,8 @@ def test_the_benchmark_of_several_processes_tabulates_and_stores_exactness_and_c
 def test_the_training_benchmark_tabulates_and_stores_every_loop(tmp_path: Path) -> None:
     output = tmp_path / "results" / "train.json"
     flags = ["--encoder", "tu-test_resnet", "--size", "64", "--rounds", "1", "--slices", "12", "--threads", "1"]
-    done = subprocess.run(
-        [sys.executable, "benchmarks/train.py", *flags, "--contenders", "notebook", "matchai", "--output", str(output)],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines() if "| 64 |" in line]
+    printed = printed_by("train", *flags, "--contenders", "notebook", "matchai", "--output", str(output))
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines() if "| 64 |" in line]
     assert {(row[1], row[2]) for row in rows} == {
         (what, loop) for what in ("training", "validation") for loop in ("notebook", "matchai")
     }
