@@ -199,7 +199,7 @@ def _find_groups(
     """
     numbers = np.repeat(np.arange(len(sets)), [len(one) for one in sets])
     known = read_groups(folder / settings.groups_name, sets)
-    context = max(about["context"] for about in predictor.abouts)
+    context = predictor.context
     if choice.groups is not None and (context == 0 or all(one.is_volume for one in sets)):
         return choice.groups, numbers, "those of the run's split."
     thumbnails = _look(sets, predictor, show)
