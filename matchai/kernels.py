@@ -5,25 +5,26 @@ another way. Sums are taken in another order, so results agree to rounding; the 
 is in docs/performance.md.
 """
 
+import itertools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
+from matchai import compiled
 from matchai.model import smp, timm
 from matchai.normalisation import SyncBatchNorm
 
 _blocks: Any = timm.models._efficientnet_blocks
 _decoder: Any = smp.decoders.unetplusplus.decoder
 
-LANES = 16  # numbers of float32 in a register of AVX-512
-NARROW = 64  # channels; maps of more are small, where the bookkeeping costs what the kernel gains
-
 
 def quicken(model: nn.Module) -> None:
     """Applies every function of this module to a model that is to be trained on a CPU."""
-    for change in (join_silu, split_depthwise, pool_by_rows, keep_gradients_dense, widen_batch_norm):
+    for change in (join_silu, split_depthwise, pool_by_rows, join_skips, join_norms):
         change(model)
 
 
@@ -56,20 +57,28 @@ def pool_by_rows(model: nn.Module) -> None:
             module.__class__ = SqueezeExcite
 
 
-def keep_gradients_dense(model: nn.Module) -> None:
-    """Hands the upsampling of the UNet++ its gradient in one piece, not as a slice of the concatenation's."""
+def join_skips(model: nn.Module) -> None:
+    """Gives the blocks of a UNet++ decoder what they upsample and concatenate in one piece; see `DecoderBlock`."""
     for module in model.modules():
         if type(module) is _decoder.DecoderBlock and not module.is_empty:
             module.__class__ = DecoderBlock
+        elif type(module) is _decoder.UnetPlusPlusDecoder and not any(one.is_empty for one in module.blocks.values()):
+            module.__class__ = Decoder
 
 
-def widen_batch_norm(model: nn.Module) -> None:
-    """Computes batch norms of few channels that fill no whole registers as if pixels side by side were channels."""
+def join_norms(model: nn.Module) -> None:
+    """Computes batch norms by compiled kernels, together with the activation after them, where there are any."""
+    if compiled.load()[0] is None:
+        return
     for module in list(model.modules()):
-        for name, child in module.named_children():
+        children = list(module.named_children())
+        for (name, child), (after, act) in itertools.pairwise([*children, ("", nn.Identity())]):
             if not isinstance(child, nn.BatchNorm2d) or isinstance(child, SyncBatchNorm):
                 continue
-            if child.num_features < NARROW and child.num_features % LANES:
+            if isinstance(module, nn.Sequential) and type(act) is nn.ReLU and not hasattr(child, "act"):
+                setattr(module, name, SyncBatchNorm(child, act=nn.ReLU()))
+                setattr(module, after, nn.Identity())
+            else:
                 setattr(module, name, SyncBatchNorm(child))
 
 
@@ -105,6 +114,10 @@ class _Depthwise(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         grad = grads[0].contiguous(memory_format=torch.channels_last)
+        kernels = compiled.load()[0]
+        if kernels is not None and _has_kernel(x, weight):
+            made = kernels.depthwise_gradients(x, grad, weight, ctx.stride, ctx.padding, ctx.needs_input_grad)
+            return *made, None, None
         grad_x, grad_weight = None, None
         if ctx.needs_input_grad[0]:
             exact = torch.float32 if max(ctx.stride) > 1 else x.dtype
@@ -112,6 +125,13 @@ class _Depthwise(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             grad_weight = _weight_gradient(grad, x, weight, ctx)
         return grad_x, grad_weight, None, None
+
+
+def _has_kernel(x: Tensor, weight: Tensor) -> bool:
+    """Whether there is a compiled kernel that is faster: for float32 at three pixels oneDNN's is as fast."""
+    size = tuple(weight.shape[2:])
+    is_slow = size == (5, 5) or (size == (3, 3) and x.dtype == torch.bfloat16)
+    return is_slow and x.is_contiguous(memory_format=torch.channels_last)
 
 
 def _weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, ctx: Any) -> Tensor:
@@ -160,9 +180,45 @@ class SqueezeExcite(_blocks.SqueezeExcite):  # type: ignore[misc]
 
     def forward(self, x: Tensor) -> Tensor:
         """Scales the channels of x (B, C, H, W) by gates in 0..1 that depend on their means."""
-        mean: Tensor = _RowMean.apply(x)
-        gated: Tensor = x * self.gate(self.conv_expand(self.act1(self.conv_reduce(mean))))
-        return gated
+        kernels = compiled.load()[0] if compiled.fits(x) else None
+        y: Tensor
+        if kernels is None:
+            y = x * self.gates(_RowMean.apply(x))
+        elif torch.is_grad_enabled():
+            y = _SqueezeExcite.apply(x, kernels, self.gates, *self.parameters())
+        else:
+            y = kernels.scale(x, self.gates(kernels.means(x)[:, :, None, None]).float())
+        return y
+
+    def gates(self, means: Tensor) -> Tensor:
+        """The gates, of the shape of the means, (B, C, 1, 1)."""
+        gates: Tensor = self.gate(self.conv_expand(self.act1(self.conv_reduce(means))))
+        return gates
+
+
+class _SqueezeExcite(torch.autograd.Function):
+    """x times the gates of its means by compiled kernels, which take both ways to x in one pass of its gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, kernels: compiled.Kernels, gates: Callable[[Tensor], Tensor], *parameters: Tensor
+    ) -> Tensor:
+        with torch.enable_grad():  # a graph of its own for the few numbers between means and gates
+            means = kernels.means(x)[:, :, None, None].requires_grad_()
+            opened = gates(means)
+        ctx.save_for_backward(x)
+        ctx.kernels, ctx.means, ctx.opened, ctx.parameters = kernels, means, opened, parameters
+        return kernels.scale(x, opened.detach().float())
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (x,) = ctx.saved_tensors
+        grad = grads[0].contiguous(memory_format=torch.channels_last)
+        opened, wanted = ctx.opened, [ctx.means, *ctx.parameters]
+        grad_gates = ctx.kernels.gate_gradient(x, grad).view_as(opened).to(opened.dtype)
+        grad_means, *grad_parameters = torch.autograd.grad(opened, wanted, grad_gates)
+        return ctx.kernels.scale_gradient(grad, opened.detach().float(), grad_means), None, None, *grad_parameters
 
 
 class _Dense(torch.autograd.Function):
@@ -177,13 +233,57 @@ class _Dense(torch.autograd.Function):
         return grads[0].contiguous(memory_format=torch.channels_last)
 
 
-class DecoderBlock(_decoder.DecoderBlock):  # type: ignore[misc]
-    """smp's block of the UNet++ decoder; torch's gradient of its upsampling takes ten times as long from a slice."""
+class _Join(torch.autograd.Function):
+    """Upsampling and concatenation by a compiled kernel: each map is read once and its gradient written once."""
 
-    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
-        """Upsamples x (B, C, H, W) to twice the size, concatenates skip (B, C', 2 H, 2 W), and convolves."""
-        x = _Dense.apply(F.interpolate(x, scale_factor=2.0, mode=self.interpolation_mode))
-        if skip is not None:
-            x = self.attention1(torch.cat([x, skip], dim=1))
-        decoded: Tensor = self.attention2(self.conv2(self.conv1(x)))
+    @staticmethod
+    def forward(ctx: Any, kernels: compiled.Kernels, x: Tensor, *skips: Tensor) -> Tensor:
+        ctx.kernels, ctx.channels = kernels, [one.shape[1] for one in (x, *skips)]
+        return kernels.join(x, skips)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad = grads[0].contiguous(memory_format=torch.channels_last)
+        return None, *ctx.kernels.split_gradient(grad, ctx.channels)
+
+
+class DecoderBlock(_decoder.DecoderBlock):  # type: ignore[misc]
+    """smp's block of the UNet++ decoder, which takes several skips and concatenates them with what it upsamples."""
+
+    def forward(self, x: Tensor, *skips: Tensor) -> Tensor:
+        """Upsamples x (B, C, H, W) to twice the size, concatenates skips (B, C', 2 H, 2 W), and convolves."""
+        joined = self._join(x, skips)
+        decoded: Tensor = self.attention2(self.conv2(self.conv1(self.attention1(joined) if skips else joined)))
+        return decoded
+
+    def _join(self, x: Tensor, skips: tuple[Tensor, ...]) -> Tensor:
+        kernels = compiled.load()[0]
+        is_alike = all(compiled.is_map(one) and one.dtype == x.dtype for one in (x, *skips))
+        joined: Tensor
+        if kernels is not None and is_alike and self.interpolation_mode == "nearest":
+            joined = _Join.apply(kernels, x, *skips)
+            return joined
+        # torch's gradient of the upsampling takes ten times as long from a slice of the concatenation's
+        joined = _Dense.apply(F.interpolate(x, scale_factor=2.0, mode=self.interpolation_mode))
+        return torch.cat([joined, *skips], dim=1) if skips else joined
+
+
+class Decoder(_decoder.UnetPlusPlusDecoder):  # type: ignore[misc]
+    """smp's decoder of the UNet++ (Zhou et al. 2018), which concatenates a block's skips once, not twice."""
+
+    def forward(self, features: list[Tensor]) -> Tensor:
+        """The encoder's maps, largest first, to the decoded one, twice as large as the second of them.
+
+        A block (i, j) refines (i, j - 1), beside all that was made at its own size before: (i + 1, j) to (j, j), and
+        the encoder's map.
+        """
+        encoded = features[:0:-1]
+        made: dict[tuple[int, int], Tensor] = {}
+        for j in range(self.depth):
+            for i in range(j, -1, -1):
+                below = encoded[j] if i == j else made[i, j - 1]
+                skips = [made[other, j] for other in range(i + 1, j + 1)]
+                made[i, j] = self.blocks[f"x_{i}_{j}"](below, *skips, encoded[j + 1])
+        decoded: Tensor = self.blocks[f"x_0_{self.depth}"](made[0, self.depth - 1])
         return decoded

@@ -1,0 +1,308 @@
+"""matchai's own kernels for CPUs, compiled once on the machine that they run on.
+
+What torch does in several passes through memory, one layer after another, these do in one: on two cores a training step
+of the recipe is bound by memory outside its convolutions. torch.compile was tried for the same end and was slower than
+torch's single operations (docs/performance.md). The sources lie in `matchai/cpp/`; without a compiler, torch's
+operations do the same work.
+"""
+
+import ctypes
+import functools
+import hashlib
+import math
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLAGS = ["-O3", "-march=native", "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC"]
+SOURCES = Path(__file__).parent / "cpp"
+PATIENCE = 120  # seconds; a compiler takes three here
+LANES = 16  # numbers that a kernel takes at a time, see cpp/vectors.h
+ROW = 128  # numbers that a row should have: eight registers, so that no sum waits for the one before
+
+ACTIVATIONS: dict[type[torch.nn.Module], int] = {torch.nn.Identity: 0, torch.nn.ReLU: 1, torch.nn.SiLU: 2}
+"""The activations that batch norm can apply at once, and their numbers in cpp/norm.cpp."""
+
+
+_MAP = "iqqqq"  # type, slices, rows of a slice, width of a row, channels
+_SIGNATURES = {
+    "norm_statistics": _MAP + "ppi",
+    "norm_forward": _MAP + "ppipqppddpppi",
+    "norm_running": _MAP + "ppippdppi",
+    "norm_gradient_sums": _MAP + "ppippppi",
+    "norm_gradient": _MAP + "pppippppdi",
+    "excite_means": _MAP + "ppi",
+    "excite_scale": _MAP + "pppi",
+    "excite_gate_gradient": _MAP + "pppi",
+    "excite_gradient": _MAP + "ppppi",
+    "depthwise_gradients": "iipppppPi",
+    "join_maps": "iqqqqPApi",
+    "split_gradient": "iqqqqPpAi",
+}
+_TYPES = {
+    "i": ctypes.c_int,
+    "q": ctypes.c_int64,
+    "d": ctypes.c_double,
+    "p": ctypes.c_void_p,
+    "P": ctypes.POINTER(ctypes.c_int64),
+    "A": ctypes.POINTER(ctypes.c_void_p),
+}
+
+
+class Kernels:
+    """The compiled kernels, for channels-last tensors of float32 or bfloat16 on a CPU; see the sources for formulas.
+
+    Maps are (B, C, H, W) and `fits`, gradients of a type and layout with theirs; weights, biases and running statistics
+    are (C,) float32. All kernels repeat their bits for equal shapes and numbers of threads.
+    """
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._functions = {name: getattr(library, name) for name in _SIGNATURES}
+        for name, signature in _SIGNATURES.items():
+            self._functions[name].argtypes = [_TYPES[letter] for letter in signature]
+            self._functions[name].restype = ctypes.c_double if name == "norm_forward" else None
+
+    def _call(self, name: str, x: Tensor, *arguments: Tensor | float | None) -> Any:
+        """Calls the kernel of this name on a map."""
+        slices, channels, height, width = x.shape
+        fold = _fold(channels, height * width)
+        return self._functions[name](
+            x.dtype == torch.bfloat16,
+            slices,
+            height * width // fold,
+            channels * fold,
+            channels,
+            *[one.data_ptr() if isinstance(one, Tensor) else one for one in (x, *arguments)],
+            torch.get_num_threads(),
+        )
+
+    def norm_statistics(self, x: Tensor) -> Tensor:
+        """The number of pixels, then of every channel mean and sum of squared deviations, (1 + 2 C,) float64."""
+        own = torch.empty(1 + 2 * x.shape[1], dtype=torch.float64)
+        self._call("norm_statistics", x, own)
+        return own
+
+    def norm_forward(
+        self,
+        x: Tensor,
+        activation: int,
+        parts: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        rate: float,
+        running: Sequence[Tensor | None],
+    ) -> tuple[Tensor, Tensor, float]:
+        """Normalises by the statistics of all parts (P, 1 + 2 C), moves the running ones by `rate`, and activates.
+
+        Returns:
+            The output, (2, C) for the gradient, and the number of pixels of all parts; below two, nothing was done.
+        """
+        y, saved = torch.empty_like(x), torch.empty(2, x.shape[1])
+        arguments = (activation, parts, len(parts), weight, bias, eps, rate, *running, saved)
+        count: float = self._call("norm_forward", x, y, *arguments)
+        return y, saved, count
+
+    def norm_running(
+        self,
+        x: Tensor,
+        activation: int,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        running: Sequence[Tensor],
+    ) -> Tensor:
+        """Normalises by the running statistics and activates."""
+        y = torch.empty_like(x)
+        self._call("norm_running", x, y, activation, weight, bias, eps, *running)
+        return y
+
+    def norm_gradient_sums(
+        self, x: Tensor, grad: Tensor, activation: int, saved: Tensor, weight: Tensor | None, bias: Tensor | None
+    ) -> Tensor:
+        """The gradients of weight and bias over this part's pixels, (2, C) float64."""
+        own = torch.empty(2, x.shape[1], dtype=torch.float64)
+        self._call("norm_gradient_sums", x, grad, activation, saved, weight, bias, own)
+        return own
+
+    def norm_gradient(
+        self,
+        x: Tensor,
+        grad: Tensor,
+        activation: int,
+        saved: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        sums: Tensor,
+        count: float,
+    ) -> Tensor:
+        """The gradient of x, given those sums (2, C) and the number of pixels over all parts."""
+        grad_x = torch.empty_like(x)
+        self._call("norm_gradient", x, grad, grad_x, activation, saved, weight, bias, sums, count)
+        return grad_x
+
+    def means(self, x: Tensor) -> Tensor:
+        """Means over the pixels, (B, C) float32."""
+        means = torch.empty(x.shape[:2])
+        self._call("excite_means", x, means)
+        return means
+
+    def scale(self, x: Tensor, gates: Tensor) -> Tensor:
+        """x times gates (B, C) float32."""
+        y = torch.empty_like(x)
+        self._call("excite_scale", x, y, gates)
+        return y
+
+    def gate_gradient(self, x: Tensor, grad: Tensor) -> Tensor:
+        """The gradient of the gates, (B, C) float32."""
+        grad_gates = torch.empty(x.shape[:2])
+        self._call("excite_gate_gradient", x, grad, grad_gates)
+        return grad_gates
+
+    def scale_gradient(self, grad: Tensor, gates: Tensor, grad_means: Tensor) -> Tensor:
+        """The gradient of an x that is scaled by `gates` and whose `means` have the gradient `grad_means`."""
+        grad_x = torch.empty_like(grad)
+        self._call("excite_gradient", grad, grad_x, gates, grad_means)
+        return grad_x
+
+    def depthwise_gradients(
+        self,
+        x: Tensor,
+        grad: Tensor,
+        weight: Tensor,
+        stride: tuple[int, int],
+        padding: tuple[int, int],
+        wanted: Sequence[bool],
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The gradients of x and of a depthwise weight (C, 1, K, K), K 3 or 5, in float32; those that are wanted."""
+        exact = weight.float().contiguous()
+        made = torch.empty_like(x) if wanted[0] else None, torch.empty_like(exact) if wanted[1] else None
+        self._functions["depthwise_gradients"](
+            x.dtype == torch.bfloat16,
+            weight.shape[2],
+            *[None if one is None else one.data_ptr() for one in (x, grad, exact, *made)],
+            (ctypes.c_int64 * 10)(*x.shape, *grad.shape[2:], *stride, *padding),
+            torch.get_num_threads(),
+        )
+        return made
+
+    def join(self, x: Tensor, skips: Sequence[Tensor]) -> Tensor:
+        """x (B, C, H, W) at twice its size by nearest neighbours, then the channels of skips (B, C', 2 H, 2 W)."""
+        slices, _, height, width = x.shape
+        channels = [one.shape[1] for one in (x, *skips)]
+        shape = (slices, sum(channels), 2 * height, 2 * width)
+        joined = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
+        sizes = (slices, height, width, len(channels), (ctypes.c_int64 * len(channels))(*channels))
+        self._functions["join_maps"](
+            x.dtype == torch.bfloat16, *sizes, _pointers((x, *skips)), joined.data_ptr(), torch.get_num_threads()
+        )
+        return joined
+
+    def split_gradient(self, grad: Tensor, channels: Sequence[int]) -> list[Tensor]:
+        """The gradients of the maps of so many channels that were joined, given that of the joined one."""
+        slices, _, height, width = grad.shape
+        kind = {"dtype": grad.dtype, "memory_format": torch.channels_last}
+        grads = [
+            torch.empty((slices, number, height // scale, width // scale), **kind)
+            for number, scale in zip(channels, [2] + [1] * (len(channels) - 1), strict=True)
+        ]
+        sizes = (slices, height // 2, width // 2, len(channels), (ctypes.c_int64 * len(channels))(*channels))
+        self._functions["split_gradient"](
+            grad.dtype == torch.bfloat16, *sizes, grad.data_ptr(), _pointers(grads), torch.get_num_threads()
+        )
+        return grads
+
+
+def _pointers(tensors: Sequence[Tensor]) -> Any:
+    return (ctypes.c_void_p * len(tensors))(*[one.data_ptr() for one in tensors])
+
+
+def fits(x: Tensor) -> bool:
+    """Whether the kernels can take this map (B, C, H, W): its type, its layout, and whether it fills whole registers."""
+    return is_map(x) and _fold(x.shape[1], x.shape[2] * x.shape[3]) > 0
+
+
+def is_map(x: Tensor) -> bool:
+    """Whether this is a map (B, C, H, W) of a type and a layout that the kernels know."""
+    return (
+        x.device.type == "cpu"
+        and x.dtype in (torch.bfloat16, torch.float32)
+        and x.ndim == 4
+        and x.numel() > 0
+        and x.is_contiguous(memory_format=torch.channels_last)
+    )
+
+
+@functools.lru_cache(maxsize=None)
+def _fold(channels: int, pixels: int) -> int:
+    """How many pixels of a slice side by side make a row of whole registers; 0 if they do not."""
+    fold = LANES // math.gcd(channels, LANES)
+    if pixels % fold:
+        return 0
+    while fold * channels < ROW and pixels % (2 * fold) == 0:
+        fold *= 2
+    return fold
+
+
+@functools.lru_cache(maxsize=None)
+def load() -> tuple[Kernels | None, str]:
+    """The kernels, compiled if this machine has not yet done so, and a word on them; None and the reason without."""
+    if not sys.platform.startswith("linux"):
+        return None, "no compiled kernels, as these are made for Linux alone"
+    compiler = shlex.split(os.environ.get("CXX", "")) or ["g++"]
+    if shutil.which(compiler[0]) is None:
+        return None, f"no compiled kernels, as there is no {compiler[0]}"
+    command = [*compiler, *FLAGS]
+    try:
+        path = _folder() / f"kernels-{_fingerprint(command)}.so"
+        if not path.exists():
+            _compile(command, path)
+        return Kernels(ctypes.CDLL(str(path))), f"kernels compiled by {compiler[0]}"
+    except (OSError, subprocess.SubprocessError) as error:
+        said = getattr(error, "stderr", "") or str(error)
+        return None, f"no compiled kernels, as {compiler[0]} failed ({said.strip().splitlines()[0][:200]})"
+
+
+def _compile(command: list[str], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        made = Path(folder) / path.name
+        sources = [str(source) for source in sorted(SOURCES.glob("*.cpp"))]
+        subprocess.run(
+            [*command, *sources, "-o", str(made)],
+            check=True,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+            stdin=subprocess.DEVNULL,
+        )
+        made.replace(path)  # whole or absent, also where several processes compile at once
+
+
+def _folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "matchai"
+
+
+def _fingerprint(command: list[str]) -> str:
+    """Of all that decides what the kernels are: the sources, the compiler and its options, the CPU."""
+    version = subprocess.run([command[0], "--version"], capture_output=True, check=True, timeout=PATIENCE).stdout
+    parts = [path.read_bytes() for path in sorted(SOURCES.iterdir())]
+    parts += [shlex.join(command).encode(), version, platform.machine().encode(), _cpu()]
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:20]
+
+
+def _cpu() -> bytes:
+    """The CPU's model and abilities, as Linux lists them: a home folder may be shared by machines that differ."""
+    lines = Path("/proc/cpuinfo").read_bytes().splitlines()
+    names = (b"model name", b"flags", b"Features", b"CPU part")
+    return b"\n".join(sorted({line for line in lines if line.startswith(names)}))

@@ -1,0 +1,140 @@
+// Sixteen numbers at a time: float32 in registers, float32 or bfloat16 in memory; and how threads share rows.
+//
+// GCC's and Clang's vector extensions, which the compiler turns into what the CPU has. All sums are taken in an order
+// that depends on nothing but the shapes and the number of threads, so a result repeats its bits.
+
+#pragma once
+
+#include <omp.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
+constexpr int64_t LANES = 16;
+constexpr int64_t BLOCK = 64;     // rows that are summed in float before their sum goes into a double
+constexpr int64_t SMALL = 16384;  // numbers, below which waking a second thread takes longer than it saves
+constexpr int64_t AHEAD = 1024;   // numbers between what is loaded and what is fetched into the cache
+
+typedef float Floats __attribute__((vector_size(64)));
+typedef int32_t Ints __attribute__((vector_size(64)));
+typedef uint32_t Words __attribute__((vector_size(64)));
+typedef uint16_t Halves __attribute__((vector_size(32)));
+
+struct BFloat16 {
+    uint16_t bits;
+};
+
+inline Floats fill(float value) { return Floats{} + value; }
+
+inline Floats load(const float* from) {
+    Floats values;
+    std::memcpy(&values, from, sizeof values);
+    return values;
+}
+
+inline Floats load(const BFloat16* from) {
+    Halves halves;
+    std::memcpy(&halves, from, sizeof halves);
+    return (Floats)(__builtin_convertvector(halves, Words) << 16);
+}
+
+// Loads, and asks for what lies AHEAD: the CPU's own prefetching ends at each page and loses count over several maps. By
+// it the gradients in norm.cpp take half as long.
+template <class T>
+inline Floats stream(const T* from) {
+    __builtin_prefetch(from + AHEAD);
+    return load(from);
+}
+
+inline void store(float* to, Floats values) { std::memcpy(to, &values, sizeof values); }
+
+inline void store(BFloat16* to, Floats values) {
+#ifdef __AVX512BF16__
+    const __m256bh halves = _mm512_cvtneps_pbh((__m512)values);
+#else
+    const Words words = (Words)values;
+    const Words nearest = words + 0x7fffu + ((words >> 16) & 1u);  // ties to even
+    const Words quiet = Words{} + 0x7fc00000u;                     // adding to a NaN's bits might make it a number
+    const Halves halves = __builtin_convertvector((values == values ? nearest : quiet) >> 16, Halves);
+#endif
+    std::memcpy(to, &halves, sizeof halves);
+}
+
+// The first `count` lanes alone, the others 0. Channels are multiples of eight in most networks.
+template <class T>
+inline Floats load(const T* from, int64_t count) {
+    if (count == LANES) return load(from);
+    T values[LANES] = {};
+    std::memcpy(values, from, count * sizeof(T));
+    return load(values);
+}
+
+template <class T>
+inline void store(T* to, Floats values, int64_t count) {
+    if (count == LANES) return store(to, values);
+    T rest[LANES];
+    store(rest, values);
+    if (count == LANES / 2) std::memcpy(to, rest, LANES / 2 * sizeof(T));  // two instructions, not a call
+    else std::memcpy(to, rest, count * sizeof(T));
+}
+
+inline Floats reciprocal(Floats values) {
+#ifdef __AVX512F__
+    const Floats near = (Floats)_mm512_rcp14_ps((__m512)values);  // 14 bits; Newton's step makes them 24
+    return near * (2.0f - values * near);
+#else
+    return 1.0f / values;
+#endif
+}
+
+// e^x to 2 units in the last place: x = k ln 2 + r, with the Taylor polynomial of degree 7 in |r| < 0.35.
+inline Floats exponential(Floats x) {
+    x = x > 88.0f ? fill(88.0f) : x;  // a NaN stays one in either comparison
+    x = x < -87.0f ? fill(-87.0f) : x;
+    const float shift = 12582912.0f;  // 1.5 · 2^23: adding it rounds to a whole number, which lies in the low bits
+    const Floats shifted = x * 1.442695041f + shift;
+    const Floats k = shifted - shift;
+    const Floats r = (x - k * 0.693359375f) + k * 2.1219444e-4f;  // ln 2 in two parts, the first exact in few bits
+    Floats sum = fill(1.0f / 5040);
+    for (float coefficient : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 1.0f / 2, 1.0f, 1.0f})
+        sum = sum * r + coefficient;
+    const Ints exponent = (Ints)shifted - 0x4b400000 + 127;
+    return sum * (Floats)(exponent << 23);
+}
+
+inline Floats sigmoid(Floats x) { return reciprocal(1.0f + exponential(-x)); }
+
+// A row of numbers that begins at a whole register: one that lies across two cache lines takes twice as long to load.
+class Row {
+    std::vector<Floats> registers;
+
+  public:
+    explicit Row(int64_t width) : registers((width + LANES - 1) / LANES) {}
+
+    // `values` of C channels over and over, or `otherwise` where there are none
+    Row(const float* values, int64_t channels, int64_t width, float otherwise = 0) : Row(width) {
+        for (int64_t i = 0; i < width; i++) data()[i] = values ? values[i % channels] : otherwise;
+    }
+
+    float* data() { return (float*)registers.data(); }
+    const float* data() const { return (const float*)registers.data(); }
+    void clear() { std::fill(registers.begin(), registers.end(), Floats{}); }
+};
+
+// This thread's rows of `num_rows`: begin <= row < end.
+struct Share {
+    int64_t begin, end;
+
+    explicit Share(int64_t num_rows) {
+        const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
+        begin = num_rows * thread / threads;
+        end = num_rows * (thread + 1) / threads;
+    }
+};
