@@ -113,8 +113,8 @@ MEASURES = [
     Measure("join_silu", change_model(kernels.join_silu)),
     Measure("split_depthwise", change_model(kernels.split_depthwise)),
     Measure("pool_by_rows", change_model(kernels.pool_by_rows)),
-    Measure("keep_gradients_dense", change_model(kernels.keep_gradients_dense)),
-    Measure("widen_batch_norm", change_model(kernels.widen_batch_norm)),
+    Measure("join_skips", change_model(kernels.join_skips)),
+    Measure("join_norms", change_model(kernels.join_norms)),
 ]
 
 

@@ -6,6 +6,7 @@ torch's single operations (docs/performance.md). The sources lie in `matchai/cpp
 operations do the same work.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -24,9 +25,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from matchai.files import write_whole
+
 FLAGS = ["-O3", "-march=native", "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC"]
 SOURCES = Path(__file__).parent / "cpp"
-PATIENCE = 120  # seconds; a compiler takes three here
+PATIENCE = 120  # seconds; the compiler takes three here
 LANES = 16  # numbers that a kernel takes at a time, see cpp/vectors.h
 ROW = 128  # numbers that a row should have: eight registers, so that no sum waits for the one before
 
@@ -46,9 +49,12 @@ _SIGNATURES = {
     "excite_gate_gradient": _MAP + "pppi",
     "excite_gradient": _MAP + "ppppi",
     "depthwise_gradients": "iipppppPi",
+    "loss_sums": "iqqpppdpi",
+    "loss_gradient": "iqqpppdppi",
     "join_maps": "iqqqqPApi",
     "split_gradient": "iqqqqPpAi",
 }
+_RESULTS = {"norm_forward": ctypes.c_double, "loss_sums": ctypes.c_int}
 _TYPES = {
     "i": ctypes.c_int,
     "q": ctypes.c_int64,
@@ -70,7 +76,7 @@ class Kernels:
         self._functions = {name: getattr(library, name) for name in _SIGNATURES}
         for name, signature in _SIGNATURES.items():
             self._functions[name].argtypes = [_TYPES[letter] for letter in signature]
-            self._functions[name].restype = ctypes.c_double if name == "norm_forward" else None
+            self._functions[name].restype = _RESULTS.get(name)
 
     def _call(self, name: str, x: Tensor, *arguments: Tensor | float | None) -> Any:
         """Calls the kernel of this name on a map."""
@@ -158,7 +164,7 @@ class Kernels:
         return means
 
     def scale(self, x: Tensor, gates: Tensor) -> Tensor:
-        """x times gates (B, C) float32."""
+        """Multiplies x by gates (B, C) float32."""
         y = torch.empty_like(x)
         self._call("excite_scale", x, y, gates)
         return y
@@ -197,7 +203,7 @@ class Kernels:
         return made
 
     def join(self, x: Tensor, skips: Sequence[Tensor]) -> Tensor:
-        """x (B, C, H, W) at twice its size by nearest neighbours, then the channels of skips (B, C', 2 H, 2 W)."""
+        """Puts x (B, C, H, W), each pixel four times, and skips (B, C', 2 H, 2 W) beside each other."""
         slices, _, height, width = x.shape
         channels = [one.shape[1] for one in (x, *skips)]
         shape = (slices, sum(channels), 2 * height, 2 * width)
@@ -211,16 +217,41 @@ class Kernels:
     def split_gradient(self, grad: Tensor, channels: Sequence[int]) -> list[Tensor]:
         """The gradients of the maps of so many channels that were joined, given that of the joined one."""
         slices, _, height, width = grad.shape
-        kind = {"dtype": grad.dtype, "memory_format": torch.channels_last}
-        grads = [
-            torch.empty((slices, number, height // scale, width // scale), **kind)
-            for number, scale in zip(channels, [2] + [1] * (len(channels) - 1), strict=True)
-        ]
+        scales = [2] + [1] * (len(channels) - 1)
+        shapes = [(slices, own, height // s, width // s) for own, s in zip(channels, scales, strict=True)]
+        grads = [torch.empty(one, dtype=grad.dtype, memory_format=torch.channels_last) for one in shapes]
         sizes = (slices, height // 2, width // 2, len(channels), (ctypes.c_int64 * len(channels))(*channels))
         self._functions["split_gradient"](
             grad.dtype == torch.bfloat16, *sizes, grad.data_ptr(), _pointers(grads), torch.get_num_threads()
         )
         return grads
+
+    def loss_sums(self, logits: Tensor, target: Tensor, class_weights: Tensor, gamma: float) -> Tensor:
+        """The sums of `matchai.losses.SegmentationLoss.sums`, (4 + 3 C,) float64, for target (B, H, W) int64.
+
+        Raises:
+            IndexError: If a target is no class.
+        """
+        num_classes = logits.shape[1]
+        sums = torch.empty(4 + 3 * num_classes, dtype=torch.float64)
+        arguments = _loss_arguments(logits, target, class_weights, gamma)
+        if not self._functions["loss_sums"](*arguments, sums.data_ptr(), torch.get_num_threads()):
+            raise IndexError(f"a target is {target.min()} or {target.max()}, but there are {num_classes} classes.")
+        return sums
+
+    def loss_gradient(
+        self, logits: Tensor, target: Tensor, class_weights: Tensor, gamma: float, slopes: Tensor
+    ) -> Tensor:
+        """The gradient of the logits, given those of the sums, (4 + 3 C,) float32."""
+        grad = torch.empty_like(logits)
+        arguments = _loss_arguments(logits, target, class_weights, gamma)
+        self._functions["loss_gradient"](*arguments, slopes.data_ptr(), grad.data_ptr(), torch.get_num_threads())
+        return grad
+
+
+def _loss_arguments(logits: Tensor, target: Tensor, class_weights: Tensor, gamma: float) -> tuple[Any, ...]:
+    pointers = [one.data_ptr() for one in (logits, target, class_weights)]
+    return logits.dtype == torch.bfloat16, target.numel(), logits.shape[1], *pointers, gamma
 
 
 def _pointers(tensors: Sequence[Tensor]) -> Any:
@@ -228,7 +259,7 @@ def _pointers(tensors: Sequence[Tensor]) -> Any:
 
 
 def fits(x: Tensor) -> bool:
-    """Whether the kernels can take this map (B, C, H, W): its type, its layout, and whether it fills whole registers."""
+    """Whether batch norm and excitation have a kernel for this map: it must also fill whole registers."""
     return is_map(x) and _fold(x.shape[1], x.shape[2] * x.shape[3]) > 0
 
 
@@ -243,7 +274,7 @@ def is_map(x: Tensor) -> bool:
     )
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _fold(channels: int, pixels: int) -> int:
     """How many pixels of a slice side by side make a row of whole registers; 0 if they do not."""
     fold = LANES // math.gcd(channels, LANES)
@@ -254,30 +285,29 @@ def _fold(channels: int, pixels: int) -> int:
     return fold
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def load() -> tuple[Kernels | None, str]:
-    """The kernels, compiled if this machine has not yet done so, and a word on them; None and the reason without."""
+    """The kernels, compiled if this machine has not yet done so, and how they were; or None and the reason."""
     if not sys.platform.startswith("linux"):
-        return None, "no compiled kernels, as these are made for Linux alone"
+        return None, "the kernels are for Linux alone"
     compiler = shlex.split(os.environ.get("CXX", "")) or ["g++"]
     if shutil.which(compiler[0]) is None:
-        return None, f"no compiled kernels, as there is no {compiler[0]}"
-    command = [*compiler, *FLAGS]
+        return None, f"there is no C++ compiler {compiler[0]}"
     try:
-        path = _folder() / f"kernels-{_fingerprint(command)}.so"
-        if not path.exists():
-            _compile(command, path)
-        return Kernels(ctypes.CDLL(str(path))), f"kernels compiled by {compiler[0]}"
+        return Kernels(_build([*compiler, *FLAGS])), f"compiled by {compiler[0]}"
     except (OSError, subprocess.SubprocessError) as error:
-        said = getattr(error, "stderr", "") or str(error)
-        return None, f"no compiled kernels, as {compiler[0]} failed ({said.strip().splitlines()[0][:200]})"
+        said = str(getattr(error, "stderr", None) or error).strip()
+        return None, f"{compiler[0]} failed ({said.splitlines()[0][:200]})"
 
 
-def _compile(command: list[str], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        made = Path(folder) / path.name
-        sources = [str(source) for source in sorted(SOURCES.glob("*.cpp"))]
+def _build(command: list[str]) -> ctypes.CDLL:
+    """The library, from the user's cache or compiled anew, and kept there if it can be."""
+    kept = _folder() / f"kernels-{_fingerprint(command)}.so"
+    with contextlib.suppress(OSError):
+        return ctypes.CDLL(str(kept))
+    with tempfile.TemporaryDirectory() as folder:
+        made = Path(folder) / kept.name
+        sources = [str(path) for path in sorted(SOURCES.glob("*.cpp"))]
         subprocess.run(
             [*command, *sources, "-o", str(made)],
             check=True,
@@ -286,7 +316,11 @@ def _compile(command: list[str], path: Path) -> None:
             timeout=PATIENCE,
             stdin=subprocess.DEVNULL,
         )
-        made.replace(path)  # whole or absent, also where several processes compile at once
+        library = ctypes.CDLL(str(made))
+        with contextlib.suppress(OSError):
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(kept, made.read_bytes())
+    return library
 
 
 def _folder() -> Path:

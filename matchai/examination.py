@@ -32,6 +32,7 @@ from matchai.opening import read
 from matchai.resources import (
     check_devices,
     check_disk,
+    check_kernels,
     check_shared_memory,
     check_threads,
     choose_device,
@@ -62,6 +63,8 @@ def examine(config: TrainConfig, pictures: Path) -> Iterator[Finding]:
         yield Finding("ok", f"Precision: {precision} ({reason})")
     except InputError as error:
         yield from _problems(error.problems)
+    if device.type == "cpu":
+        yield check_kernels()
     yield check_threads(device.type, num_cores())
     yield from check_launcher(torch.cuda.device_count())
     yield from check_trackers(config.machine.tracker)

@@ -62,8 +62,10 @@ def join_skips(model: nn.Module) -> None:
     for module in model.modules():
         if type(module) is _decoder.DecoderBlock and not module.is_empty:
             module.__class__ = DecoderBlock
-        elif type(module) is _decoder.UnetPlusPlusDecoder and not any(one.is_empty for one in module.blocks.values()):
-            module.__class__ = Decoder
+        elif type(module) is _decoder.UnetPlusPlusDecoder:
+            blocks = [one for one in module.modules() if isinstance(one, _decoder.DecoderBlock)]
+            if not any(block.is_empty for block in blocks):
+                module.__class__ = Decoder
 
 
 def join_norms(model: nn.Module) -> None:
@@ -211,7 +213,7 @@ class _SqueezeExcite(torch.autograd.Function):
         return kernels.scale(x, opened.detach().float())
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
         grad = grads[0].contiguous(memory_format=torch.channels_last)
@@ -242,7 +244,7 @@ class _Join(torch.autograd.Function):
         return kernels.join(x, skips)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad = grads[0].contiguous(memory_format=torch.channels_last)
         return None, *ctx.kernels.split_gradient(grad, ctx.channels)

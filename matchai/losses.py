@@ -5,9 +5,14 @@ The three terms equal `torch.nn.CrossEntropyLoss(weight=...)`, and `DiceLoss(mod
 that lies on several processes or micro-batches is no mean of its parts' losses, but it is a function of their sums.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from matchai import compiled
 
 DICE_EPS = 1e-7  # smp's guard of the Dice denominator, which holds (|P| + |T|) / 2
 
@@ -73,6 +78,11 @@ class SegmentationLoss(nn.Module):
             (4 + 3 C,): cross-entropy's numerator and denominator, the focal sum, the number of pixels times C, then
             for every class the overlap Σ p·t, the sum of probabilities Σ p and the pixels Σ t.
         """
+        kernels = compiled.load()[0] if compiled.is_map(logits) and not self.soft_boundary else None
+        if kernels is not None:
+            target = target.long().contiguous()
+            sums: Tensor = _Sums.apply(logits, target, self.class_weights.float(), self.focal_gamma, kernels)
+            return sums
         logits = logits.float() if logits.dtype != torch.float64 else logits
         num_classes = logits.shape[1]
         target, class_weights = target.long().unsqueeze(1), self.class_weights.to(logits.dtype)
@@ -119,6 +129,24 @@ class SegmentationLoss(nn.Module):
             by_overlap = -self.dice_weight * counted / size
             slopes = torch.cat((scalars, by_overlap, by_overlap * dice * -0.5, torch.zeros_like(present)))
         return value, slopes
+
+
+class _Sums(torch.autograd.Function):
+    """The sums of some pixels by compiled kernels, one for the sums and one for their gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, target: Tensor, class_weights: Tensor, gamma: float, kernels: compiled.Kernels
+    ) -> Tensor:
+        ctx.save_for_backward(logits, target, class_weights)
+        ctx.gamma, ctx.kernels = gamma, kernels
+        return kernels.loss_sums(logits, target, class_weights, gamma).float()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        slopes = grads[0].float().contiguous()
+        return ctx.kernels.loss_gradient(*ctx.saved_tensors, ctx.gamma, slopes), None, None, None, None
 
 
 def _one_hot(target: Tensor, num_classes: int) -> Tensor:

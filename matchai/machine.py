@@ -106,7 +106,7 @@ def keep_heap() -> None:
     if mallopt is not None:
         m_trim_threshold, m_mmap_threshold = -1, -3
         mallopt(m_mmap_threshold, 2**30)
-        mallopt(m_trim_threshold, 2**31 - 1)
+        mallopt(m_trim_threshold, -1)  # never
 
 
 def prefer_repeatable_kernels() -> None:

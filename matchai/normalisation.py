@@ -51,7 +51,8 @@ class SyncBatchNorm(nn.BatchNorm2d):
         self._parameters, self._buffers = norm._parameters, norm._buffers
         for name in ("num_features", "eps", "momentum", "affine", "track_running_stats"):
             setattr(self, name, getattr(norm, name))
-        self.drop, self.act = getattr(norm, "drop", nn.Identity()), act or getattr(norm, "act", nn.Identity())
+        self.drop: nn.Module = getattr(norm, "drop", nn.Identity())
+        self.act: nn.Module = getattr(norm, "act", nn.Identity()) if act is None else act
         self.gather, self.is_updating = gather, is_updating
         self.train(norm.training)
 
@@ -83,7 +84,9 @@ class SyncBatchNorm(nn.BatchNorm2d):
             y = kernels.norm_running(x, activation or 0, self.weight, self.bias, self.eps, running)
         else:
             y = _NormaliseActivate.apply(x, self.weight, self.bias, self, kernels, activation or 0)
-        return self.act(self.drop(y)) if activation is None else y
+        if activation is None:
+            y = self.act(self.drop(y))
+        return y
 
     def _count_batch(self) -> float:
         """Counts a batch, if the running statistics are to be moved; returns by how much of the way to its own."""
@@ -150,7 +153,7 @@ class _NormaliseActivate(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, saved = ctx.saved_tensors
         grad = grads[0].contiguous(memory_format=torch.channels_last)
@@ -181,7 +184,7 @@ class _Normalise(torch.autograd.Function):
         return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """With x̂ = (x - mean) / σ: ∂x = weight / σ · (∂y - Σ∂y / N - x̂ · Σ(∂y · x̂) / N), sums over all parts."""
         x, weight, mean, var = ctx.saved_tensors

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from matchai import compiled
 from matchai.checkup import Finding
 from matchai.machine import cpu_has_bf16, num_cores
 from matchai.processes import is_set_by_launcher
@@ -62,6 +63,15 @@ def _check_cpu() -> list[Finding]:
         remedy = "choose a smaller --image-size or --encoder, or --accumulate 2 or more"
         findings.append(Finding("warning", text, remedy) if memory < FEW_MEMORY else Finding("ok", text))
     return findings
+
+
+def check_kernels() -> Finding:
+    """Whether matchai's own kernels for CPUs are there or can be compiled."""
+    kernels, how = compiled.load()
+    if kernels is not None:
+        return Finding("ok", f"Kernels for the CPU: {how}")
+    remedy = "install a C++ compiler (on Debian and Ubuntu: apt install g++)"
+    return Finding("warning", f"Kernels for the CPU: none, as {how}; a step takes half as long again", remedy)
 
 
 def check_threads(device_type: str, cores: int) -> Finding:

@@ -17,6 +17,7 @@ FLOORS = [
         "checkpoint",
         "checkup",
         "claims",
+        "compiled",
         "console",
         "context",
         "data_figures",

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from matchai import kernels
 from matchai.dropout import keyed_layers, set_dropout
 from matchai.model import build_model
-from matchai.normalisation import SyncBatchNorm
 
 ENCODER = "timm-efficientnet-b0"  # has every layer that is replaced; the recipe's is three times as large
 
@@ -110,7 +109,7 @@ def test_a_decoder_block_with_a_dense_gradient_is_that_of_smp() -> None:
     torch.manual_seed(0)
     plain = DecoderBlock(8, 4, 16)
     changed = copy.deepcopy(plain)
-    kernels.keep_gradients_dense(changed)
+    kernels.join_skips(changed)
     assert type(changed) is kernels.DecoderBlock
     skip = channels_last(2, 4, 12, 12, seed=1)
     with_skip: list[Callable[[Tensor], Tensor]] = [lambda x: plain(x, skip), lambda x: changed(x, skip)]
@@ -121,12 +120,6 @@ def test_a_decoder_block_with_a_dense_gradient_is_that_of_smp() -> None:
     torch.testing.assert_close(inputs[1].grad, inputs[0].grad, rtol=1e-4, atol=1e-4)
     for other, mine in zip(plain.parameters(), changed.parameters(), strict=True):
         torch.testing.assert_close(mine.grad, other.grad, rtol=1e-4, atol=1e-3)
-
-
-def test_only_batch_norms_of_few_channels_that_fill_no_registers_are_widened() -> None:
-    model = nn.Sequential(*(nn.BatchNorm2d(channels) for channels in (16, 24, 40, 48, 136)))
-    kernels.widen_batch_norm(model)
-    assert [isinstance(norm, SyncBatchNorm) for norm in model] == [False, True, True, False, False]
 
 
 def test_a_quickened_model_is_as_near_to_the_exact_gradient_as_the_plain_one() -> None:

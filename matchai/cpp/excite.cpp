@@ -21,7 +21,8 @@ void sum_slices(
             for (int64_t row = begin; row < std::min(begin + BLOCK, rows); row++)
                 for (int64_t i = 0; i < width; i += LANES)
                     store(sum + i, load(sum + i) + term((slice * rows + row) * width + i));
-            for (int64_t i = 0; i < width; i++) sums[i % channels] += sum[i];
+            for (int64_t at = 0; at < width; at += channels)
+                for (int64_t c = 0; c < channels; c++) sums[c] += sum[at + c];
         }
         for (int64_t c = 0; c < channels; c++) out[slice * channels + c] = float(sums[c] * factor);
     }
@@ -29,8 +30,10 @@ void sum_slices(
 
 Row repeated(const float* values, int64_t slices, int64_t channels, int64_t width, float factor = 1) {
     Row rows(slices * width);
-    for (int64_t i = 0; i < slices * width; i++)
-        rows.data()[i] = values[i / width * channels + i % width % channels] * factor;
+    for (int64_t at = 0; at < slices * width; at += channels) {
+        const float* own = values + at / width * channels;
+        for (int64_t c = 0; c < channels; c++) rows.data()[at + c] = own[c] * factor;
+    }
     return rows;
 }
 

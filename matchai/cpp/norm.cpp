@@ -45,9 +45,10 @@ std::vector<double> two_sums(int64_t rows, int64_t width, int64_t channels, int 
         }
     }
     std::vector<double> total(2 * channels);
-    for (int thread = 0; thread < threads; thread++)
-        for (int64_t i = 0; i < 2 * width; i++)
-            total[i / width * channels + i % width % channels] += sums[thread * 2 * width + i];
+    for (int64_t at = 0; at < threads * 2 * width; at += channels) {
+        double* both = total.data() + at / width % 2 * channels;
+        for (int64_t c = 0; c < channels; c++) both[c] += sums[at + c];
+    }
     return total;
 }
 

@@ -120,7 +120,8 @@ class Row {
 
     // `values` of C channels over and over, or `otherwise` where there are none
     Row(const float* values, int64_t channels, int64_t width, float otherwise = 0) : Row(width) {
-        for (int64_t i = 0; i < width; i++) data()[i] = values ? values[i % channels] : otherwise;
+        for (int64_t at = 0; at < width; at += channels)
+            for (int64_t c = 0; c < channels; c++) data()[at + c] = values ? values[c] : otherwise;
     }
 
     float* data() { return (float*)registers.data(); }
