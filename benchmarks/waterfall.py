@@ -20,7 +20,7 @@ from sampler import Record, shortened, spread, three_figures
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
-from matchai import kernels
+from matchai import compiled, kernels
 from matchai.environment import choose_waiting
 from matchai.losses import SegmentationLoss
 from matchai.machine import choose_precision, keep_heap
@@ -80,6 +80,10 @@ def use_fused_adamw(setup: Setup) -> None:
     setup.is_fused = True
 
 
+def forbid_compiling(_: Setup) -> None:
+    compiled.load = lambda: (None, "the benchmark leaves them out")  # type: ignore[assignment]
+
+
 def change_model(change: Callable[[nn.Module], None]) -> Callable[[Setup], None]:
     """A measure that is a function of the model alone."""
     return lambda setup: change(setup.model)
@@ -123,6 +127,7 @@ def variants() -> dict[str, list[Measure]]:
     rows: dict[str, list[Measure]] = {BEGINNING: []}
     for number, measure in enumerate(MEASURES, 1):
         rows[f"+ {measure.name}"] = MEASURES[:number]
+    rows["all but the compiled kernels"] = [Measure("torch's operations alone", forbid_compiling), *MEASURES]
     rows["fp32, all but mixed precision"] = [one for one in MEASURES if one.name != "mixed precision"]
     rows["fp32, with the notebook's loss and AdamW"] = [one for one in MEASURES if one.is_alone]
     return rows

@@ -1,7 +1,7 @@
 // The gradients of a depthwise convolution (one filter of K x K a channel) over channels-last maps.
 //
 // A task is a band of a slice's rows. Of the map that a filter slides over, K rows at a time lie in float32 beside it,
-// 16 channels of all pixels after another, with the border around them. The input's gradient at any stride is a
+// a register of channels of all pixels after another, with the border around them. The input's gradient at any stride is a
 // convolution with the output's gradient, whose numbers stand `stride` apart with zeros between them.
 
 #include "vectors.h"
@@ -17,7 +17,7 @@ struct Shape {
     int64_t parts() const { return (channels + LANES - 1) / LANES; }
     int64_t lanes(int64_t part) const { return std::min(LANES, channels - part * LANES); }
 
-    // 16 channels of a pixel; where it has less, those of the next one follow, if any, which nobody looks at
+    // A register of channels of a pixel; where it has less, those of the next one follow, if any, which nobody looks at
     template <class T>
     Floats read(const T* pixel, int64_t part, bool has_next) const {
         const bool is_whole = has_next && channels >= LANES;
@@ -55,7 +55,7 @@ class Rows {
 
     bool holds(int64_t row) const { return row >= 0 && row < height; }
 
-    // 16 channels of a row; of one outside the slice, zeros.
+    // A register of channels of a row; of one outside the slice, zeros.
     const Floats* at(int64_t row, int64_t part) const {
         return &values[(holds(row) ? row % K * shape.parts() + part : K * shape.parts()) * length];
     }

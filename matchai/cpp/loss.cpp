@@ -1,4 +1,4 @@
-// The sums of matchai/losses.py and their gradient, sixteen pixels at a time.
+// The sums of matchai/losses.py and their gradient, a register of pixels at a time.
 //
 // Logits are (P, C), the channels of one pixel after another; targets are (P,) class indices.
 
@@ -29,7 +29,7 @@ inline Floats logarithm(Floats x) {
 
 inline Floats maximum(Floats a, Floats b) { return a < b ? b : a; }
 
-// What is computed of sixteen pixels for the sums as for their gradient.
+// What is computed of a register of pixels for the sums as for their gradient.
 class Pixels {
     int64_t channels;
     float gamma;
@@ -55,7 +55,7 @@ class Pixels {
             target[lane] = int32_t(index);
             target_weight[lane] = class_weights[index];
         }
-        alignas(64) float numbers[LANES];
+        alignas(Floats) float numbers[LANES];
         for (int64_t c = 0; c < channels; c++) {
             for (int64_t lane = 0; lane < LANES; lane++)
                 numbers[lane] = lane < count ? widened(from[lane * channels + c]) : 0.0f;

@@ -1,4 +1,4 @@
-// Sixteen numbers at a time: float32 in registers, float32 or bfloat16 in memory; and how threads share rows.
+// A register of numbers at a time: float32 there, float32 or bfloat16 in memory; and how threads share rows.
 //
 // GCC's and Clang's vector extensions, which the compiler turns into what the CPU has. All sums are taken in an order
 // that depends on nothing but the shapes and the number of threads, so a result repeats its bits.
@@ -17,15 +17,22 @@
 #include <immintrin.h>
 #endif
 
+// numbers in a register; vectors that are longer than these would be taken apart one number at a time
+#if defined(__AVX512F__)
 constexpr int64_t LANES = 16;
+#elif defined(__AVX2__)
+constexpr int64_t LANES = 8;
+#else
+constexpr int64_t LANES = 4;
+#endif
 constexpr int64_t BLOCK = 64;     // rows that are summed in float before their sum goes into a double
 constexpr int64_t SMALL = 16384;  // numbers, below which waking a second thread takes longer than it saves
 constexpr int64_t AHEAD = 1024;   // numbers between what is loaded and what is fetched into the cache
 
-typedef float Floats __attribute__((vector_size(64)));
-typedef int32_t Ints __attribute__((vector_size(64)));
-typedef uint32_t Words __attribute__((vector_size(64)));
-typedef uint16_t Halves __attribute__((vector_size(32)));
+typedef float Floats __attribute__((vector_size(4 * LANES)));
+typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
+typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
 
 struct BFloat16 {
     uint16_t bits;
