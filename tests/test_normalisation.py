@@ -34,6 +34,18 @@ def test_batch_norm_of_widened_pixels_is_that_of_torch(channels: int, size: int,
         torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=2e-5)
 
 
+@pytest.mark.parametrize("place", [(0, 0, 0), (1, 60, 7)], ids=["first", "another"])
+def test_one_pixel_far_from_all_others_costs_the_variance_no_digits(place: tuple[int, int, int]) -> None:
+    slice_number, row, column = place
+    x = torch.zeros(2, 16, 128, 128).contiguous(memory_format=torch.channels_last)
+    x[slice_number, :, row, column] = torch.arange(1, 17) / 3
+    exact = x.double()
+    mean, variance = (one.view(1, -1, 1, 1) for one in (exact.mean((0, 2, 3)), exact.var((0, 2, 3), correction=0)))
+    found = SyncBatchNorm(nn.BatchNorm2d(16, eps=1e-12))(x)
+    expected = (exact - mean) / (variance + 1e-12).sqrt()
+    torch.testing.assert_close(found.double(), expected, rtol=2e-4, atol=0)
+
+
 def test_an_activation_may_work_in_place_on_widened_pixels() -> None:
     model = nn.Sequential(SyncBatchNorm(nn.BatchNorm2d(40)), nn.ReLU(inplace=True))
     x = torch.randn(2, 40, 4, 4).contiguous(memory_format=torch.channels_last).requires_grad_()
