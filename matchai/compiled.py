@@ -290,14 +290,20 @@ def load() -> tuple[Kernels | None, str]:
     """The kernels, compiled if this machine has not yet done so, and how they were; or None and the reason."""
     if not sys.platform.startswith("linux"):
         return None, "the kernels are for Linux alone"
-    compiler = shlex.split(os.environ.get("CXX", "")) or ["g++"]
+    wanted = os.environ.get("CXX", "")
+    try:
+        compiler = shlex.split(wanted) or ["g++"]
+    except ValueError as error:
+        return None, f"the variable CXX, {wanted}, is no command ({error})"
     if shutil.which(compiler[0]) is None:
-        return None, f"there is no C++ compiler {compiler[0]}"
+        return None, f"there is no C++ compiler {compiler[0] or repr(wanted)}"
     try:
         return Kernels(_build([*compiler, *FLAGS])), f"compiled by {compiler[0]}"
-    except (OSError, subprocess.SubprocessError) as error:
-        said = str(getattr(error, "stderr", None) or error).strip()
-        return None, f"{compiler[0]} failed ({said.splitlines()[0][:200]})"
+    except (OSError, RuntimeError, AttributeError, subprocess.SubprocessError) as error:  # Runtime: nobody's home
+        said = getattr(error, "stderr", None) or str(error)
+        lines = (said.decode(errors="replace") if isinstance(said, bytes) else said).split("\n")
+        first = next((line.strip() for line in lines if line.strip()), str(error))
+        return None, f"{compiler[0]} failed ({first[:200]})"
 
 
 def _build(command: list[str]) -> ctypes.CDLL:
@@ -312,15 +318,14 @@ def _build(command: list[str]) -> ctypes.CDLL:
             [*command, *sources, "-o", str(made)],
             check=True,
             capture_output=True,
-            text=True,
             timeout=PATIENCE,
             stdin=subprocess.DEVNULL,
         )
-        library = ctypes.CDLL(str(made))
         with contextlib.suppress(OSError):
             kept.parent.mkdir(parents=True, exist_ok=True)
             write_whole(kept, made.read_bytes())
-    return library
+            return ctypes.CDLL(str(kept))  # first: nothing can be loaded from a folder of temporary files without exec
+        return ctypes.CDLL(str(made))
 
 
 def _folder() -> Path:
@@ -329,7 +334,7 @@ def _folder() -> Path:
 
 def _fingerprint(command: list[str]) -> str:
     """Of all that decides what the kernels are: the sources, the compiler and its options, the CPU."""
-    version = subprocess.run([command[0], "--version"], capture_output=True, check=True, timeout=PATIENCE).stdout
+    version = subprocess.run([*command, "--version"], capture_output=True, check=True, timeout=PATIENCE).stdout
     parts = [path.read_bytes() for path in sorted(SOURCES.iterdir())]
     parts += [shlex.join(command).encode(), version, platform.machine().encode(), _cpu()]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:20]
