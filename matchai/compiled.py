@@ -294,16 +294,21 @@ def load() -> tuple[Kernels | None, str]:
     try:
         compiler = shlex.split(wanted) or ["g++"]
     except ValueError as error:
-        return None, f"the variable CXX, {wanted}, is no command ({error})"
+        return None, f"the variable CXX, {wanted!r}, is no command ({error})"
     if shutil.which(compiler[0]) is None:
         return None, f"there is no C++ compiler {compiler[0] or repr(wanted)}"
     try:
-        return Kernels(_build([*compiler, *FLAGS])), f"compiled by {compiler[0]}"
+        return Kernels(_build([*compiler, *FLAGS])), f"compiled by {shlex.join(compiler)}"
     except (OSError, RuntimeError, AttributeError, subprocess.SubprocessError) as error:  # Runtime: nobody's home
-        said = getattr(error, "stderr", None) or str(error)
-        lines = (said.decode(errors="replace") if isinstance(said, bytes) else said).split("\n")
-        first = next((line.strip() for line in lines if line.strip()), str(error))
-        return None, f"{compiler[0]} failed ({first[:200]})"
+        return None, f"{compiler[0]} failed ({_first_line(error)})"
+
+
+def _first_line(error: Exception) -> str:
+    """What a compiler said before all else, or why it could not be heard."""
+    said = getattr(error, "stderr", None) or b""
+    if isinstance(error, subprocess.CalledProcessError) and not said.strip():
+        return f"it ended with status {error.returncode} and said nothing"
+    return (said.decode(errors="replace").strip() or str(error)).splitlines()[0][:200]
 
 
 def _build(command: list[str]) -> ctypes.CDLL:

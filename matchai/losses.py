@@ -85,8 +85,8 @@ class SegmentationLoss(nn.Module):
             raise ValueError(f"the target is {tuple(target.shape)}, but the logits are {tuple(logits.shape)}.")
         kernels = compiled.load()[0] if not self.soft_boundary and self._fit(logits, target) else None
         if kernels is not None:
-            target = target.long().contiguous()
-            sums: Tensor = _Sums.apply(logits, target, self.class_weights.float(), self.focal_gamma, kernels)
+            target, class_weights = target.long().contiguous(), self.class_weights.float().contiguous()
+            sums: Tensor = _Sums.apply(logits, target, class_weights, self.focal_gamma, kernels)
             return sums
         logits = logits.float() if logits.dtype != torch.float64 else logits
         num_classes = logits.shape[1]

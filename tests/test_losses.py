@@ -141,6 +141,14 @@ def test_fewer_class_weights_than_classes_are_refused() -> None:
         SegmentationLoss(WEIGHTS[:3])(logits, torch.full((2, 8, 8), 3))
 
 
+def test_class_weights_may_lie_apart_in_memory() -> None:
+    logits, target = example("random", torch.float32)
+    logits = logits.contiguous(memory_format=torch.channels_last)
+    apart = torch.stack((WEIGHTS, torch.full_like(WEIGHTS, 9)), 1)[:, 0]
+    assert not apart.is_contiguous()
+    torch.testing.assert_close(SegmentationLoss(apart)(logits, target), SegmentationLoss(WEIGHTS)(logits, target))
+
+
 def test_value_and_slopes_carry_no_graph_even_without_gradients() -> None:
     logits, target = example("random", torch.float64)
     loss = SegmentationLoss(WEIGHTS)

@@ -46,6 +46,19 @@ def test_one_pixel_far_from_all_others_costs_the_variance_no_digits(place: tuple
     torch.testing.assert_close(found.double(), expected, rtol=2e-4, atol=0)
 
 
+@pytest.mark.parametrize("is_trained", [True, False])
+def test_parameters_of_batch_norm_may_lie_apart_in_memory(is_trained: bool) -> None:
+    plain = nn.BatchNorm2d(16).train(is_trained)
+    plain.weight = nn.Parameter(torch.stack((torch.arange(16.0), torch.full((16,), 9.0)), 1)[:, 0])
+    assert not plain.weight.is_contiguous()
+    norm = SyncBatchNorm(copy.deepcopy(plain))
+    norm.weight = plain.weight  # a copy lies together
+    x = torch.randn(2, 16, 4, 4, generator=torch.Generator().manual_seed(0))
+    x = x.contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        torch.testing.assert_close(norm(x), plain(x))
+
+
 def test_an_activation_may_work_in_place_on_widened_pixels() -> None:
     model = nn.Sequential(SyncBatchNorm(nn.BatchNorm2d(40)), nn.ReLU(inplace=True))
     x = torch.randn(2, 40, 4, 4).contiguous(memory_format=torch.channels_last).requires_grad_()
