@@ -264,9 +264,14 @@ def fits(x: Tensor) -> bool:
 
 
 def is_map(x: Tensor) -> bool:
-    """Whether this is a map (B, C, H, W) of a type and a layout that the kernels know."""
+    """Whether this is a map (B, C, H, W) of a type and a layout that the kernels know.
+
+    No tracer sees what they do: to `torch.jit.trace` their results would be tensors that nobody has filled.
+    """
     return (
-        x.device.type == "cpu"
+        not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+        and not torch.compiler.is_compiling()
+        and x.device.type == "cpu"
         and x.dtype in (torch.bfloat16, torch.float32)
         and x.ndim == 4
         and x.numel() > 0

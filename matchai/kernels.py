@@ -255,6 +255,12 @@ class _Join(torch.autograd.Function):
         return None, *ctx.kernels.split_gradient(grad, ctx.channels)
 
 
+def _are_twice(x: Tensor, skips: tuple[Tensor, ...]) -> bool:
+    """Whether the skips are as many slices as x and twice its size."""
+    size = (x.shape[0], 2 * x.shape[2], 2 * x.shape[3])
+    return all((one.shape[0], *one.shape[2:]) == size for one in skips)
+
+
 class DecoderBlock(_decoder.DecoderBlock):  # type: ignore[misc]
     """smp's block of the UNet++ decoder, which takes several skips and concatenates them with what it upsamples."""
 
@@ -267,10 +273,8 @@ class DecoderBlock(_decoder.DecoderBlock):  # type: ignore[misc]
     def _join(self, x: Tensor, skips: tuple[Tensor, ...]) -> Tensor:
         kernels = compiled.load()[0]
         is_alike = all(compiled.is_map(one) and one.dtype == x.dtype for one in (x, *skips))
-        sizes = [(len(one), *one.shape[2:]) for one in skips]
-        is_twice = all(size == (len(x), 2 * x.shape[2], 2 * x.shape[3]) for size in sizes)
         joined: Tensor
-        if kernels is not None and is_alike and is_twice and self.interpolation_mode == "nearest":
+        if kernels is not None and is_alike and _are_twice(x, skips) and self.interpolation_mode == "nearest":
             joined = _Join.apply(kernels, x, *skips)
             return joined
         # torch's gradient of the upsampling takes ten times as long from a slice of the concatenation's

@@ -239,3 +239,17 @@ def test_a_layer_that_a_sequence_repeats_stays_between_norm_and_activation() -> 
     kernels.join_norms(changed)
     x = channels_last(2, 16, 4, 4)
     torch.testing.assert_close(changed(x), plain(x))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace:FutureWarning")
+@pytest.mark.parametrize("trace", ["jit", "export"])
+def test_what_was_traced_of_a_quickened_model_is_the_model(trace: str) -> None:
+    model = build_model(ENCODER, 4).to(memory_format=torch.channels_last).eval()
+    kernels.quicken(model)
+    x, other = channels_last(1, 1, 64, 64), channels_last(1, 1, 64, 64, seed=1)
+    with torch.no_grad():
+        if trace == "jit":
+            traced: Callable[[Tensor], Tensor] = torch.jit.trace(model, x)  # type: ignore[no-untyped-call]
+        else:
+            traced = torch.export.export(model, (x,)).module()
+        torch.testing.assert_close(traced(other), model(other), rtol=1e-4, atol=1e-4)
