@@ -120,8 +120,10 @@ class SyncBatchNorm(nn.BatchNorm2d):
             self.running_mean += rate * (mean.to(exact) - self.running_mean)
             self.running_var += rate * ((deviation / (count - 1)).to(exact) - self.running_var)
         var = deviation / count
+        # with float statistics torch takes float parameters alone, beside a half-precision x too
+        weight, bias = (None if one is None else one.to(exact) for one in (self.weight, self.bias))
         normalised: Tensor = _Normalise.apply(
-            x, self.weight, self.bias, mean.to(exact), var.to(exact), self.eps, float(count), self.gather
+            x, weight, bias, mean.to(exact), var.to(exact), self.eps, float(count), self.gather
         )
         return normalised
 

@@ -59,6 +59,22 @@ def test_parameters_of_batch_norm_may_lie_apart_in_memory(is_trained: bool) -> N
         torch.testing.assert_close(norm(x), plain(x))
 
 
+def test_batch_norm_of_bf16_parameters_trains_as_that_of_torch() -> None:
+    x = (3 * torch.randn(3, 40, 8, 8, generator=torch.Generator().manual_seed(0)) + 1).bfloat16()
+    x = x.contiguous(memory_format=torch.channels_last)
+    plain = nn.BatchNorm2d(40).bfloat16()
+    norm = SyncBatchNorm(copy.deepcopy(plain))
+    found = []
+    for one in (norm, plain):
+        leaf = x.clone(memory_format=torch.preserve_format).requires_grad_()
+        y = one(leaf)
+        y.backward(x.flip(0))
+        found.append((y, leaf.grad, one.weight.grad, one.running_mean, one.running_var))
+    for mine, other in zip(*found, strict=True):
+        assert mine is not None
+        torch.testing.assert_close(mine, other, rtol=0.02, atol=0.02)
+
+
 def test_an_activation_may_work_in_place_on_widened_pixels() -> None:
     model = nn.Sequential(SyncBatchNorm(nn.BatchNorm2d(40)), nn.ReLU(inplace=True))
     x = torch.randn(2, 40, 4, 4).contiguous(memory_format=torch.channels_last).requires_grad_()
