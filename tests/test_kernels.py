@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from timm.layers import Swish
 from timm.models._efficientnet_blocks import SqueezeExcite
 from torch import Tensor, nn
 
-from matchai import kernels
+from matchai import compiled, kernels
 from matchai.dropout import keyed_layers, set_dropout
 from matchai.model import build_model
 
@@ -253,3 +254,24 @@ def test_what_was_traced_of_a_quickened_model_is_the_model(trace: str) -> None:
         else:
             traced = torch.export.export(model, (x,)).module()
         torch.testing.assert_close(traced(other), model(other), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("wanted", ["g++ 'oops", 'g++ "'])
+def test_a_compiler_s_name_that_is_no_command_is_a_reason_and_no_error(
+    wanted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", wanted)
+    found, reason = compiled.load.__wrapped__()
+    assert found is None
+    assert reason == f"the variable CXX, {wanted!r}, is no command (No closing quotation)"
+
+
+def test_a_compiler_that_fails_without_a_word_is_a_reason_and_no_error(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    compiler = tmp_path / "silent"
+    compiler.write_text('#!/bin/sh\ncase "$*" in *--version*) echo 1;; *) echo " " >&2; exit 3;; esac\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert compiled.load.__wrapped__() == (None, f"{compiler} failed (it ended with status 3 and said nothing)")
