@@ -264,9 +264,14 @@ def fits(x: Tensor) -> bool:
 
 
 def is_map(x: Tensor) -> bool:
-    """Whether this is a map (B, C, H, W) of a type and a layout that the kernels know."""
+    """Whether this is a map (B, C, H, W) of a type and a layout that the kernels know.
+
+    No tracer sees what they do: to `torch.jit.trace` their results would be tensors that nobody has filled.
+    """
     return (
-        x.device.type == "cpu"
+        not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+        and not torch.compiler.is_compiling()
+        and x.device.type == "cpu"
         and x.dtype in (torch.bfloat16, torch.float32)
         and x.ndim == 4
         and x.numel() > 0
@@ -290,14 +295,25 @@ def load() -> tuple[Kernels | None, str]:
     """The kernels, compiled if this machine has not yet done so, and how they were; or None and the reason."""
     if not sys.platform.startswith("linux"):
         return None, "the kernels are for Linux alone"
-    compiler = shlex.split(os.environ.get("CXX", "")) or ["g++"]
-    if shutil.which(compiler[0]) is None:
-        return None, f"there is no C++ compiler {compiler[0]}"
+    wanted = os.environ.get("CXX", "")
     try:
-        return Kernels(_build([*compiler, *FLAGS])), f"compiled by {compiler[0]}"
-    except (OSError, subprocess.SubprocessError) as error:
-        said = str(getattr(error, "stderr", None) or error).strip()
-        return None, f"{compiler[0]} failed ({said.splitlines()[0][:200]})"
+        compiler = shlex.split(wanted) or ["g++"]
+    except ValueError as error:
+        return None, f"the variable CXX, {wanted!r}, is no command ({error})"
+    if shutil.which(compiler[0]) is None:
+        return None, f"there is no C++ compiler {compiler[0] or repr(wanted)}"
+    try:
+        return Kernels(_build([*compiler, *FLAGS])), f"compiled by {shlex.join(compiler)}"
+    except (OSError, RuntimeError, AttributeError, subprocess.SubprocessError) as error:  # Runtime: nobody's home
+        return None, f"{compiler[0]} failed ({_first_line(error)})"
+
+
+def _first_line(error: Exception) -> str:
+    """What a compiler said before all else, or why it could not be heard."""
+    said = getattr(error, "stderr", None) or b""
+    if isinstance(error, subprocess.CalledProcessError) and not said.strip():
+        return f"it ended with status {error.returncode} and said nothing"
+    return (said.decode(errors="replace").strip() or str(error)).splitlines()[0][:200]
 
 
 def _build(command: list[str]) -> ctypes.CDLL:
@@ -312,15 +328,14 @@ def _build(command: list[str]) -> ctypes.CDLL:
             [*command, *sources, "-o", str(made)],
             check=True,
             capture_output=True,
-            text=True,
             timeout=PATIENCE,
             stdin=subprocess.DEVNULL,
         )
-        library = ctypes.CDLL(str(made))
         with contextlib.suppress(OSError):
             kept.parent.mkdir(parents=True, exist_ok=True)
             write_whole(kept, made.read_bytes())
-    return library
+            return ctypes.CDLL(str(kept))  # first: nothing can be loaded from a folder of temporary files without exec
+        return ctypes.CDLL(str(made))
 
 
 def _folder() -> Path:
@@ -329,7 +344,7 @@ def _folder() -> Path:
 
 def _fingerprint(command: list[str]) -> str:
     """Of all that decides what the kernels are: the sources, the compiler and its options, the CPU."""
-    version = subprocess.run([command[0], "--version"], capture_output=True, check=True, timeout=PATIENCE).stdout
+    version = subprocess.run([*command, "--version"], capture_output=True, check=True, timeout=PATIENCE).stdout
     parts = [path.read_bytes() for path in sorted(SOURCES.iterdir())]
     parts += [shlex.join(command).encode(), version, platform.machine().encode(), _cpu()]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:20]

@@ -6,7 +6,6 @@ is in docs/performance.md.
 """
 
 import itertools
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -73,7 +72,7 @@ def join_norms(model: nn.Module) -> None:
     if compiled.load()[0] is None:
         return
     for module in list(model.modules()):
-        children = list(module.named_children())
+        children = list(module._modules.items())  # named_children() leaves out what comes a second time
         for (name, child), (after, act) in itertools.pairwise([*children, ("", nn.Identity())]):
             if not isinstance(child, nn.BatchNorm2d) or isinstance(child, SyncBatchNorm):
                 continue
@@ -117,7 +116,7 @@ class _Depthwise(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         grad = grads[0].contiguous(memory_format=torch.channels_last)
         kernels = compiled.load()[0]
-        if kernels is not None and _has_kernel(x, weight):
+        if kernels is not None and _has_kernel(x, weight) and not torch.is_grad_enabled():  # no second derivative
             made = kernels.depthwise_gradients(x, grad, weight, ctx.stride, ctx.padding, ctx.needs_input_grad)
             return *made, None, None
         grad_x, grad_weight = None, None
@@ -133,7 +132,7 @@ def _has_kernel(x: Tensor, weight: Tensor) -> bool:
     """Whether there is a compiled kernel that is faster: for float32 at three pixels oneDNN's is as fast."""
     size = tuple(weight.shape[2:])
     is_slow = size == (5, 5) or (size == (3, 3) and x.dtype == torch.bfloat16)
-    return is_slow and x.is_contiguous(memory_format=torch.channels_last)
+    return is_slow and compiled.is_map(x)
 
 
 def _weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, ctx: Any) -> Tensor:
@@ -187,10 +186,15 @@ class SqueezeExcite(_blocks.SqueezeExcite):  # type: ignore[misc]
         if kernels is None:
             y = x * self.gates(_RowMean.apply(x))
         elif torch.is_grad_enabled():
-            y = _SqueezeExcite.apply(x, kernels, self.gates, *self.parameters())
+            y = _SqueezeExcite.apply(x, kernels, self, *self.parameters())
         else:
-            y = kernels.scale(x, self.gates(kernels.means(x)[:, :, None, None]).float())
+            y = kernels.scale(x, self.gates(self.means(x, kernels)).float())
         return y
+
+    def means(self, x: Tensor, kernels: compiled.Kernels) -> Tensor:
+        """Means over the pixels, (B, C, 1, 1), of the type of the weights that they meet."""
+        means: Tensor = kernels.means(x)[:, :, None, None].to(self.conv_reduce.weight.dtype)
+        return means
 
     def gates(self, means: Tensor) -> Tensor:
         """The gates, of the shape of the means, (B, C, 1, 1)."""
@@ -202,12 +206,10 @@ class _SqueezeExcite(torch.autograd.Function):
     """x times the gates of its means by compiled kernels, which take both ways to x in one pass of its gradient."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, kernels: compiled.Kernels, gates: Callable[[Tensor], Tensor], *parameters: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, kernels: compiled.Kernels, module: SqueezeExcite, *parameters: Tensor) -> Tensor:
         with torch.enable_grad():  # a graph of its own for the few numbers between means and gates
-            means = kernels.means(x)[:, :, None, None].requires_grad_()
-            opened = gates(means)
+            means = module.means(x, kernels).requires_grad_()
+            opened = module.gates(means)
         ctx.save_for_backward(x)
         ctx.kernels, ctx.means, ctx.opened, ctx.parameters = kernels, means, opened, parameters
         return kernels.scale(x, opened.detach().float())
@@ -217,10 +219,13 @@ class _SqueezeExcite(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
         grad = grads[0].contiguous(memory_format=torch.channels_last)
-        opened, wanted = ctx.opened, [ctx.means, *ctx.parameters]
+        opened, wanted = ctx.opened, [one for one in ctx.parameters if one.requires_grad]
         grad_gates = ctx.kernels.gate_gradient(x, grad).view_as(opened).to(opened.dtype)
-        grad_means, *grad_parameters = torch.autograd.grad(opened, wanted, grad_gates)
-        return ctx.kernels.scale_gradient(grad, opened.detach().float(), grad_means), None, None, *grad_parameters
+        # kept, as the caller may keep the graph around it: it goes with the context
+        grad_means, *found = torch.autograd.grad(opened, [ctx.means, *wanted], grad_gates, retain_graph=True)
+        grad_x = ctx.kernels.scale_gradient(grad, opened.detach().float(), grad_means.float())
+        grad_parameters = [found.pop(0) if one.requires_grad else None for one in ctx.parameters]
+        return grad_x, None, None, *grad_parameters
 
 
 class _Dense(torch.autograd.Function):
@@ -250,6 +255,12 @@ class _Join(torch.autograd.Function):
         return None, *ctx.kernels.split_gradient(grad, ctx.channels)
 
 
+def _are_twice(x: Tensor, skips: tuple[Tensor, ...]) -> bool:
+    """Whether the skips are as many slices as x and twice its size."""
+    size = (x.shape[0], 2 * x.shape[2], 2 * x.shape[3])
+    return all((one.shape[0], *one.shape[2:]) == size for one in skips)
+
+
 class DecoderBlock(_decoder.DecoderBlock):  # type: ignore[misc]
     """smp's block of the UNet++ decoder, which takes several skips and concatenates them with what it upsamples."""
 
@@ -263,7 +274,7 @@ class DecoderBlock(_decoder.DecoderBlock):  # type: ignore[misc]
         kernels = compiled.load()[0]
         is_alike = all(compiled.is_map(one) and one.dtype == x.dtype for one in (x, *skips))
         joined: Tensor
-        if kernels is not None and is_alike and self.interpolation_mode == "nearest":
+        if kernels is not None and is_alike and _are_twice(x, skips) and self.interpolation_mode == "nearest":
             joined = _Join.apply(kernels, x, *skips)
             return joined
         # torch's gradient of the upsampling takes ten times as long from a slice of the concatenation's

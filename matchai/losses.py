@@ -77,11 +77,16 @@ class SegmentationLoss(nn.Module):
         Returns:
             (4 + 3 C,): cross-entropy's numerator and denominator, the focal sum, the number of pixels times C, then
             for every class the overlap Σ p·t, the sum of probabilities Σ p and the pixels Σ t.
+
+        Raises:
+            ValueError: If logits and target are not of one shape.
         """
-        kernels = compiled.load()[0] if compiled.is_map(logits) and not self.soft_boundary else None
+        if target.shape != (len(logits), *logits.shape[2:]):
+            raise ValueError(f"the target is {tuple(target.shape)}, but the logits are {tuple(logits.shape)}.")
+        kernels = compiled.load()[0] if not self.soft_boundary and self._fit(logits, target) else None
         if kernels is not None:
-            target = target.long().contiguous()
-            sums: Tensor = _Sums.apply(logits, target, self.class_weights.float(), self.focal_gamma, kernels)
+            target, class_weights = target.long().contiguous(), self.class_weights.float().contiguous()
+            sums: Tensor = _Sums.apply(logits, target, class_weights, self.focal_gamma, kernels)
             return sums
         logits = logits.float() if logits.dtype != torch.float64 else logits
         num_classes = logits.shape[1]
@@ -102,6 +107,14 @@ class SegmentationLoss(nn.Module):
         scalars = torch.stack((-cross_entropy, ce_weights, focal.sum(), num_values))
         overlap = (probs * shares).sum((0, 2, 3))
         return torch.cat((scalars, overlap, probs.sum((0, 2, 3)), shares.sum((0, 2, 3)).to(logits.dtype)))
+
+    def _fit(self, logits: Tensor, target: Tensor) -> bool:
+        """Whether these are what the kernels take on trust."""
+        return (
+            compiled.is_map(logits)
+            and self.class_weights.shape == logits.shape[1:2]
+            and target.device == self.class_weights.device == logits.device
+        )
 
     def _focal(self, z: Tensor) -> Tensor:
         """The focal loss of one-vs-rest answers that are wrong with the probability σ(z), of the shape of z."""

@@ -69,8 +69,9 @@ class SyncBatchNorm(nn.BatchNorm2d):
         return activated
 
     def _has_kernel(self, x: Tensor) -> bool:
-        is_float = all(one is None or one.dtype == torch.float32 for one in (self.weight, self.running_mean))
-        return is_float and compiled.fits(x) and compiled.load()[0] is not None
+        own = (self.weight, self.bias, self.running_mean, self.running_var)
+        is_plain = all(one is None or (one.dtype == torch.float32 and one.is_contiguous()) for one in own)
+        return is_plain and compiled.fits(x) and compiled.load()[0] is not None
 
     def _compiled(self, x: Tensor, is_running: bool) -> Tensor:
         kernels = compiled.load()[0]
@@ -119,8 +120,10 @@ class SyncBatchNorm(nn.BatchNorm2d):
             self.running_mean += rate * (mean.to(exact) - self.running_mean)
             self.running_var += rate * ((deviation / (count - 1)).to(exact) - self.running_var)
         var = deviation / count
+        # with float statistics torch takes float parameters alone, beside a half-precision x too
+        weight, bias = (None if one is None else one.to(exact) for one in (self.weight, self.bias))
         normalised: Tensor = _Normalise.apply(
-            x, self.weight, self.bias, mean.to(exact), var.to(exact), self.eps, float(count), self.gather
+            x, weight, bias, mean.to(exact), var.to(exact), self.eps, float(count), self.gather
         )
         return normalised
 

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from timm.layers import Swish
 from timm.models._efficientnet_blocks import SqueezeExcite
 from torch import Tensor, nn
 
-from matchai import kernels
+from matchai import compiled, kernels
 from matchai.dropout import keyed_layers, set_dropout
 from matchai.model import build_model
 
@@ -157,3 +158,120 @@ def test_a_copy_of_a_quickened_model_has_layers_of_its_own() -> None:
     x = channels_last(2, 1, 64, 64)
     assert model.eval()(x).abs().max() > 0
     assert other.eval()(x).abs().max() == 0
+
+
+def excite(channels: int) -> nn.Module:
+    torch.manual_seed(0)
+    module = SqueezeExcite(channels, act_layer=nn.SiLU)
+    kernels.pool_by_rows(module)
+    return module
+
+
+def test_a_frozen_squeeze_and_excitation_hands_its_gradient_on() -> None:
+    plain = SqueezeExcite(32).requires_grad_(False)
+    changed = copy.deepcopy(plain)
+    kernels.pool_by_rows(changed)
+    assert_as_exact(plain, changed, channels_last(2, 32, 8, 8))
+
+
+def test_a_squeeze_and_excitation_that_is_frozen_in_part_trains_the_rest() -> None:
+    plain = SqueezeExcite(32)
+    plain.conv_reduce.requires_grad_(False)
+    changed = copy.deepcopy(plain)
+    kernels.pool_by_rows(changed)
+    assert_as_exact(plain, changed, channels_last(2, 32, 8, 8))
+
+
+def test_a_kept_graph_gives_the_gradient_of_squeeze_and_excitation_twice() -> None:
+    x = channels_last(2, 32, 8, 8).requires_grad_()
+    y = excite(32)(x).square().sum()
+    first, second = (torch.autograd.grad(y, x, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("is_trained", [True, False])
+def test_squeeze_and_excitation_of_bf16_weights_computes_in_bf16(is_trained: bool) -> None:
+    module = excite(32)
+    x = channels_last(2, 32, 8, 8)
+    expected = module(x).detach()
+    with torch.set_grad_enabled(is_trained):
+        y = module.bfloat16()(x.bfloat16())
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.detach().float(), expected, rtol=0.03, atol=0.03)
+
+
+def test_a_depthwise_convolution_in_half_precision_has_the_gradients_of_the_whole() -> None:
+    torch.manual_seed(0)
+    plain = nn.Conv2d(16, 16, 5, padding=2, groups=16, bias=False).half()
+    changed = copy.deepcopy(plain)
+    kernels.split_depthwise(changed)
+    x = channels_last(2, 16, 8, 8).half()
+    exact = gradients(copy.deepcopy(plain).double(), x.double())
+    for found, expected in zip(gradients(changed, x), exact, strict=True):
+        torch.testing.assert_close(found.double(), expected, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("size", [3, 5])
+def test_a_depthwise_convolution_has_second_derivatives(size: int) -> None:
+    torch.manual_seed(0)
+    plain = nn.Conv2d(16, 16, size, padding=size // 2, groups=16, bias=False)
+    changed = copy.deepcopy(plain)
+    kernels.split_depthwise(changed)
+    found = []
+    for conv, x in ((changed, channels_last(2, 16, 8, 8)), (plain.double(), channels_last(2, 16, 8, 8).double())):
+        leaf = x.requires_grad_()
+        (slope,) = torch.autograd.grad(conv(leaf).square().sum(), leaf, create_graph=True)
+        found.append(torch.autograd.grad(slope.square().sum(), leaf)[0].double())
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 11, 12), (2, 4, 12, 13), (1, 4, 12, 12), (2, 4, 6, 6)])
+def test_a_decoder_block_refuses_a_skip_of_another_size(shape: tuple[int, ...]) -> None:
+    block = DecoderBlock(8, 4, 16)
+    kernels.join_skips(block)
+    with pytest.raises(RuntimeError, match="Sizes of tensors must match"):
+        block(channels_last(2, 8, 6, 6), channels_last(*shape))
+
+
+def test_a_layer_that_a_sequence_repeats_stays_between_norm_and_activation() -> None:
+    shared = nn.Sigmoid()
+    plain = nn.Sequential(shared, nn.BatchNorm2d(16), shared, nn.ReLU())
+    changed = copy.deepcopy(plain)
+    kernels.join_norms(changed)
+    x = channels_last(2, 16, 4, 4)
+    torch.testing.assert_close(changed(x), plain(x))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace:FutureWarning")
+@pytest.mark.parametrize("trace", ["jit", "export"])
+def test_what_was_traced_of_a_quickened_model_is_the_model(trace: str) -> None:
+    model = build_model(ENCODER, 4).to(memory_format=torch.channels_last).eval()
+    kernels.quicken(model)
+    x, other = channels_last(1, 1, 64, 64), channels_last(1, 1, 64, 64, seed=1)
+    with torch.no_grad():
+        if trace == "jit":
+            traced: Callable[[Tensor], Tensor] = torch.jit.trace(model, x)  # type: ignore[no-untyped-call]
+        else:
+            traced = torch.export.export(model, (x,)).module()
+        torch.testing.assert_close(traced(other), model(other), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("wanted", ["g++ 'oops", 'g++ "'])
+def test_a_compiler_s_name_that_is_no_command_is_a_reason_and_no_error(
+    wanted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", wanted)
+    found, reason = compiled.load.__wrapped__()
+    assert found is None
+    assert reason == f"the variable CXX, {wanted!r}, is no command (No closing quotation)"
+
+
+def test_a_compiler_that_fails_without_a_word_is_a_reason_and_no_error(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    compiler = tmp_path / "silent"
+    compiler.write_text('#!/bin/sh\ncase "$*" in *--version*) echo 1;; *) echo " " >&2; exit 3;; esac\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert compiled.load.__wrapped__() == (None, f"{compiler} failed (it ended with status 3 and said nothing)")

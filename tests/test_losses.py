@@ -128,6 +128,27 @@ def test_half_precision_logits_are_computed_in_float32() -> None:
     assert torch.equal(loss(half, target), loss(half.float(), target))
 
 
+@pytest.mark.parametrize("shape", [(2, 8, 7), (2, 8, 9), (1, 8, 8), (3, 8, 8), (2, 4, 16)])
+def test_a_target_of_another_shape_than_the_logits_is_refused(shape: tuple[int, ...]) -> None:
+    logits = torch.zeros(2, CLASSES, 8, 8).contiguous(memory_format=torch.channels_last)
+    with pytest.raises(ValueError, match="the target is"):
+        SegmentationLoss(WEIGHTS)(logits, torch.zeros(shape, dtype=torch.long))
+
+
+def test_fewer_class_weights_than_classes_are_refused() -> None:
+    logits = torch.zeros(2, CLASSES, 8, 8).contiguous(memory_format=torch.channels_last)
+    with pytest.raises(IndexError):
+        SegmentationLoss(WEIGHTS[:3])(logits, torch.full((2, 8, 8), 3))
+
+
+def test_class_weights_may_lie_apart_in_memory() -> None:
+    logits, target = example("random", torch.float32)
+    logits = logits.contiguous(memory_format=torch.channels_last)
+    apart = torch.stack((WEIGHTS, torch.full_like(WEIGHTS, 9)), 1)[:, 0]
+    assert not apart.is_contiguous()
+    torch.testing.assert_close(SegmentationLoss(apart)(logits, target), SegmentationLoss(WEIGHTS)(logits, target))
+
+
 def test_value_and_slopes_carry_no_graph_even_without_gradients() -> None:
     logits, target = example("random", torch.float64)
     loss = SegmentationLoss(WEIGHTS)

@@ -34,6 +34,47 @@ def test_batch_norm_of_widened_pixels_is_that_of_torch(channels: int, size: int,
         torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=2e-5)
 
 
+@pytest.mark.parametrize("place", [(0, 0, 0), (1, 60, 7)], ids=["first", "another"])
+def test_one_pixel_far_from_all_others_costs_the_variance_no_digits(place: tuple[int, int, int]) -> None:
+    slice_number, row, column = place
+    x = torch.zeros(2, 16, 128, 128).contiguous(memory_format=torch.channels_last)
+    x[slice_number, :, row, column] = torch.arange(1, 17) / 3
+    exact = x.double()
+    mean, variance = (one.view(1, -1, 1, 1) for one in (exact.mean((0, 2, 3)), exact.var((0, 2, 3), correction=0)))
+    found = SyncBatchNorm(nn.BatchNorm2d(16, eps=1e-12))(x)
+    expected = (exact - mean) / (variance + 1e-12).sqrt()
+    torch.testing.assert_close(found.double(), expected, rtol=2e-4, atol=0)
+
+
+@pytest.mark.parametrize("is_trained", [True, False])
+def test_parameters_of_batch_norm_may_lie_apart_in_memory(is_trained: bool) -> None:
+    plain = nn.BatchNorm2d(16).train(is_trained)
+    plain.weight = nn.Parameter(torch.stack((torch.arange(16.0), torch.full((16,), 9.0)), 1)[:, 0])
+    assert not plain.weight.is_contiguous()
+    norm = SyncBatchNorm(copy.deepcopy(plain))
+    norm.weight = plain.weight  # a copy lies together
+    x = torch.randn(2, 16, 4, 4, generator=torch.Generator().manual_seed(0))
+    x = x.contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        torch.testing.assert_close(norm(x), plain(x))
+
+
+def test_batch_norm_of_bf16_parameters_trains_as_that_of_torch() -> None:
+    x = (3 * torch.randn(3, 40, 8, 8, generator=torch.Generator().manual_seed(0)) + 1).bfloat16()
+    x = x.contiguous(memory_format=torch.channels_last)
+    plain = nn.BatchNorm2d(40).bfloat16()
+    norm = SyncBatchNorm(copy.deepcopy(plain))
+    found = []
+    for one in (norm, plain):
+        leaf = x.clone(memory_format=torch.preserve_format).requires_grad_()
+        y = one(leaf)
+        y.backward(x.flip(0))
+        found.append((y, leaf.grad, one.weight.grad, one.running_mean, one.running_var))
+    for mine, other in zip(*found, strict=True):
+        assert mine is not None
+        torch.testing.assert_close(mine, other, rtol=0.02, atol=0.02)
+
+
 def test_an_activation_may_work_in_place_on_widened_pixels() -> None:
     model = nn.Sequential(SyncBatchNorm(nn.BatchNorm2d(40)), nn.ReLU(inplace=True))
     x = torch.randn(2, 40, 4, 4).contiguous(memory_format=torch.channels_last).requires_grad_()

@@ -10,6 +10,8 @@ namespace {
 
 enum Activation { NONE, RELU, SILU };
 
+constexpr int64_t PILOTS = 16;  // rows
+
 template <int A>
 inline Floats activate(Floats z) {
     if (A == RELU) return z < 0.0f ? Floats{} : z;  // a NaN stays one
@@ -77,8 +79,14 @@ class Normaliser {
 
 template <class T>
 void statistics(const T* x, int64_t rows, int64_t width, int64_t channels, double* own, int threads) {
-    Row first(channels);  // pixel: about its values no squares of a large mean cancel
-    for (int64_t i = 0; i < channels; i += LANES) store(first.data() + i, load(x + i, std::min(LANES, channels - i)));
+    // about the mean of a few rows no squares of a large mean cancel, and hardly those of a few pixels far from it
+    Row block(width), first(channels);
+    const int64_t some = std::min(PILOTS, rows);
+    const float share = float(channels) / float(some * width);
+    for (int64_t n = 0; n < some; n++)
+        for (int64_t i = 0, at = rows * n / some * width; i < width; i += LANES)
+            store(block.data() + i, load(block.data() + i) + load(x + at + i) * share);
+    for (int64_t i = 0; i < width; i++) first.data()[i % channels] += block.data()[i];
     const Row repeated(first.data(), channels, width);
     const float* pilot = repeated.data();
     const auto sums = two_sums(rows, width, channels, threads, [=](int64_t at, float* sum, float* squares) {
