@@ -113,6 +113,7 @@ class _Depthwise(torch.autograd.Function):
         return F.conv2d(x, weight, None, stride, padding, 1, len(weight))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         grad = grads[0].contiguous(memory_format=torch.channels_last)
@@ -133,7 +134,7 @@ def _has_kernel(x: Tensor, weight: Tensor) -> bool:
     """Whether there is a compiled kernel that is faster: for float32 at three pixels oneDNN's is as fast."""
     size = tuple(weight.shape[2:])
     is_slow = size == (5, 5) or (size == (3, 3) and x.dtype == torch.bfloat16)
-    return is_slow and x.is_contiguous(memory_format=torch.channels_last)
+    return is_slow and compiled.is_map(x)
 
 
 def _weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, ctx: Any) -> Tensor:
@@ -182,7 +183,8 @@ class SqueezeExcite(_blocks.SqueezeExcite):  # type: ignore[misc]
 
     def forward(self, x: Tensor) -> Tensor:
         """Scales the channels of x (B, C, H, W) by gates in 0..1 that depend on their means."""
-        kernels = compiled.load()[0] if compiled.fits(x) else None
+        is_float = self.conv_reduce.weight.dtype == torch.float32
+        kernels = compiled.load()[0] if is_float and compiled.fits(x) else None
         y: Tensor
         if kernels is None:
             y = x * self.gates(_RowMean.apply(x))
@@ -217,9 +219,11 @@ class _SqueezeExcite(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
         grad = grads[0].contiguous(memory_format=torch.channels_last)
-        opened, wanted = ctx.opened, [ctx.means, *ctx.parameters]
+        opened, wanted = ctx.opened, [one for one in (ctx.means, *ctx.parameters) if one.requires_grad]
         grad_gates = ctx.kernels.gate_gradient(x, grad).view_as(opened).to(opened.dtype)
-        grad_means, *grad_parameters = torch.autograd.grad(opened, wanted, grad_gates)
+        grad_means, *made = torch.autograd.grad(opened, wanted, grad_gates)
+        trained = iter(made)
+        grad_parameters = [next(trained) if one.requires_grad else None for one in ctx.parameters]
         return ctx.kernels.scale_gradient(grad, opened.detach().float(), grad_means), None, None, *grad_parameters
 
 
@@ -261,7 +265,9 @@ class DecoderBlock(_decoder.DecoderBlock):  # type: ignore[misc]
 
     def _join(self, x: Tensor, skips: tuple[Tensor, ...]) -> Tensor:
         kernels = compiled.load()[0]
-        is_alike = all(compiled.is_map(one) and one.dtype == x.dtype for one in (x, *skips))
+        is_alike = all(compiled.is_map(one) and one.dtype == x.dtype for one in (x, *skips)) and all(
+            one.shape[::2] + one.shape[3:] == (len(x), 2 * x.shape[2], 2 * x.shape[3]) for one in skips
+        )
         joined: Tensor
         if kernels is not None and is_alike and self.interpolation_mode == "nearest":
             joined = _Join.apply(kernels, x, *skips)

@@ -81,7 +81,9 @@ class SegmentationLoss(nn.Module):
         kernels = compiled.load()[0] if compiled.is_map(logits) and not self.soft_boundary else None
         if kernels is not None:
             target = target.long().contiguous()
-            sums: Tensor = _Sums.apply(logits, target, self.class_weights.float(), self.focal_gamma, kernels)
+            sums: Tensor = _Sums.apply(
+                logits, target, self.class_weights.float().contiguous(), self.focal_gamma, kernels
+            )
             return sums
         logits = logits.float() if logits.dtype != torch.float64 else logits
         num_classes = logits.shape[1]

@@ -126,7 +126,7 @@ def test_batch_norm_of_a_large_map_is_that_of_torch(kernels: Kernels, act: type[
 @pytest.mark.parametrize("mean", [1e3, -1e6])
 def test_a_mean_much_larger_than_the_spread_costs_the_variance_nothing(kernels: Kernels, mean: float) -> None:
     x = filled(2, 24, 32, 32, mean=mean)
-    count, means, deviations = kernels.norm_statistics(x).split([1, 24, 24])
+    count, means, deviations = torch.split(kernels.norm_statistics(x), [1, 24, 24])
     exact = x.double()
     assert count == 2 * 32 * 32
     torch.testing.assert_close(means, exact.mean((0, 2, 3)), rtol=1e-7, atol=0)
@@ -364,7 +364,7 @@ def test_joined_maps_are_torchs_upsampled_and_concatenated(
     assert compiled.is_map(joined)
     grad = filled(*joined.shape, dtype=dtype, seed=9)
     ours, *others = kernels.split_gradient(grad, channels)
-    first, *expected = grad.double().split(channels, 1)
+    first, *expected = torch.split(grad.double(), channels, 1)
     assert_near(ours, first.unfold(2, 2, 2).unfold(3, 2, 2).sum((4, 5)))
     assert all(torch.equal(one.double(), other) for one, other in zip(others, expected, strict=True))
 
