@@ -231,8 +231,12 @@ class Kernels:
 
         Raises:
             IndexError: If a target is no class.
+            ValueError: If target or class weights are not of the logits' size.
         """
         num_classes = logits.shape[1]
+        if target.shape != logits[:, 0].shape or class_weights.shape != (num_classes,):
+            found = f"a target {tuple(target.shape)} and {len(class_weights)} class weights"
+            raise ValueError(f"logits {tuple(logits.shape)} have {found}.")
         sums = torch.empty(4 + 3 * num_classes, dtype=torch.float64)
         arguments = _loss_arguments(logits, target, class_weights, gamma)
         if not self._functions["loss_sums"](*arguments, sums.data_ptr(), torch.get_num_threads()):
@@ -303,29 +307,32 @@ def load() -> tuple[Kernels | None, str]:
     if shutil.which(compiler[0]) is None:
         return None, f"there is no C++ compiler {compiler[0] or repr(wanted)}"
     try:
-        return Kernels(_build([*compiler, *FLAGS])), f"compiled by {shlex.join(compiler)}"
-    except (OSError, RuntimeError, AttributeError, subprocess.SubprocessError) as error:  # Runtime: nobody's home
-        return None, f"{compiler[0]} failed ({_first_line(error)})"
+        return Kernels(_build(compiler)), f"compiled by {shlex.join(compiler)}"
+    except (OSError, AttributeError, subprocess.SubprocessError) as error:  # Attribute: a library without a kernel
+        return None, f"{compiler[0]} failed ({_cause(error)[:200]})"
 
 
-def _first_line(error: Exception) -> str:
-    """What a compiler said before all else, or why it could not be heard."""
-    said = getattr(error, "stderr", None) or b""
-    if isinstance(error, subprocess.CalledProcessError) and not said.strip():
-        return f"it ended with status {error.returncode} and said nothing"
-    return (said.decode(errors="replace").strip() or str(error)).splitlines()[0][:200]
+def _cause(error: Exception) -> str:
+    """A line that tells why; those of `subprocess` would begin with the whole command."""
+    if isinstance(error, subprocess.TimeoutExpired):
+        return f"it did not end within {PATIENCE:g} s"
+    if not isinstance(error, subprocess.CalledProcessError):
+        return str(error)
+    lines = [line.strip() for line in error.stderr.decode(errors="replace").splitlines() if line.strip()]
+    silent = f"it ended with status {error.returncode} and said nothing"
+    return next((line for line in lines if "error" in line), lines[0] if lines else silent)
 
 
-def _build(command: list[str]) -> ctypes.CDLL:
+def _build(compiler: list[str]) -> ctypes.CDLL:
     """The library, from the user's cache or compiled anew, and kept there if it can be."""
-    kept = _folder() / f"kernels-{_fingerprint(command)}.so"
+    kept = _folder() / f"kernels-{_fingerprint(compiler)}.so"
     with contextlib.suppress(OSError):
         return ctypes.CDLL(str(kept))
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder) / kept.name
         sources = [str(path) for path in sorted(SOURCES.glob("*.cpp"))]
         subprocess.run(
-            [*command, *sources, "-o", str(made)],
+            [*compiler, *FLAGS, *sources, "-o", str(made)],
             check=True,
             capture_output=True,
             timeout=PATIENCE,
@@ -339,14 +346,20 @@ def _build(command: list[str]) -> ctypes.CDLL:
 
 
 def _folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "matchai"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "matchai"
+    except RuntimeError:
+        return Path(os.devnull)  # a user without a home, as in a container: below a file nothing can be kept
 
 
-def _fingerprint(command: list[str]) -> str:
+def _fingerprint(compiler: list[str]) -> str:
     """Of all that decides what the kernels are: the sources, the compiler and its options, the CPU."""
-    version = subprocess.run([*command, "--version"], capture_output=True, check=True, timeout=PATIENCE).stdout
+    # of the whole command: the first word may be one that calls the compiler, as ccache does
+    version = subprocess.run(
+        [*compiler, "--version"], capture_output=True, check=True, timeout=PATIENCE, stdin=subprocess.DEVNULL
+    ).stdout
     parts = [path.read_bytes() for path in sorted(SOURCES.iterdir())]
-    parts += [shlex.join(command).encode(), version, platform.machine().encode(), _cpu()]
+    parts += [shlex.join([*compiler, *FLAGS]).encode(), version, platform.machine().encode(), _cpu()]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:20]
 
 

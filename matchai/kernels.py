@@ -181,7 +181,8 @@ class SqueezeExcite(_blocks.SqueezeExcite):  # type: ignore[misc]
 
     def forward(self, x: Tensor) -> Tensor:
         """Scales the channels of x (B, C, H, W) by gates in 0..1 that depend on their means."""
-        kernels = compiled.load()[0] if compiled.fits(x) else None
+        is_float = self.conv_reduce.weight.dtype == torch.float32
+        kernels = compiled.load()[0] if is_float and compiled.fits(x) else None
         y: Tensor
         if kernels is None:
             y = x * self.gates(_RowMean.apply(x))

@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 import numpy as np
@@ -22,6 +22,9 @@ import pytest
 import sqlalchemy as sql
 
 from matchai.phantom import write_phantom
+
+if TYPE_CHECKING:
+    from matchai.compiled import Kernels
 
 PASSWORD = "s3cret&word"  # of the test server
 
@@ -73,6 +76,32 @@ def assert_global_randomness_is_untouched(work: Callable[[], Any]) -> None:
         after = (random.getstate(), pickle.dumps(np.random.get_state()), torch.get_rng_state().tolist())  # noqa: NPY002
         assert before == after
     assert results[0] == results[1]
+
+
+@pytest.fixture(scope="session")
+def kernels() -> "Kernels":
+    """The compiled kernels; where there is a compiler they must be had."""
+    from matchai import compiled
+
+    found, how = compiled.load()
+    if found is None:
+        is_owed = sys.platform.startswith("linux") and shutil.which("g++") is not None
+        assert not is_owed, how
+        pytest.skip(how)
+    return found
+
+
+@pytest.fixture(params=["kernels", "torch"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Runs a test with the compiled kernels, and with torch's operations as where there is no compiler."""
+    if request.param == "kernels":
+        request.getfixturevalue("kernels")
+    else:
+        from matchai import compiled
+
+        monkeypatch.setattr(compiled, "load", lambda: (None, "as a test asks"))
+    found: str = request.param
+    return found
 
 
 def small(data: Path, cache: Path, output: Path) -> list[str]:

@@ -29,7 +29,8 @@ def example(kind: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         logits = sign * 7.0 * (2 * nn.functional.one_hot(target, CLASSES).movedim(-1, 1).double() - 1)
     if kind == "huge":
         logits = logits * 1000
-    return logits.to(dtype), target
+    # as a model on a CPU gives them
+    return logits.to(dtype).contiguous(memory_format=torch.channels_last), target
 
 
 def value_and_gradient(loss: nn.Module, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -45,6 +46,7 @@ def close(found: Tensor, expected: Tensor) -> bool:
     return bool(torch.isfinite(found).all()) and float((found - expected).abs().max()) <= 1e-5 * scale
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("kind", KINDS)
 def test_cross_entropy_is_torchs(kind: str, dtype: torch.dtype) -> None:
@@ -55,6 +57,7 @@ def test_cross_entropy_is_torchs(kind: str, dtype: torch.dtype) -> None:
         assert close(found, other)
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("kind", KINDS)
 def test_dice_is_smps(kind: str, dtype: torch.dtype) -> None:
@@ -65,6 +68,7 @@ def test_dice_is_smps(kind: str, dtype: torch.dtype) -> None:
         assert close(found, other)
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 2.5])
 @pytest.mark.parametrize("kind", KINDS[:-1])
@@ -101,6 +105,7 @@ def test_the_loss_is_the_weighted_sum_of_its_terms(kind: str) -> None:
     assert close(gradient, torch.stack([s * g for s, (_, g) in zip(shares, parts, strict=True)]).sum(0))
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("sizes", [(3,), (1, 2), (1, 1, 1), (0, 3)])
 def test_sums_over_parts_give_value_and_gradient_of_the_whole_batch(kind: str, sizes: tuple[int, ...]) -> None:
@@ -120,6 +125,7 @@ def test_sums_over_parts_give_value_and_gradient_of_the_whole_batch(kind: str, s
     assert float((leaf.grad - gradient).abs().max()) <= 1e-12
 
 
+@pytest.mark.usefixtures("way")
 def test_half_precision_logits_are_computed_in_float32() -> None:
     logits, target = example("random", torch.float32)
     half = logits.bfloat16()
@@ -147,6 +153,50 @@ def test_class_weights_may_lie_apart_in_memory() -> None:
     apart = torch.stack((WEIGHTS, torch.full_like(WEIGHTS, 9)), 1)[:, 0]
     assert not apart.is_contiguous()
     torch.testing.assert_close(SegmentationLoss(apart)(logits, target), SegmentationLoss(WEIGHTS)(logits, target))
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("sizes", [(3,), (1, 2), (0, 3)])
+def test_sums_over_float32_parts_make_value_and_gradient_of_the_whole_batch_in_float64(sizes: tuple[int, ...]) -> None:
+    logits, target = example("random", torch.float64)
+    loss = SegmentationLoss(WEIGHTS)
+    value, gradient = value_and_gradient(loss, logits, target)
+    leaf = logits.float().requires_grad_()
+    pairs = zip(torch.split(leaf, list(sizes)), torch.split(target, list(sizes)), strict=True)
+    parts = [loss.sums(*pair) for pair in pairs]
+    found, slopes = loss.value_and_slopes(torch.stack([part.detach() for part in parts]).sum(0))
+    for part in parts:
+        torch.autograd.backward((slopes * part).sum())
+    assert leaf.grad is not None
+    assert float(found) == pytest.approx(float(value), rel=1e-5)
+    torch.testing.assert_close(leaf.grad.double(), gradient, rtol=1e-4, atol=1e-8)
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_class_weights_may_be_one_number_for_all_classes(dtype: torch.dtype) -> None:
+    logits, target = example("random", dtype)
+    loss = SegmentationLoss(torch.ones(1).expand(CLASSES), ce_weight=1, dice_weight=0, focal_weight=0)
+    for memory in (torch.channels_last, torch.contiguous_format):
+        found = loss(logits.contiguous(memory_format=memory), target)
+        assert close(found, nn.functional.cross_entropy(logits, target))
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("wrong", [-1, CLASSES])
+def test_a_target_that_is_no_class_is_refused(wrong: int) -> None:
+    logits, target = example("random", torch.float32)
+    target[1, 2, 3] = wrong
+    with pytest.raises((IndexError, RuntimeError), match=r"out of bounds|is -1 or|or 4, but"):
+        SegmentationLoss(WEIGHTS).sums(logits, target)
+
+
+@pytest.mark.usefixtures("way")
+def test_a_target_of_another_size_is_refused() -> None:
+    logits, target = example("random", torch.float32)
+    for other in (target[:, :7], target.repeat(1, 2, 1)):
+        with pytest.raises((ValueError, RuntimeError)):
+            SegmentationLoss(WEIGHTS).sums(logits, other)
 
 
 def test_value_and_slopes_carry_no_graph_even_without_gradients() -> None:

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from matchai import resources
-from matchai.resources import check_devices, check_disk, check_shared_memory, check_threads
+from matchai import compiled, resources
+from matchai.resources import check_devices, check_disk, check_kernels, check_shared_memory, check_threads
 
 NAMES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "MALLOC_ARENA_MAX")
 
@@ -63,6 +63,22 @@ def test_thread_settings_that_slow_training_down_are_told(
     found = check_threads(device, 4)
     assert found.status == status
     assert all(f"{name}={value}" in found.text for name, value in settings.items())
+
+
+def test_kernels_that_are_there_are_told_with_their_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "load", lambda: (object(), "compiled by c"))
+    found = check_kernels()
+    assert (found.status, found.text) == ("ok", "Kernels for the CPU: compiled by c")
+
+
+def test_kernels_that_cannot_be_had_are_a_warning_with_the_reason_and_the_remedy(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(compiled, "load", lambda: (None, "there is no C++ compiler c"))
+    found = check_kernels()
+    assert found.status == "warning"
+    assert "none, as there is no C++ compiler c" in found.text
+    assert "apt install g++" in found.remedy
 
 
 @pytest.mark.parametrize(("quota", "status"), [("150000 100000", "warning"), ("max 100000", "ok")])
