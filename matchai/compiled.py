@@ -30,12 +30,11 @@ from matchai.files import write_whole
 FLAGS = ["-O3", "-march=native", "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC"]
 SOURCES = Path(__file__).parent / "cpp"
 PATIENCE = 120  # seconds; the compiler takes three here
-LANES = 16  # numbers that a kernel takes at a time, see cpp/vectors.h
+LANES = 16  # numbers in the longest register that a kernel takes at a time, see cpp/vectors.h
 ROW = 128  # numbers that a row should have: eight registers, so that no sum waits for the one before
 
 ACTIVATIONS: dict[type[torch.nn.Module], int] = {torch.nn.Identity: 0, torch.nn.ReLU: 1, torch.nn.SiLU: 2}
 """The activations that batch norm can apply at once, and their numbers in cpp/norm.cpp."""
-
 
 _MAP = "iqqqq"  # type, slices, rows of a slice, width of a row, channels
 _SIGNATURES = {

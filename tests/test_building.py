@@ -235,3 +235,24 @@ def test_two_processes_that_compile_at_one_time_both_have_kernels(
 def test_other_systems_have_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "darwin")
     assert build() == (None, "the kernels are for Linux alone")
+
+
+@pytest.mark.parametrize("wanted", ["g++ 'oops", 'g++ "'])
+def test_a_compiler_s_name_that_is_no_command_is_a_reason_and_no_error(
+    wanted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", wanted)
+    found, reason = compiled.load.__wrapped__()
+    assert found is None
+    assert reason == f"the variable CXX, {wanted!r}, is no command (No closing quotation)"
+
+
+def test_a_compiler_that_fails_without_a_word_is_a_reason_and_no_error(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    compiler = tmp_path / "silent"
+    compiler.write_text('#!/bin/sh\ncase "$*" in *--version*) echo 1;; *) echo " " >&2; exit 3;; esac\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert compiled.load.__wrapped__() == (None, f"{compiler} failed (it ended with status 3 and said nothing)")

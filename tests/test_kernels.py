@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from timm.layers import Swish
 from timm.models._efficientnet_blocks import SqueezeExcite
 from torch import Tensor, nn
 
-from matchai import compiled, kernels
+from matchai import kernels
 from matchai.dropout import keyed_layers, set_dropout
 from matchai.model import build_model
 
@@ -31,13 +30,12 @@ def gradients(model: nn.Module, x: Tensor, seed: int = 0) -> list[Tensor]:
 
 
 def assert_as_exact(plain: nn.Module, changed: nn.Module, x: Tensor) -> None:
-    """Both lie within float32's rounding of the plain layer in float64."""
+    """Both are the plain layer in float64 to float32's rounding: 2e-5, or the plain one's own where sums cancel."""
     exact = gradients(copy.deepcopy(plain).double(), x.double())
-    for found, expected in zip(gradients(changed, x), exact, strict=True):
-        error = (found.double() - expected).abs().max() / expected.abs().max().clamp_min(
-            1.0
-        )  # sums of numbers of size one
-        assert error < 2e-5
+    for found, beside, expected in zip(gradients(changed, x), gradients(plain, x), exact, strict=True):
+        scale = expected.abs().max().clamp_min(1e-3)
+        error, rounding = ((one.double() - expected).abs().max() / scale for one in (found, beside))
+        assert error < max(2e-5, 2 * rounding)
 
 
 def channels_last(*shape: int, seed: int = 0) -> Tensor:
@@ -244,14 +242,18 @@ def test_a_decoder_block_with_a_dense_gradient_is_that_of_smp() -> None:
         torch.testing.assert_close(mine.grad, other.grad, rtol=1e-4, atol=1e-3)
 
 
+def exact_plain_and_changed() -> tuple[nn.Module, nn.Module, nn.Module]:
+    """One model in float64, as it was built, and quickened."""
+    plain = build_model(ENCODER, 4, seed=3).to(memory_format=torch.channels_last)
+    changed = copy.deepcopy(plain)
+    kernels.quicken(changed)
+    return copy.deepcopy(plain).double(), plain, changed
+
+
 @pytest.mark.usefixtures("way")
 def test_a_quickened_model_is_as_near_to_the_exact_gradient_as_the_plain_one() -> None:
-    plain = build_model(ENCODER, 4, seed=3).to(memory_format=torch.channels_last)
-    changed, exact = copy.deepcopy(plain), copy.deepcopy(plain).double()
-    kernels.quicken(changed)
-    x = channels_last(4, 1, 64, 64)
-    found = []
-    for model in (exact, plain, changed):
+    x, found = channels_last(4, 1, 64, 64), []
+    for model in exact_plain_and_changed():
         set_dropout(keyed_layers(model), 0, 0, [0, 1, 2, 3])
         loss = model(x.to(next(model.parameters()).dtype)).square().mean()
         loss.backward()
@@ -264,11 +266,8 @@ def test_a_quickened_model_is_as_near_to_the_exact_gradient_as_the_plain_one() -
 
 @pytest.mark.usefixtures("way")
 def test_under_autocast_a_quickened_model_is_as_near_to_the_exact_gradient_as_the_plain_one() -> None:
-    plain = build_model(ENCODER, 4, seed=3).to(memory_format=torch.channels_last)
-    changed, exact = copy.deepcopy(plain), copy.deepcopy(plain).double()
-    kernels.quicken(changed)
-    x = channels_last(4, 1, 64, 64)
-    found = []
+    x, found = channels_last(4, 1, 64, 64), []
+    exact, plain, changed = exact_plain_and_changed()
     for model in (exact, plain, changed):
         set_dropout(keyed_layers(model), 0, 0, [0, 1, 2, 3])
         with torch.autocast("cpu", torch.bfloat16, enabled=model is not exact):
@@ -399,24 +398,3 @@ def test_what_was_traced_of_a_quickened_model_is_the_model(trace: str) -> None:
         else:
             traced = torch.export.export(model, (x,)).module()
         torch.testing.assert_close(traced(other), model(other), rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("wanted", ["g++ 'oops", 'g++ "'])
-def test_a_compiler_s_name_that_is_no_command_is_a_reason_and_no_error(
-    wanted: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("CXX", wanted)
-    found, reason = compiled.load.__wrapped__()
-    assert found is None
-    assert reason == f"the variable CXX, {wanted!r}, is no command (No closing quotation)"
-
-
-def test_a_compiler_that_fails_without_a_word_is_a_reason_and_no_error(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    compiler = tmp_path / "silent"
-    compiler.write_text('#!/bin/sh\ncase "$*" in *--version*) echo 1;; *) echo " " >&2; exit 3;; esac\n')
-    compiler.chmod(0o755)
-    monkeypatch.setenv("CXX", str(compiler))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert compiled.load.__wrapped__() == (None, f"{compiler} failed (it ended with status 3 and said nothing)")

@@ -161,11 +161,10 @@ void depthwise_gradients(
     const int64_t* sizes, int threads) {
     Shape shape;
     std::memcpy(&shape, sizes, sizeof shape);
-    const auto of_type = [&](auto number, auto size) {
+    of_type(is_half, [&](auto number) {
         using T = decltype(number);
-        gradients<T, size.value>((const T*)x, (const T*)grad, weight, (T*)grad_x, grad_weight, shape, threads);
-    };
-    const auto of_size = [&](auto size) { is_half ? of_type(BFloat16(), size) : of_type(float(), size); };
-    kernel == 3 ? of_size(std::integral_constant<int, 3>()) : of_size(std::integral_constant<int, 5>());
+        const auto compute = kernel == 3 ? gradients<T, 3> : gradients<T, 5>;
+        compute((const T*)x, (const T*)grad, weight, (T*)grad_x, grad_weight, shape, threads);
+    });
 }
 }

@@ -48,11 +48,6 @@ void each(T* y, int64_t slices, int64_t rows, int64_t width, int threads, Work w
     }
 }
 
-template <class Work>
-void of_type(int is_half, Work work) {
-    is_half ? work(BFloat16()) : work(float());
-}
-
 }  // namespace
 
 extern "C" {

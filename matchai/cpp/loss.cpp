@@ -179,22 +179,20 @@ extern "C" {
 int loss_sums(
     int is_half, int64_t num_pixels, int64_t channels, const void* logits, const int64_t* targets,
     const float* class_weights, double gamma, double* sums, int threads) {
-    const auto of_type = [&](auto number) {
+    return of_type(is_half, [&](auto number) {
         return sum_up(
             (const decltype(number)*)logits, targets, num_pixels, channels, class_weights, float(gamma), sums, threads);
-    };
-    return is_half ? of_type(BFloat16()) : of_type(float());
+    });
 }
 
 // The gradient of the logits, given those of the sums, `slopes`.
 void loss_gradient(
     int is_half, int64_t num_pixels, int64_t channels, const void* logits, const int64_t* targets,
     const float* class_weights, double gamma, const float* slopes, void* grad, int threads) {
-    const auto of_type = [&](auto number) {
+    of_type(is_half, [&](auto number) {
         using T = decltype(number);
         gradient(
             (const T*)logits, targets, num_pixels, channels, class_weights, float(gamma), slopes, (T*)grad, threads);
-    };
-    is_half ? of_type(BFloat16()) : of_type(float());
+    });
 }
 }

@@ -157,12 +157,11 @@ void gradient(
 // Calls `work` with a number of the type in memory and the activation as a constant.
 template <class Work>
 void choose(int is_half, int activation, Work work) {
-    const auto of_type = [&](auto number) {
+    of_type(is_half, [&](auto number) {
         if (activation == RELU) work(number, std::integral_constant<int, RELU>());
         else if (activation == SILU) work(number, std::integral_constant<int, SILU>());
         else work(number, std::integral_constant<int, NONE>());
-    };
-    is_half ? of_type(BFloat16()) : of_type(float());
+    });
 }
 
 }  // namespace
@@ -174,7 +173,7 @@ void norm_statistics(
     int is_half, int64_t slices, int64_t rows, int64_t width, int64_t channels, const void* x, double* own,
     int threads) {
     rows *= slices;
-    choose(is_half, NONE, [&](auto number, auto) {
+    of_type(is_half, [&](auto number) {
         statistics((const decltype(number)*)x, rows, width, channels, own, threads);
     });
 }

@@ -136,6 +136,12 @@ class Row {
     void clear() { std::fill(registers.begin(), registers.end(), Floats{}); }
 };
 
+// Calls `work` with a number of the type in memory.
+template <class Work>
+auto of_type(int is_half, Work work) {
+    return is_half ? work(BFloat16()) : work(float());
+}
+
 // This thread's rows of `num_rows`: begin <= row < end.
 struct Share {
     int64_t begin, end;
