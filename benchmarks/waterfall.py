@@ -116,6 +116,7 @@ MEASURES = [
     Measure("short waits of threads", is_surrounding=True),
     Measure("join_silu", change_model(kernels.join_silu)),
     Measure("split_depthwise", change_model(kernels.split_depthwise)),
+    Measure("use_winograd", change_model(kernels.use_winograd)),
     Measure("pool_by_rows", change_model(kernels.pool_by_rows)),
     Measure("join_skips", change_model(kernels.join_skips)),
     Measure("join_norms", change_model(kernels.join_norms)),

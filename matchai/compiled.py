@@ -48,6 +48,8 @@ _SIGNATURES = {
     "excite_gate_gradient": _MAP + "pppi",
     "excite_gradient": _MAP + "ppppi",
     "depthwise_gradients": "iipppppPi",
+    "winograd_convolve": "qqqqqpppi",
+    "winograd_weight_gradient": "qqqqqpppi",
     "loss_sums": "iqqpppdpi",
     "loss_gradient": "iqqpppdppi",
     "join_maps": "iqqqqPApi",
@@ -200,6 +202,27 @@ class Kernels:
             torch.get_num_threads(),
         )
         return made
+
+    def convolve(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Convolves a float32 x at stride 1 and padding 1 by a weight (O, C, 3, 3) to (B, O, H, W).
+
+        A slice's result depends on nothing but the slice: on no other of the batch, and not on the number of threads.
+        """
+        slices, channels, height, width = x.shape
+        y = torch.empty((slices, len(weight), height, width), memory_format=torch.channels_last)
+        turned = weight.permute(2, 3, 1, 0).contiguous()
+        sizes, pointers = (slices, height, width, channels, len(weight)), [one.data_ptr() for one in (x, turned, y)]
+        self._functions["winograd_convolve"](*sizes, *pointers, torch.get_num_threads())
+        return y
+
+    def convolution_weight_gradient(self, x: Tensor, grad: Tensor) -> Tensor:
+        """The gradient of such a weight, given that of the output."""
+        slices, channels, height, width = x.shape
+        grad_weight = torch.empty(3, 3, channels, grad.shape[1])
+        pointers = [one.data_ptr() for one in (x, grad, grad_weight)]
+        sizes = (slices, height, width, channels, grad.shape[1])
+        self._functions["winograd_weight_gradient"](*sizes, *pointers, torch.get_num_threads())
+        return grad_weight.permute(3, 2, 0, 1)
 
     def join(self, x: Tensor, skips: Sequence[Tensor]) -> Tensor:
         """Puts x (B, C, H, W), each pixel four times, and skips (B, C', 2 H, 2 W) beside each other."""

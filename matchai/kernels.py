@@ -6,7 +6,7 @@ is in docs/performance.md.
 """
 
 import itertools
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -20,10 +20,14 @@ from matchai.normalisation import SyncBatchNorm
 _blocks: Any = timm.models._efficientnet_blocks
 _decoder: Any = smp.decoders.unetplusplus.decoder
 
+# pixels of a slice: in fewer, the weights' way to other points costs more than it saves. Not of the batch, whose size
+# would then change a slice's bits
+SMALLEST = 24 * 24
+
 
 def quicken(model: nn.Module) -> None:
     """Applies every function of this module to a model that is to be trained on a CPU."""
-    for change in (join_silu, split_depthwise, pool_by_rows, join_skips, join_norms):
+    for change in (join_silu, split_depthwise, use_winograd, pool_by_rows, join_skips, join_norms):
         change(model)
 
 
@@ -38,15 +42,30 @@ def join_silu(model: nn.Module) -> None:
 def split_depthwise(model: nn.Module) -> None:
     """Computes the gradients of depthwise convolutions by kernels that oneDNN has made for them; see `_Depthwise`."""
     for module in model.modules():
-        if (
-            type(module) is nn.Conv2d
-            and module.groups == module.in_channels == module.out_channels > 1
-            and module.bias is None
-            and module.dilation == (1, 1)
-            and not isinstance(module.padding, str)
-            and module.padding_mode == "zeros"
-        ):
+        if _is_plain(module) and module.groups == module.in_channels == module.out_channels > 1:
             module.__class__ = DepthwiseConv2d
+
+
+def use_winograd(model: nn.Module) -> None:
+    """Computes convolutions of 3 x 3 in float32 with a quarter of the products; see `WinogradConv2d`."""
+    for module in model.modules():
+        if (
+            _is_plain(module)
+            and (module.kernel_size, module.stride, module.padding, module.groups) == ((3, 3), (1, 1), (1, 1), 1)
+            and min(module.in_channels, module.out_channels) >= compiled.LANES
+        ):
+            module.__class__ = WinogradConv2d
+
+
+def _is_plain(module: nn.Module) -> TypeGuard[nn.Conv2d]:
+    """Whether this is a convolution without bias and dilation whose border is so many zeros."""
+    return (
+        type(module) is nn.Conv2d
+        and module.bias is None
+        and module.dilation == (1, 1)
+        and not isinstance(module.padding, str)
+        and module.padding_mode == "zeros"
+    )
 
 
 def pool_by_rows(model: nn.Module) -> None:
@@ -158,6 +177,44 @@ def _gradients(
         grad, x, weight, None, ctx.stride, padding, (1, 1), False, (0, 0), len(weight), [*wanted, False]
     )
     return gradients
+
+
+class WinogradConv2d(nn.Conv2d):
+    """A convolution of 3 x 3 at stride 1 without bias, by a compiled kernel for float32 maps that are large enough.
+
+    In bfloat16 the CPUs that have it take more products a second than the kernel saves.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolves x (B, C, H, W)."""
+        is_float = x.dtype == self.weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+        kernels = compiled.load()[0]
+        if kernels is None or not is_float or not compiled.is_map(x) or x.shape[2] * x.shape[3] < SMALLEST:
+            return super().forward(x)
+        convolved: Tensor = _Winograd.apply(x, self.weight, kernels)
+        return convolved
+
+
+class _Winograd(torch.autograd.Function):
+    """A convolution by Winograd's minimal filtering, and its gradients by the same."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, kernels: compiled.Kernels) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.kernels = kernels
+        return kernels.convolve(x, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        grad = grads[0].contiguous(memory_format=torch.channels_last)
+        grad_x, grad_weight = None, None
+        if ctx.needs_input_grad[0]:  # each pixel's way back: the filters turned round, from what was their output
+            grad_x = ctx.kernels.convolve(grad, weight.flip(2, 3).transpose(0, 1))
+        if ctx.needs_input_grad[1]:
+            grad_weight = ctx.kernels.convolution_weight_gradient(x, grad)
+        return grad_x, grad_weight, None
 
 
 class _RowMean(torch.autograd.Function):

@@ -344,6 +344,96 @@ def test_a_nan_reaches_the_pixels_that_a_filter_takes_it_to_and_its_channel_s_we
     assert bool(torch.isnan(grad_weight[18]).all())
 
 
+def convolution_exactly(x: Tensor, grad: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The output of a convolution of 3 x 3 and the gradient of its weight (O, C, 3, 3), tap by tap."""
+    padded, slope = F.pad(x.double(), (1, 1, 1, 1)), grad.double()
+    y, grad_weight = torch.zeros_like(slope), torch.zeros(weight.shape, dtype=torch.float64)
+    for i, j in itertools.product(range(3), range(3)):
+        seen = padded[..., i : i + x.shape[2], j : j + x.shape[3]]
+        y += torch.einsum("bchw,oc->bohw", seen, weight[..., i, j].double())
+        grad_weight[..., i, j] = torch.einsum("bchw,bohw->oc", seen, slope)
+    return y, grad_weight
+
+
+def convolution_case(shape: tuple[int, int, int, int], filters: int) -> tuple[Tensor, Tensor, Tensor]:
+    """x, a gradient of the output, and a weight whose outputs are of size one."""
+    grad = filled(shape[0], filters, *shape[2:], seed=1)
+    return filled(*shape), grad, filled(filters, shape[1], 3, 3, seed=2) / (9 * shape[1]) ** 0.5
+
+
+def assert_convolves(kernels: Kernels, shape: tuple[int, int, int, int], filters: int) -> None:
+    x, grad, weight = convolution_case(shape, filters)
+    y, grad_weight = convolution_exactly(x, grad, weight)
+    assert_near(kernels.convolve(x, weight), y)
+    assert_near(kernels.convolution_weight_gradient(x, grad), grad_weight)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 70), st.integers(1, 14), st.integers(1, 14)),
+    filters=st.integers(1, 70),
+)
+def test_a_convolution_by_winograd_and_its_weights_gradient_are_those_tap_by_tap(
+    kernels: Kernels, shape: tuple[int, int, int, int], filters: int
+) -> None:
+    assert_convolves(kernels, shape, filters)
+
+
+@pytest.mark.parametrize(
+    ("shape", "filters"),
+    [((6, 40, 97, 61), 16), ((1, 16, 150, 150), 33), ((1, 300, 24, 25), 130), ((2, 17, 30, 30), 300)],
+    ids=["many blocks", "blocks that end within a row of tiles", "weights that fill the cache", "more filters"],
+)
+def test_a_large_convolution_by_winograd_joins_at_the_borders_of_its_blocks(
+    kernels: Kernels, shape: tuple[int, int, int, int], filters: int
+) -> None:
+    assert_convolves(kernels, shape, filters)
+
+
+def test_a_convolution_by_winograd_rounds_hardly_more_than_the_plain_sum(kernels: Kernels) -> None:
+    x, grad, weight = convolution_case((2, 64, 48, 48), 64)
+    exact = convolution_exactly(x, grad, weight)[0]
+    found, plain = kernels.convolve(x, weight), F.conv2d(x, weight, padding=1)
+    errors = [float((one.double() - exact).norm() / exact.norm()) for one in (found, plain)]
+    assert errors[0] < 5 * errors[1]  # torch's sums of many registers are better than those one after another
+    assert errors[0] < 2**-20
+
+
+def test_a_slice_s_convolution_knows_neither_the_other_slices_nor_the_number_of_threads(kernels: Kernels) -> None:
+    x, _, weight = convolution_case((5, 24, 33, 26), 20)
+    whole = kernels.convolve(x, weight)
+    for number in (1, 3):
+        with threads(number):
+            for place in range(5):
+                alone = x[place : place + 1].contiguous(memory_format=torch.channels_last)
+                assert torch.equal(kernels.convolve(alone, weight)[0], whole[place])
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_is_not_finite_reaches_the_tiles_that_see_it_and_no_other(kernels: Kernels, value: float) -> None:
+    x, grad, weight = convolution_case((2, 20, 17, 17), 18)
+    exact = convolution_exactly(x, grad, weight)
+    x[1, 3, 7, 9] = value  # lies in one tile, of which it reaches all, and in the border of the one below
+    y = kernels.convolve(x, weight)
+    is_reached = torch.zeros(y.shape, dtype=torch.bool)
+    is_reached[1, :, 4:9, 8:12] = True
+    assert torch.equal(~torch.isfinite(y), is_reached)
+    assert_near(y[~is_reached], exact[0][~is_reached])
+    grad_weight = kernels.convolution_weight_gradient(x, grad)
+    assert torch.isfinite(grad_weight).logical_not().flatten(2).any(2).any(0).nonzero().flatten().tolist() == [3]
+
+
+@pytest.mark.parametrize("number", [1, 2, 7])
+def test_threads_share_a_convolution_of_fewer_tiles_than_they_are(kernels: Kernels, number: int) -> None:
+    with threads(number):
+        assert_convolves(kernels, (1, 16, 4, 8), 16)
+
+
+def test_of_wide_layers_fewer_threads_keep_sums(kernels: Kernels) -> None:
+    with threads(3):  # 36 x 912 x 912 numbers a thread are 30 of 32 million
+        assert_convolves(kernels, (1, 900, 5, 9), 912)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @settings(max_examples=40, deadline=None)
 @given(
@@ -461,6 +551,11 @@ def run_depthwise(kernels: Kernels, dtype: torch.dtype) -> list[Tensor]:
     return found
 
 
+def run_convolution(kernels: Kernels, dtype: torch.dtype) -> list[Tensor]:
+    x, grad, weight = convolution_case((3, 24, 50, 51), 40)  # in float32 alone
+    return [kernels.convolve(x, weight), kernels.convolution_weight_gradient(x, grad)]
+
+
 def run_join(kernels: Kernels, dtype: torch.dtype) -> list[Tensor]:
     joined = kernels.join(filled(3, 20, 20, 20, dtype=dtype), [filled(3, 7, 40, 40, dtype=dtype)])
     return [joined, *kernels.split_gradient(joined, [20, 7])]
@@ -473,7 +568,7 @@ def run_loss(kernels: Kernels, dtype: torch.dtype) -> list[Tensor]:
     return [kernels.loss_sums(logits, *settings), kernels.loss_gradient(logits, *settings, torch.ones(19))]
 
 
-RUNS = [run_norm, run_norm_running, run_excite, run_depthwise, run_join, run_loss]
+RUNS = [run_norm, run_norm_running, run_excite, run_depthwise, run_convolution, run_join, run_loss]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

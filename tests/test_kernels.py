@@ -1,5 +1,6 @@
 """The faster layers: the same numbers to rounding, under the same names."""
 
+import contextlib
 import copy
 from collections.abc import Callable
 
@@ -35,7 +36,7 @@ def assert_as_exact(plain: nn.Module, changed: nn.Module, x: Tensor) -> None:
     for found, beside, expected in zip(gradients(changed, x), gradients(plain, x), exact, strict=True):
         scale = expected.abs().max().clamp_min(1e-3)
         error, rounding = ((one.double() - expected).abs().max() / scale for one in (found, beside))
-        assert error < max(2e-5, 2 * rounding)
+        assert error < max(2e-5, 2 * float(rounding))
 
 
 def channels_last(*shape: int, seed: int = 0) -> Tensor:
@@ -126,6 +127,85 @@ def test_a_depthwise_convolution_of_no_slices_has_gradients_of_zero(size: int) -
 )
 def test_other_convolutions_stay_as_they_are(conv: nn.Conv2d) -> None:
     kernels.split_depthwise(conv)
+    assert type(conv) is nn.Conv2d
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("shape", [(2, 16, 24, 24), (1, 40, 31, 45), (3, 17, 90, 7), (2, 24, 23, 25)])
+@pytest.mark.parametrize("filters", [16, 43])
+def test_a_convolution_by_winograd_has_the_gradients_of_the_plain_one(
+    shape: tuple[int, int, int, int], filters: int
+) -> None:
+    torch.manual_seed(0)
+    plain = nn.Conv2d(shape[1], filters, 3, padding=1, bias=False)
+    changed = copy.deepcopy(plain)
+    kernels.use_winograd(changed)
+    assert type(changed) is kernels.WinogradConv2d
+    assert_as_exact(plain, changed, channels_last(*shape))
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("is_frozen", [True, False])
+def test_a_convolution_by_winograd_may_be_frozen_or_first(is_frozen: bool) -> None:
+    conv = nn.Conv2d(16, 16, 3, padding=1, bias=False).to(memory_format=torch.channels_last)
+    expected = gradients(conv, channels_last(2, 16, 24, 24))
+    conv.weight.grad = None
+    kernels.use_winograd(conv)
+    x = channels_last(2, 16, 24, 24).requires_grad_(is_frozen)
+    conv.requires_grad_(not is_frozen)
+    y = conv(x)
+    weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(y.dtype)
+    (y * weights).sum().backward()
+    (found, missing), wanted = (x.grad, conv.weight.grad), expected[1:]
+    if not is_frozen:
+        (found, missing), wanted = (missing, found), wanted[::-1]
+    assert missing is None
+    torch.testing.assert_close(found, wanted[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize(
+    ("shape", "dtype", "context"),
+    [
+        ((2, 16, 23, 24), torch.float32, contextlib.nullcontext()),
+        ((16, 24, 24), torch.float32, contextlib.nullcontext()),
+        ((0, 16, 24, 24), torch.float32, contextlib.nullcontext()),
+        ((2, 16, 24, 24), torch.float64, contextlib.nullcontext()),
+        ((2, 16, 24, 24), torch.bfloat16, contextlib.nullcontext()),
+        ((2, 16, 24, 24), torch.float32, torch.autocast("cpu", torch.bfloat16)),
+    ],
+    ids=["small", "without a batch", "of no slices", "float64", "bfloat16", "autocast"],
+)
+def test_a_convolution_that_has_no_kernel_is_torch_s(
+    shape: tuple[int, ...], dtype: torch.dtype, context: contextlib.AbstractContextManager[object]
+) -> None:
+    conv = nn.Conv2d(16, 16, 3, padding=1, bias=False).to(dtype)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x = x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
+    with context:
+        expected = conv(x)
+        kernels.use_winograd(conv)
+        found = conv(x)
+    assert found.dtype == expected.dtype
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    "conv",
+    [
+        nn.Conv2d(16, 16, 3, padding=1),
+        nn.Conv2d(16, 16, 3, bias=False),
+        nn.Conv2d(16, 16, 3, 2, 1, bias=False),
+        nn.Conv2d(16, 16, 5, padding=1, bias=False),
+        nn.Conv2d(16, 16, 3, padding=1, groups=2, bias=False),
+        nn.Conv2d(16, 8, 3, padding=1, bias=False),
+        nn.Conv2d(8, 16, 3, padding=1, bias=False),
+        nn.Conv2d(16, 16, 3, padding="same", bias=False),
+    ],
+    ids=["with a bias", "no border", "stride 2", "5 x 5", "in groups", "few filters", "few channels", "named padding"],
+)
+def test_other_convolutions_are_not_winograd_s(conv: nn.Conv2d) -> None:
+    kernels.use_winograd(conv)
     assert type(conv) is nn.Conv2d
 
 
