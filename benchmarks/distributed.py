@@ -121,11 +121,13 @@ def main() -> None:
     choose_waiting()  # as the commands do; the server's processes load torch anew
     # turned into an exit that passes through every `finally`, so that no worker is left behind
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    costs = [case for encoder in options.encoders for case in cost_cases(encoder, max(options.sizes), options.steps)]
+    timed = list(itertools.product(options.encoders, options.timed))
+    costs = [case for place in timed for case in cost_cases(*place, options.steps)]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_phantom(folder / "data", NUM_SLICES, size=max(128, *options.sizes))
-        for size in options.sizes:
+        sizes = {*options.sizes, *options.timed}
+        write_phantom(folder / "data", NUM_SLICES, size=max(128, *sizes))
+        for size in sizes:
             read(folder, size)  # fills the cache, for all processes
         exactness: list[Record] = []
         for encoder, size in itertools.product(options.encoders, options.sizes):
@@ -162,13 +164,14 @@ def main() -> None:
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Measures a training step on several processes against one.")
-    parser.add_argument("--sizes", type=int, nargs="+", default=[64, 128], help="pixels; the largest one is timed")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[64, 128], help="pixels of the gradients")
+    parser.add_argument("--timed", type=int, nargs="+", default=[128, 384], help="pixels of the timed steps")
     parser.add_argument("--encoders", nargs="+", default=["timm-efficientnet-b3", "resnet18"], help="of the UNet++")
     parser.add_argument("--steps", type=int, default=8, help="timed steps of every variant in a round")
     parser.add_argument("--rounds", type=int, default=2, help="rounds over all timed variants")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "distributed.json")
     options = parser.parse_args(arguments)
-    if any(size < 64 or size % 32 for size in options.sizes) or min(options.steps, options.rounds) < 1:
+    if any(size < 64 or size % 32 for size in options.sizes + options.timed) or min(options.steps, options.rounds) < 1:
         parser.error("sizes must be multiples of 32 from 64 on, steps and rounds at least 1.")
     return options
 
@@ -397,37 +400,39 @@ def report(about: Record, exactness: Sequence[Record], cost: Sequence[Record], o
     single = Case("", 0, 1).label
     lines.append(error_row(f"{single}, against float64", "float64_errors", exactness, single, places))
     precisions = " and ".join(sorted({record["mixed_precision"] for record in cost}))
+    timed = list(itertools.product(encoders, options.timed))
+    heads = [f"{encoder}, {size} px | ratio | CPU-seconds | ratio" for encoder, size in timed]
     lines += [
         "",
         *(f"- {verdict(check)}" for check in about["checks"]),
         f"- {NUM_BATCHES} batches: median (largest). Batch permuted: the same slices in {NUM_PERMUTATIONS} other "
         "orders, on one process.",
         "",
-        f"A training step of {BATCH_SIZE} slices at {max(options.sizes)} px, mixed precision {precisions}, data "
-        f"loading left out: median of {options.rounds} rounds of {options.steps} steps (smallest–largest), and its "
-        "ratio to W = 1; CPU-seconds of all processes and threads.",
+        f"A training step of {BATCH_SIZE} slices, mixed precision {precisions}, data loading left out: median of "
+        f"{options.rounds} rounds of {options.steps} steps (smallest–largest), and its ratio to W = 1; CPU-seconds of "
+        "all processes and threads.",
         "",
-        f"| step | threads a process | {' | '.join(f'{one} | ratio | CPU-seconds | ratio' for one in encoders)} |",
-        f"|---|---|{'---|---|---|---|' * len(encoders)}",
+        f"| step | threads a process | {' | '.join(heads)} |",
+        f"|---|---|{'---|---|---|---|' * len(timed)}",
     ]
-    medians: dict[tuple[str, str], float] = {}
-    cpu: dict[tuple[str, str], float] = {}
-    order = {case.label: number for number, case in enumerate(cost_cases(encoders[0], 0, 1))}
-    for label in sorted(labels(cost), key=lambda label: order[label]):
+    order = [case.label for case in cost_cases(encoders[0], 0, 1)]
+    for label in sorted(labels(cost), key=order.index):
         cells = []
-        for encoder in encoders:
-            own = [record for record in cost if (record["encoder"], record["label"]) == (encoder, label)]
-            seconds = [one for record in own for one in record["seconds"]]
-            medians[encoder, label] = statistics.median(seconds)
-            cpu[encoder, label] = statistics.median(one for record in own for one in record["cpu_seconds"])
-            ratio, cpu_ratio = (one[encoder, label] / one[encoder, next(iter(order))] for one in (medians, cpu))
+        for place in timed:
+            wall, cpu, alone, alone_cpu = (
+                [second for record in cost if matches(record, place, row) for second in record[kind]]
+                for row in (label, order[0])
+                for kind in ("seconds", "cpu_seconds")
+            )
+            median, median_cpu = statistics.median(wall), statistics.median(cpu)
             cells += [
-                spread(seconds),
-                three_figures(ratio),
-                three_figures(cpu[encoder, label]),
-                three_figures(cpu_ratio),
+                spread(wall),
+                three_figures(median / statistics.median(alone)),
+                three_figures(median_cpu),
+                three_figures(median_cpu / statistics.median(alone_cpu)),
             ]
-        threads = str(own[0]["threads"]) if not own[0]["deterministic"] else "one a slice"
+        own = next(record for record in cost if record["label"] == label)
+        threads = str(own["threads"]) if not own["deterministic"] else "one a slice"
         lines.append(f"| {label} | {threads} | {' | '.join(cells)} |")
     lines += [
         "",
@@ -442,12 +447,15 @@ def labels(records: Iterable[Record]) -> list[str]:
     return list(dict.fromkeys(record["label"] for record in records))
 
 
+def matches(record: Record, place: tuple[str, int], label: str) -> bool:
+    return (record["encoder"], record["size"], record["label"]) == (*place, label)
+
+
 def error_row(name: str, kind: str, exactness: Sequence[Record], label: str, places: Sequence[tuple[str, int]]) -> str:
     """A row of the first table: the median and the largest of all errors of a kind, for every model and size."""
     cells = []
     for place in places:
-        own = [one for one in exactness if (one["encoder"], one["size"], one["label"]) == (*place, label)]
-        errors = [error for one in own for error in one[kind]]
+        errors = [error for one in exactness if matches(one, place, label) for error in one[kind]]
         typical, largest = (f"{error:.1e}" if error else "0" for error in (statistics.median(errors), max(errors)))
         cells.append(f"{typical} ({largest})" if largest != "0" else "0")
     return f"| {name} | {' | '.join(cells)} |"

@@ -39,7 +39,19 @@ def test_the_sampler_benchmark_tabulates_and_stores_every_measurement(tmp_path: 
 
 def test_the_benchmark_of_several_processes_tabulates_and_stores_exactness_and_cost(tmp_path: Path) -> None:
     output = tmp_path / "results" / "distributed.json"
-    flags = ["--encoders", "tu-test_efficientnet", "--sizes", "64", "--steps", "1", "--rounds", "1"]
+    flags = [
+        "--encoders",
+        "tu-test_efficientnet",
+        "--sizes",
+        "64",
+        "--timed",
+        "64",
+        "96",
+        "--steps",
+        "1",
+        "--rounds",
+        "1",
+    ]
     printed = printed_by("distributed", *flags, "--output", str(output))
     rows = [line for line in printed.splitlines() if line.startswith("| ") and "W = " in line]
     found = json.loads(output.read_text(encoding="utf-8"))
@@ -49,7 +61,9 @@ def test_the_benchmark_of_several_processes_tabulates_and_stores_exactness_and_c
     assert set(double) == {2, 3}
     assert max(double.values()) < 1e-10
     assert {one["num_processes"]: max(one["errors"]) for one in several if one["deterministic"]} == {2: 0, 3: 0}
-    assert len(found["cost"]) == 5
+    assert [one["size"] for one in found["cost"] if one["num_processes"] == 1] == [64, 64, 96, 96]
+    assert len(found["cost"]) == 10
+    assert all("tu-test_efficientnet, 96 px" in line for line in printed.splitlines() if "threads a process" in line)
     assert all(min(one["seconds"]) > 0 for one in found["cost"])
 
 
