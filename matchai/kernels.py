@@ -218,23 +218,23 @@ class _Winograd(torch.autograd.Function):
 
 
 class _RowMean(torch.autograd.Function):
-    """The mean over the pixels, (B, C, H, W) to (B, C, 1, 1); its gradient is handed on without being written out."""
+    """The mean over the pixels, (B, C, H, W) to (B, C); its gradient is handed on without being written out."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.shape = x.shape
         # over H and W of a channels-last tensor torch takes five times as long as over rows of channels
-        return x.permute(0, 2, 3, 1).flatten(1, 2).mean(1)[:, :, None, None]
+        return x.permute(0, 2, 3, 1).flatten(1, 2).mean(1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         height, width = ctx.shape[2:]
-        spread: Tensor = (grads[0] / (height * width)).expand(ctx.shape)
+        spread: Tensor = (grads[0] / (height * width))[:, :, None, None].expand(ctx.shape)
         return spread
 
 
 class SqueezeExcite(_blocks.SqueezeExcite):  # type: ignore[misc]
-    """timm's squeeze-and-excitation (Hu et al. 2018) with another mean."""
+    """timm's squeeze-and-excitation (Hu et al. 2018) with another mean, and matrices in place of convolutions."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Scales the channels of x (B, C, H, W) by gates in 0..1 that depend on their means."""
@@ -242,22 +242,24 @@ class SqueezeExcite(_blocks.SqueezeExcite):  # type: ignore[misc]
         kernels = compiled.load()[0] if is_float and compiled.fits(x) else None
         y: Tensor
         if kernels is None:
-            y = x * self.gates(_RowMean.apply(x))
+            y = x * self.gates(_RowMean.apply(x))[:, :, None, None].to(x.dtype)
         elif torch.is_grad_enabled():
             y = _SqueezeExcite.apply(x, kernels, self, *self.parameters())
         else:
-            y = kernels.scale(x, self.gates(self.means(x, kernels)).float())
+            y = kernels.scale(x, self.gates(kernels.means(x)))
         return y
 
-    def means(self, x: Tensor, kernels: compiled.Kernels) -> Tensor:
-        """Means over the pixels, (B, C, 1, 1), of the type of the weights that they meet."""
-        means: Tensor = kernels.means(x)[:, :, None, None].to(self.conv_reduce.weight.dtype)
-        return means
-
     def gates(self, means: Tensor) -> Tensor:
-        """The gates, of the shape of the means, (B, C, 1, 1)."""
-        gates: Tensor = self.gate(self.conv_expand(self.act1(self.conv_reduce(means))))
+        """The gates (B, C) of means over the pixels (B, C), in the weights' type: they are few, and casts cost more."""
+        with torch.autocast(means.device.type, enabled=False):
+            reduced = self.act1(_of_pixel(self.conv_reduce, means.to(self.conv_reduce.weight.dtype)))
+            gates: Tensor = self.gate(_of_pixel(self.conv_expand, reduced))
         return gates
+
+
+def _of_pixel(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """A convolution of 1 x 1 on one pixel a slice (B, C), for which oneDNN's takes ten times as long as a product."""
+    return F.linear(x, conv.weight.flatten(1), conv.bias)
 
 
 class _SqueezeExcite(torch.autograd.Function):
@@ -266,22 +268,22 @@ class _SqueezeExcite(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, kernels: compiled.Kernels, module: SqueezeExcite, *parameters: Tensor) -> Tensor:
         with torch.enable_grad():  # a graph of its own for the few numbers between means and gates
-            means = module.means(x, kernels).requires_grad_()
-            opened = module.gates(means)
+            means = kernels.means(x).requires_grad_()
+            gates = module.gates(means)
         ctx.save_for_backward(x)
-        ctx.kernels, ctx.means, ctx.opened, ctx.parameters = kernels, means, opened, parameters
-        return kernels.scale(x, opened.detach().float())
+        ctx.kernels, ctx.means, ctx.gates, ctx.parameters = kernels, means, gates, parameters
+        return kernels.scale(x, gates.detach())
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
         grad = grads[0].contiguous(memory_format=torch.channels_last)
-        opened, wanted = ctx.opened, [one for one in ctx.parameters if one.requires_grad]
-        grad_gates = ctx.kernels.gate_gradient(x, grad).view_as(opened).to(opened.dtype)
+        wanted = [one for one in ctx.parameters if one.requires_grad]
+        grad_gates = ctx.kernels.gate_gradient(x, grad)
         # kept, as the caller may keep the graph around it: it goes with the context
-        grad_means, *found = torch.autograd.grad(opened, [ctx.means, *wanted], grad_gates, retain_graph=True)
-        grad_x = ctx.kernels.scale_gradient(grad, opened.detach().float(), grad_means.float())
+        grad_means, *found = torch.autograd.grad(ctx.gates, [ctx.means, *wanted], grad_gates, retain_graph=True)
+        grad_x = ctx.kernels.scale_gradient(grad, ctx.gates.detach(), grad_means)
         grad_parameters = [found.pop(0) if one.requires_grad else None for one in ctx.parameters]
         return grad_x, None, None, *grad_parameters
 
