@@ -10,6 +10,7 @@ import socket
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -102,9 +103,11 @@ def save_state(folder: Path, state: State) -> None:
     contents = {_STATE: safetensors.torch.save({k: v.detach().cpu().contiguous() for k, v in state.tensors.items()})}
     if state.best is not None:
         contents[BEST] = state.best
-    for name, content in contents.items():
-        write_whole(beside / name, content)
-    hashes = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+    with ThreadPoolExecutor() as pool:  # the disk and the hashes need the interpreter as little as each other
+        digests = pool.map(lambda content: hashlib.sha256(content).hexdigest(), contents.values())
+        written = pool.map(lambda item: write_whole(beside / item[0], item[1]), contents.items())
+        hashes = dict(zip(contents, digests, strict=True))
+        list(written)  # raises what a write has raised
     record = json.dumps({"hashes": hashes, "record": state.record})
     seal = hashlib.sha256(record.encode()).hexdigest()
     write_whole(beside / _RECORD, f"{record}\n{seal}\n".encode())
