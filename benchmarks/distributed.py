@@ -63,6 +63,7 @@ class Case:
         num_processes: W.
         precision: `float64`, `float32`, or `auto` for the mixed precision that the product would choose.
         sync_batch_norm: As the setting.
+        is_exact: Whether the loss is the global batch's; else each process takes its own share's, as DDP alone does.
         deterministic: As the setting.
         permutation: Seed of the order in which the batch is computed; 0 leaves it as it is.
         num_steps: Steps that are timed; 0 for the gradient.
@@ -73,6 +74,7 @@ class Case:
     num_processes: int
     precision: str = "float32"
     sync_batch_norm: bool = True
+    is_exact: bool = True
     deterministic: bool = False
     permutation: int = 0
     num_steps: int = 0
@@ -85,6 +87,8 @@ class Case:
             parts.append("`--deterministic`")
         elif self.num_processes > 1:
             parts.append("synchronised batch norm" if self.sync_batch_norm else "`--no-sync-batch-norm`")
+        if not self.is_exact:
+            parts.append("each share's own loss")
         shares = f" ({' + '.join([str(BATCH_SIZE // self.num_processes)] * self.num_processes)})"
         parts.append(f"W = {self.num_processes}{shares if self.num_processes > 1 else ''}")
         if self.permutation:
@@ -111,6 +115,7 @@ def cost_cases(encoder: str, size: int, num_steps: int) -> list[Case]:
         step,
         dataclasses.replace(step, num_processes=2),
         dataclasses.replace(step, num_processes=2, sync_batch_norm=False),
+        dataclasses.replace(step, num_processes=2, sync_batch_norm=False, is_exact=False),
         dataclasses.replace(step, deterministic=True),
         dataclasses.replace(step, num_processes=2, deterministic=True),
     ]
@@ -300,6 +305,8 @@ def build(case: Case, folder: Path) -> Training:
     training = build_training(config, accelerator, read(folder, case.size), model, lambda: False)
     if case.precision == "float64":
         training.loss.double()
+    if not case.is_exact:
+        training.accelerator.reduce = lambda tensor, *_: tensor
     training.model.train()
     return training
 

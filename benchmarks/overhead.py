@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from clock import RECORD, Clock, Job, cpu_seconds
 from sampler import Record, shortened
+from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR
 
 from matchai.build import build_model_of, build_training
@@ -28,8 +29,8 @@ from matchai.machine import keep_heap, set_threads
 from matchai.opening import make_accelerator, read
 from matchai.tally import Tally
 
-TINY = ("tu-test_resnet", 64)  # encoder, size: all that is fixed in a step, and little else
-NUM_PAIRS, NUM_TINY_PAIRS = 4, 60  # of epochs, a round
+TINY = ("two convolutions", 64)  # model, size: all that is fixed in a step, and little else
+NUM_PAIRS, NUM_TINY_PAIRS = 4, 400  # of epochs, a round
 WARM_UP = 1  # pairs
 EPOCHS = 1_000_000  # of the schedule, which must not end
 
@@ -81,15 +82,21 @@ def main(path: Path, num_pairs: int) -> None:
 def build(job: Job) -> Training:
     """The parts of a training as the product builds them."""
     keep_heap()
-    config = TrainConfig().updated(**job.settings, encoder_weights="none", epochs=EPOCHS)
+    is_tiny = job.encoder == TINY[0]
+    settings = job.settings | ({"encoder": TrainConfig().network.encoder} if is_tiny else {})
+    config = TrainConfig().updated(**settings, encoder_weights="none", epochs=EPOCHS)
     problems: list[str] = []
     accelerator, _ = make_accelerator(config, Path(job.output), problems)
     if problems:
         raise InputError(*problems)
     set_threads(1)
     data = read(config, Path(job.cache), Display(False))
-    model = build_model_of(config, is_resuming=False)
+    model = two_convolutions() if is_tiny else build_model_of(config, is_resuming=False)
     return build_training(config, accelerator, data, model, lambda: False)
+
+
+def two_convolutions() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 3, padding=1))
 
 
 def report(records: Sequence[Record]) -> list[str]:

@@ -362,7 +362,7 @@ def report_overhead(about: Record, records: Sequence[Record], options: argparse.
         "",
         *overhead.report(records),
         "",
-        f"- {overhead.TINY[0]} has one thread. Differences are of neighbouring epochs.",
+        f"- The {overhead.TINY[0]} have one thread. Differences are of neighbouring epochs.",
         quietness(records),
     ]
     return "\n".join([*lines, *footnotes(about)])

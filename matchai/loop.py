@@ -277,13 +277,15 @@ def _gradient(
     if accelerator.num_processes > 1:
         total = accelerator.reduce(total, "sum")
     value, slopes = loss.value_and_slopes(total[:-1])
+    # DDP averages gradients over the processes, so each hands in num_processes times its part of the sum
+    grads = slopes * accelerator.num_processes
+    if accelerator.scaler is not None:
+        grads = accelerator.scaler.scale(grads)
     for number, part in enumerate(parts):
-        # DDP averages gradients over the processes, so each hands in num_processes times its part of the sum
         is_last = number == len(parts) - 1
         with contextlib.nullcontext() if is_last else accelerator.no_sync(training.model):
             part_sums = sums[number] if sums else forward(*part)
-            share = (slopes * part_sums).sum() * accelerator.num_processes
-            (accelerator.scaler.scale(share) if accelerator.scaler is not None else share).backward()
+            torch.autograd.backward(part_sums, grads)
     return value, total[-1]
 
 

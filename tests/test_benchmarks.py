@@ -62,7 +62,7 @@ def test_the_benchmark_of_several_processes_tabulates_and_stores_exactness_and_c
     assert max(double.values()) < 1e-10
     assert {one["num_processes"]: max(one["errors"]) for one in several if one["deterministic"]} == {2: 0, 3: 0}
     assert [one["size"] for one in found["cost"] if one["num_processes"] == 1] == [64, 64, 96, 96]
-    assert len(found["cost"]) == 10
+    assert len(found["cost"]) == 12
     assert all("tu-test_efficientnet, 96 px" in line for line in printed.splitlines() if "threads a process" in line)
     assert all(min(one["seconds"]) > 0 for one in found["cost"])
 
