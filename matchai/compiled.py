@@ -222,7 +222,7 @@ class Kernels:
         pointers = [one.data_ptr() for one in (x, grad, grad_weight)]
         sizes = (slices, height, width, channels, grad.shape[1])
         self._functions["winograd_weight_gradient"](*sizes, *pointers, torch.get_num_threads())
-        return grad_weight.permute(3, 2, 0, 1)
+        return grad_weight.permute(3, 2, 0, 1).contiguous(memory_format=torch.channels_last)
 
     def join(self, x: Tensor, skips: Sequence[Tensor]) -> Tensor:
         """Puts x (B, C, H, W), each pixel four times, and skips (B, C', 2 H, 2 W) beside each other."""

@@ -259,7 +259,8 @@ class SqueezeExcite(_blocks.SqueezeExcite):  # type: ignore[misc]
 
 def _of_pixel(conv: nn.Conv2d, x: Tensor) -> Tensor:
     """A convolution of 1 x 1 on one pixel a slice (B, C), for which oneDNN's takes ten times as long as a product."""
-    return F.linear(x, conv.weight.flatten(1), conv.bias)
+    # by way of channels-last order, so that the gradient has the weight's strides, as DDP's buckets ask
+    return F.linear(x, conv.weight.permute(0, 2, 3, 1).flatten(1), conv.bias)
 
 
 class _SqueezeExcite(torch.autograd.Function):

@@ -384,6 +384,20 @@ def test_a_copy_of_a_quickened_model_has_layers_of_its_own() -> None:
     assert other.eval()(x).abs().max() == 0
 
 
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("is_mixed", [True, False])
+def test_a_quickened_model_s_gradients_lie_as_its_weights_do(is_mixed: bool) -> None:
+    """DistributedDataParallel warns where they do not, and copies them."""
+    model = build_model(ENCODER, 4).to(memory_format=torch.channels_last)
+    kernels.quicken(model)
+    set_dropout(keyed_layers(model), 0, 0, [0, 1])
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with torch.autocast("cpu", torch.bfloat16, enabled=is_mixed):
+        y = model(channels_last(2, 1, 64, 64))
+    grads = torch.autograd.grad(y.float().sum(), trained)
+    assert [grad.stride() for grad in grads] == [parameter.stride() for parameter in trained]
+
+
 def excite(channels: int) -> nn.Module:
     torch.manual_seed(0)
     module = SqueezeExcite(channels, act_layer=nn.SiLU)
