@@ -117,6 +117,7 @@ MEASURES = [
     Measure("join_silu", change_model(kernels.join_silu)),
     Measure("split_depthwise", change_model(kernels.split_depthwise)),
     Measure("use_winograd", change_model(kernels.use_winograd)),
+    Measure("multiply_pixels", change_model(kernels.multiply_pixels)),
     Measure("pool_by_rows", change_model(kernels.pool_by_rows)),
     Measure("join_skips", change_model(kernels.join_skips)),
     Measure("join_norms", change_model(kernels.join_norms)),

@@ -295,14 +295,19 @@ def is_map(x: Tensor) -> bool:
     No tracer sees what they do: to `torch.jit.trace` their results would be tensors that nobody has filled.
     """
     return (
-        not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-        and not torch.compiler.is_compiling()
+        not is_traced()
         and x.device.type == "cpu"
         and x.dtype in (torch.bfloat16, torch.float32)
         and x.ndim == 4
         and x.numel() > 0
         and x.is_contiguous(memory_format=torch.channels_last)
     )
+
+
+def is_traced() -> bool:
+    """Whether a tracer looks on, to which a choice by sizes would be no choice."""
+    traced: bool = torch.jit.is_tracing() or torch.compiler.is_compiling()  # type: ignore[attr-defined, no-untyped-call]
+    return traced
 
 
 @functools.cache

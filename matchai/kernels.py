@@ -23,11 +23,12 @@ _decoder: Any = smp.decoders.unetplusplus.decoder
 # pixels of a slice: in fewer, the weights' way to other points costs more than it saves. Not of the batch, whose size
 # would then change a slice's bits
 SMALLEST = 24 * 24
+LARGEST = 16 * 16  # pixels of a slice up to which a convolution of 1 x 1 is faster as a product of matrices
 
 
 def quicken(model: nn.Module) -> None:
     """Applies every function of this module to a model that is to be trained on a CPU."""
-    for change in (join_silu, split_depthwise, use_winograd, pool_by_rows, join_skips, join_norms):
+    for change in (join_silu, split_depthwise, use_winograd, multiply_pixels, pool_by_rows, join_skips, join_norms):
         change(model)
 
 
@@ -51,10 +52,17 @@ def use_winograd(model: nn.Module) -> None:
     for module in model.modules():
         if (
             _is_plain(module)
-            and (module.kernel_size, module.stride, module.padding, module.groups) == ((3, 3), (1, 1), (1, 1), 1)
+            and _form(module) == ((3, 3), (1, 1), (1, 1), 1)
             and min(module.in_channels, module.out_channels) >= compiled.LANES
         ):
             module.__class__ = WinogradConv2d
+
+
+def multiply_pixels(model: nn.Module) -> None:
+    """Computes convolutions of 1 x 1 on small maps as products of matrices; see `PixelConv2d`."""
+    for module in model.modules():
+        if _is_plain(module) and _form(module) == ((1, 1), (1, 1), (0, 0), 1):
+            module.__class__ = PixelConv2d
 
 
 def _is_plain(module: nn.Module) -> TypeGuard[nn.Conv2d]:
@@ -66,6 +74,10 @@ def _is_plain(module: nn.Module) -> TypeGuard[nn.Conv2d]:
         and not isinstance(module.padding, str)
         and module.padding_mode == "zeros"
     )
+
+
+def _form(conv: nn.Conv2d) -> tuple[Any, ...]:
+    return conv.kernel_size, conv.stride, conv.padding, conv.groups
 
 
 def pool_by_rows(model: nn.Module) -> None:
@@ -217,6 +229,25 @@ class _Winograd(torch.autograd.Function):
         return grad_x, grad_weight, None
 
 
+class PixelConv2d(nn.Conv2d):
+    """A convolution of 1 x 1 without bias, on small maps as the product of pixels and weights that it is.
+
+    Its weights are then most of what it reads, and oneDNN's convolutions turn them into another order every time.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolves x (B, C, H, W)."""
+        if x.ndim != 4 or compiled.is_traced() or x.shape[2] * x.shape[3] > LARGEST:
+            return super().forward(x)
+        return _of_pixels(self, x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+def _of_pixels(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """A convolution of 1 x 1 on pixels (..., C), to (..., O)."""
+    # by way of channels-last order, so that the gradient has the weight's strides, as DDP's buckets ask
+    return F.linear(x, conv.weight.permute(0, 2, 3, 1).flatten(1), conv.bias)
+
+
 class _RowMean(torch.autograd.Function):
     """The mean over the pixels, (B, C, H, W) to (B, C); its gradient is handed on without being written out."""
 
@@ -252,15 +283,9 @@ class SqueezeExcite(_blocks.SqueezeExcite):  # type: ignore[misc]
     def gates(self, means: Tensor) -> Tensor:
         """The gates (B, C) of means over the pixels (B, C), in the weights' type: they are few, and casts cost more."""
         with torch.autocast(means.device.type, enabled=False):
-            reduced = self.act1(_of_pixel(self.conv_reduce, means.to(self.conv_reduce.weight.dtype)))
-            gates: Tensor = self.gate(_of_pixel(self.conv_expand, reduced))
+            reduced = self.act1(_of_pixels(self.conv_reduce, means.to(self.conv_reduce.weight.dtype)))
+            gates: Tensor = self.gate(_of_pixels(self.conv_expand, reduced))
         return gates
-
-
-def _of_pixel(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """A convolution of 1 x 1 on one pixel a slice (B, C), for which oneDNN's takes ten times as long as a product."""
-    # by way of channels-last order, so that the gradient has the weight's strides, as DDP's buckets ask
-    return F.linear(x, conv.weight.permute(0, 2, 3, 1).flatten(1), conv.bias)
 
 
 class _SqueezeExcite(torch.autograd.Function):

@@ -209,6 +209,55 @@ def test_other_convolutions_are_not_winograd_s(conv: nn.Conv2d) -> None:
     assert type(conv) is nn.Conv2d
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 40), st.integers(1, 20), st.integers(1, 20)),
+    filters=st.integers(1, 40),
+)
+def test_a_convolution_of_pixels_has_the_gradients_of_the_plain_one(
+    shape: tuple[int, int, int, int], filters: int
+) -> None:
+    torch.manual_seed(0)
+    plain = nn.Conv2d(shape[1], filters, 1, bias=False)
+    changed = copy.deepcopy(plain)
+    kernels.multiply_pixels(changed)
+    assert type(changed) is kernels.PixelConv2d
+    assert_as_exact(plain, changed, channels_last(*shape))
+
+
+@pytest.mark.parametrize("shape", [(2, 16, 8, 8), (2, 16, 17, 16), (16, 8, 8), (0, 16, 8, 8)])
+@pytest.mark.parametrize("is_mixed", [True, False])
+def test_a_convolution_of_pixels_gives_shape_type_and_layout_of_the_plain_one(
+    shape: tuple[int, ...], is_mixed: bool
+) -> None:
+    conv = nn.Conv2d(16, 24, 1, bias=False).to(memory_format=torch.channels_last)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    x = x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
+    with torch.autocast("cpu", torch.bfloat16, enabled=is_mixed):
+        expected = conv(x)
+        kernels.multiply_pixels(conv)
+        found = conv(x)
+    assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
+    assert found.stride() == expected.stride() or not found.numel()
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize(
+    "conv",
+    [
+        nn.Conv2d(16, 16, 1),
+        nn.Conv2d(16, 16, 1, 2, bias=False),
+        nn.Conv2d(16, 16, 1, padding=1, bias=False),
+        nn.Conv2d(16, 16, 1, groups=2, bias=False),
+        nn.Conv2d(16, 16, (1, 3), bias=False),
+    ],
+    ids=["with a bias", "stride 2", "with a border", "in groups", "1 x 3"],
+)
+def test_other_convolutions_are_not_of_pixels(conv: nn.Conv2d) -> None:
+    kernels.multiply_pixels(conv)
+    assert type(conv) is nn.Conv2d
+
+
 def test_swish_in_one_operation_is_swish() -> None:
     changed: nn.Module = Swish(inplace=True)
     kernels.join_silu(changed)
