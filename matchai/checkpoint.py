@@ -1,6 +1,7 @@
 """Best weights and the resumable state: whole or absent, verified by hash, never a pickle."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -21,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from matchai.errors import InputError
-from matchai.files import lock_bytes, sync_folder, write_whole
+from matchai.files import lock_bytes, sync_file, sync_folder, write_whole
 
 BEST = "best.safetensors"
 LAST = "last"
@@ -100,14 +101,14 @@ def save_state(folder: Path, state: State) -> None:
     beside = last / f".state-{number:06d}.tmp"
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir()
-    contents = {_STATE: safetensors.torch.save({k: v.detach().cpu().contiguous() for k, v in state.tensors.items()})}
+    _write_tensors(beside / _STATE, state.tensors)
     if state.best is not None:
-        contents[BEST] = state.best
+        (beside / BEST).write_bytes(state.best)
+    files = list(beside.iterdir())
     with ThreadPoolExecutor() as pool:  # the disk and the hashes need the interpreter as little as each other
-        digests = pool.map(lambda content: hashlib.sha256(content).hexdigest(), contents.values())
-        written = pool.map(lambda item: write_whole(beside / item[0], item[1]), contents.items())
-        hashes = dict(zip(contents, digests, strict=True))
-        list(written)  # raises what a write has raised
+        synced = pool.map(sync_file, files)
+        hashes = dict(zip([file.name for file in files], pool.map(_digest, files), strict=True))
+        list(synced)  # raises what one of them has raised
     record = json.dumps({"hashes": hashes, "record": state.record})
     seal = hashlib.sha256(record.encode()).hexdigest()
     write_whole(beside / _RECORD, f"{record}\n{seal}\n".encode())
@@ -120,6 +121,20 @@ def save_state(folder: Path, state: State) -> None:
         dying = last / f".{name}.old"
         (last / name).rename(dying)
         shutil.rmtree(dying, ignore_errors=True)
+
+
+def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Writes tensors from where they lie: packed in memory first, they would be a training's largest need of it."""
+    try:
+        safetensors.torch.save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, path)
+    except SafetensorError as error:
+        raise OSError(errno.EIO, str(error)) from None
+    path.chmod(path.parent.stat().st_mode & 0o666)  # as any new file: safetensors leaves it to the owner alone
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def publish_best(folder: Path, best: bytes) -> None:

@@ -189,6 +189,20 @@ def epoch_line(row: dict[str, Any], epochs: int, class_names: Sequence[str], is_
     )
 
 
+def best_line(row: dict[str, Any], class_names: Sequence[str], num_slices: int, *, is_phantom: bool) -> str:
+    """One line about the best epoch of a finished run, validated on `num_slices` slices, for people."""
+    dice = ", ".join(
+        f"{name} {'undefined' if value is None else f'{value:.3f}'}"
+        for name, value in zip(
+            ["mean", "lesion", *class_names],
+            [row["mean_dice"], row["lesion_dice"], *row["dice_per_class"]],
+            strict=True,
+        )
+    )
+    note = " on the synthetic phantom, not on patients" if is_phantom else ""
+    return f"Done: best at epoch {row['epoch']}; Dice pooled over {num_slices} validation slices{note}: {dice}."
+
+
 def _figure(value: float | None) -> str:
     return "none" if value is None else f"{value:.3f}"
 

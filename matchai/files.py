@@ -57,6 +57,12 @@ def make_folder(folder: Path) -> None:
         raise InputError(f"{folder} cannot be written ({error.strerror}); name another folder with --output.") from None
 
 
+def sync_file(path: Path) -> None:
+    """Makes a file's content durable."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
 def sync_folder(folder: Path) -> None:
     """Makes the names in `folder` durable; does nothing where a folder cannot be opened, as on Windows."""
     try:

@@ -16,7 +16,7 @@ from matchai import checkpoint, machine
 from matchai.build import build_model_of, build_training, end_workers, step_problems
 from matchai.checks import check, parse_interval
 from matchai.config import FREE, TrainConfig
-from matchai.console import Display, epoch_line
+from matchai.console import Display, best_line, epoch_line
 from matchai.data import Data
 from matchai.errors import InputError
 from matchai.files import write_whole
@@ -40,7 +40,7 @@ from matchai.resume import Progress, collect, restore
 from matchai.tally import Tally, epoch_row
 from matchai.waiting import Waiting
 
-DRAW_EVERY = 30.0  # seconds between drawings of the figures, half a second each
+DRAW_EVERY = 30.0  # seconds between drawings of the figures, a second each
 
 __all__ = ["DivergedError", "OnEpoch", "OnStep", "RunResult", "run"]
 
@@ -174,6 +174,7 @@ class _Run:
         self.saved_at, self.saved_step = time.monotonic(), 0
         self.draw_every, self.drawn_at = draw_every, -draw_every
         self.shown_at = 0.0
+        self.unsaved: str | None = None  # why the newest state, or what is published of it, is not on the disk
         num_local = machine.num_local_processes(accelerator.num_processes)
         self.waiting = Waiting(training.loader.num_workers, num_local)
 
@@ -201,10 +202,11 @@ class _Run:
             with self.stop.listening():
                 for epoch in range(len(self.progress.history) + 1, epochs + 1):
                     self._epoch(epoch)
+                self._check_saved()
                 if self.accelerator.is_main_process:
                     self._draw(final=True)
         except _StoppedError:
-            pass
+            self._check_saved()
         self.display.close()
         for tracker in self.accelerator.trackers:
             tracker.finish()
@@ -286,11 +288,21 @@ class _Run:
     def _save(self) -> None:
         count_step(self.training, self.progress.tally, self.training.outcome)
         if self.accelerator.is_main_process:
+            self.unsaved = None
             try:
                 checkpoint.save_state(self.output, collect(self.training, self.progress))
             except OSError as error:
+                self.unsaved = error.strerror
                 self.display.warn(f"the state could not be saved ({error.strerror}); the one before it is kept.")
         self.saved_at, self.saved_step = time.monotonic(), self.training.step
+
+    def _check_saved(self) -> None:
+        if self.unsaved is not None:
+            raise InputError(
+                f"The training has come to step {self.training.step}, but {self.output} does not hold all of it "
+                f"({self.unsaved}); make room there and give the same command again, which goes on from the last state "
+                "that was saved."
+            )
 
     def _publish(self) -> None:
         """Makes history.jsonl and best.safetensors those of the state, whatever a killed process left."""
@@ -300,6 +312,7 @@ class _Run:
             if self.progress.best is not None:
                 checkpoint.publish_best(self.output, self.progress.best)
         except OSError as error:
+            self.unsaved = error.strerror
             self.display.warn(f"the history could not be written ({error.strerror}); the next start makes it anew.")
 
     def _draw(self, *, final: bool, confusions: Counts | None = None) -> None:
@@ -371,17 +384,8 @@ class _Run:
             )
             return
         best = history[(self.progress.best_epoch or 1) - 1]
-        names = ["mean", "lesion", *self.names]
-        values = [best["mean_dice"], best["lesion_dice"], *best["dice_per_class"]]
-        dice = ", ".join(
-            f"{name} {'undefined' if value is None else f'{value:.3f}'}"
-            for name, value in zip(names, values, strict=True)
-        )
-        note = " on the synthetic phantom, not on patients" if self.config.input.data is None else ""
-        self.display.say(
-            f"Done: best at epoch {best['epoch']}; Dice pooled over {len(self.data.val)} validation slices{note}: "
-            f"{dice}."
-        )
+        is_phantom = self.config.input.data is None
+        self.display.say(best_line(best, self.names, len(self.data.val), is_phantom=is_phantom))
         self.display.say(f"Report: {self.output / 'report.html'}. Best weights: {self.output / checkpoint.BEST}.")
 
     def _result(self) -> RunResult:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -130,6 +131,23 @@ def test_what_a_killed_save_left_is_ignored_and_does_not_hinder_the_next(tmp_pat
         save_state(tmp_path, state(2))
         assert found(tmp_path) == 2
     assert not torn.exists()
+
+
+def test_a_state_that_cannot_be_written_is_an_error_that_says_why_and_leaves_the_one_before(tmp_path: Path) -> None:
+    save_state(tmp_path, state(1))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))  # as a full disk would, it ends the writing midway
+    try:
+        with pytest.raises(OSError, match="too large"):
+            save_state(tmp_path, State({"weight": torch.zeros(1000)}, {"epoch": 2}, None))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert found(tmp_path) == 1
+
+
+def test_all_files_of_a_state_can_be_read_by_the_same_people(tmp_path: Path) -> None:
+    save_state(tmp_path, state(1))
+    assert len({path.stat().st_mode for path in (tmp_path / LAST / "state-000001").iterdir()}) == 1
 
 
 def test_the_best_weights_are_published(tmp_path: Path) -> None:

@@ -1,6 +1,9 @@
 """A run from Python, as in a notebook."""
 
+import errno
 import io
+import os
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -10,11 +13,12 @@ import psutil
 import pytest
 import torch
 
-from matchai import TrainConfig, run
-from matchai.checkpoint import load_weights, pack_weights
+from matchai import TrainConfig, checkpoint, run
+from matchai.checkpoint import State, load_weights, pack_weights
 from matchai.config import PRESETS
 from matchai.console import Display
 from matchai.errors import InputError
+from matchai.processes import StopSignal
 from matchai.slices import SliceDataset
 
 
@@ -107,6 +111,29 @@ def test_loader_workers_persist_over_epochs_and_end_with_the_run(phantom: Path, 
     assert [len(one) for one in seen] == [3, 3, 3]  # two for training, one for validation
     assert seen[0] == seen[1] == seen[2]
     assert children() == before
+
+
+@pytest.mark.parametrize("way", ["finished", "stopped"])
+def test_a_run_whose_end_finds_no_room_is_an_error_and_goes_on_once_there_is(
+    way: str, phantom: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings, stop = config(phantom, cache, tmp_path / "run", epochs=2), StopSignal()
+    real, count = checkpoint.save_state, iter(range(10))
+
+    def save(folder: Path, state: State) -> None:
+        if next(count) > 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(folder, state)
+
+    def ask(row: dict[str, Any]) -> None:
+        stop.received = signal.SIGTERM if way == "stopped" else None
+
+    monkeypatch.setattr(checkpoint, "save_state", save)
+    with pytest.raises(InputError, match=r"does not hold all of it \(No space left on device\)"):
+        run(settings, on_epoch=ask, stop=stop)
+    monkeypatch.undo()
+    result = run(settings)
+    assert [row["epoch"] for row in result.history] == [1, 2]
 
 
 @pytest.mark.parametrize("calls", [2, 6])
