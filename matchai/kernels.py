@@ -23,7 +23,9 @@ _decoder: Any = smp.decoders.unetplusplus.decoder
 # pixels of a slice: in fewer, the weights' way to other points costs more than it saves. Not of the batch, whose size
 # would then change a slice's bits
 SMALLEST = 24 * 24
-LARGEST = 16 * 16  # pixels of a slice up to which a convolution of 1 x 1 is faster as a product of matrices
+# pixels of a slice up to which a convolution of 1 x 1 is faster as a product of matrices; fewer in float32, which torch
+# leaves to MKL: that takes twice as long as oneDNN on AMD's CPUs
+LARGEST = {torch.bfloat16: 16 * 16, torch.float32: 6 * 6}
 
 
 def quicken(model: nn.Module) -> None:
@@ -48,7 +50,7 @@ def split_depthwise(model: nn.Module) -> None:
 
 
 def use_winograd(model: nn.Module) -> None:
-    """Computes convolutions of 3 x 3 in float32 with a quarter of the products; see `WinogradConv2d`."""
+    """Computes convolutions of 3 x 3 with a quarter of the products; see `WinogradConv2d`."""
     for module in model.modules():
         if (
             _is_plain(module)
@@ -119,13 +121,16 @@ class DepthwiseConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolves x (B, C, H, W)."""
-        weight: Tensor = self.weight
-        if torch.is_autocast_enabled("cpu"):
-            x, weight = (one.to(torch.get_autocast_dtype("cpu")) for one in (x, weight))
+        x, weight = x.to(_dtype(x)), self.weight.to(_dtype(self.weight))
         if x.device.type != "cpu" or x.dtype == torch.float64 or not torch.is_grad_enabled():
             return F.conv2d(x, weight, None, self.stride, self.padding, 1, self.groups)
         convolved: Tensor = _Depthwise.apply(x, weight, self.stride, self.padding)
         return convolved
+
+
+def _dtype(x: Tensor) -> torch.dtype:
+    """The type in which a convolution takes a tensor, where autocast is on or not."""
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
 
 
 class _Depthwise(torch.autograd.Function):
@@ -192,19 +197,25 @@ def _gradients(
 
 
 class WinogradConv2d(nn.Conv2d):
-    """A convolution of 3 x 3 at stride 1 without bias, by a compiled kernel for float32 maps that are large enough.
+    """A convolution of 3 x 3 at stride 1 without bias, by a compiled kernel for maps that are large enough.
 
-    In bfloat16 the CPUs that have it take more products a second than the kernel saves.
+    The kernel computes in float32 whatever the maps' type: in bfloat16 too it takes 0.7 of oneDNN's time, but not where
+    the CPU multiplies tiles (`compiled.has_tiles`).
     """
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolves x (B, C, H, W)."""
-        is_float = x.dtype == self.weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
         kernels = compiled.load()[0]
-        if kernels is None or not is_float or not compiled.is_map(x) or x.shape[2] * x.shape[3] < SMALLEST:
+        if kernels is None or not self._suits(x):
             return super().forward(x)
-        convolved: Tensor = _Winograd.apply(x, self.weight, kernels)
+        convolved: Tensor = _Winograd.apply(x.to(_dtype(x)), self.weight, kernels)
         return convolved
+
+    def _suits(self, x: Tensor) -> bool:
+        """Whether a map is one that the kernel computes, and faster than torch."""
+        is_mixed = torch.is_autocast_enabled("cpu") and _dtype(x) == torch.bfloat16 and not compiled.has_tiles()
+        is_known = self.weight.dtype == torch.float32 and (is_mixed or _dtype(x) == torch.float32)
+        return is_known and compiled.is_map(x) and x.shape[2] * x.shape[3] >= SMALLEST
 
 
 class _Winograd(torch.autograd.Function):
@@ -237,7 +248,7 @@ class PixelConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolves x (B, C, H, W)."""
-        if x.ndim != 4 or compiled.is_traced() or x.shape[2] * x.shape[3] > LARGEST:
+        if x.ndim != 4 or compiled.is_traced() or x.shape[2] * x.shape[3] > LARGEST.get(_dtype(x), 0):
             return super().forward(x)
         return _of_pixels(self, x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 

@@ -355,17 +355,22 @@ def convolution_exactly(x: Tensor, grad: Tensor, weight: Tensor) -> tuple[Tensor
     return y, grad_weight
 
 
-def convolution_case(shape: tuple[int, int, int, int], filters: int) -> tuple[Tensor, Tensor, Tensor]:
-    """x, a gradient of the output, and a weight whose outputs are of size one."""
-    grad = filled(shape[0], filters, *shape[2:], seed=1)
-    return filled(*shape), grad, filled(filters, shape[1], 3, 3, seed=2) / (9 * shape[1]) ** 0.5
+def convolution_case(
+    shape: tuple[int, int, int, int], filters: int, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x, a gradient of the output, and a weight in float32 whose outputs are of size one."""
+    grad = filled(shape[0], filters, *shape[2:], seed=1, dtype=dtype)
+    return filled(*shape, dtype=dtype), grad, filled(filters, shape[1], 3, 3, seed=2) / (9 * shape[1]) ** 0.5
 
 
 def assert_convolves(kernels: Kernels, shape: tuple[int, int, int, int], filters: int) -> None:
-    x, grad, weight = convolution_case(shape, filters)
-    y, grad_weight = convolution_exactly(x, grad, weight)
-    assert_near(kernels.convolve(x, weight), y)
-    assert_near(kernels.convolution_weight_gradient(x, grad), grad_weight)
+    for dtype in DTYPES:
+        x, grad, weight = convolution_case(shape, filters, dtype)
+        y, grad_weight = convolution_exactly(x, grad, weight)
+        found, found_weight = kernels.convolve(x, weight), kernels.convolution_weight_gradient(x, grad)
+        assert (found.dtype, found_weight.dtype) == (dtype, torch.float32)
+        assert_near(found, y)
+        assert_near(found_weight, grad_weight)
 
 
 @settings(max_examples=80, deadline=None)
@@ -552,7 +557,7 @@ def run_depthwise(kernels: Kernels, dtype: torch.dtype) -> list[Tensor]:
 
 
 def run_convolution(kernels: Kernels, dtype: torch.dtype) -> list[Tensor]:
-    x, grad, weight = convolution_case((3, 24, 50, 51), 40)  # in float32 alone
+    x, grad, weight = convolution_case((3, 24, 50, 51), 40, dtype)
     return [kernels.convolve(x, weight), kernels.convolution_weight_gradient(x, grad)]
 
 

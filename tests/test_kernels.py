@@ -13,7 +13,7 @@ from timm.layers import Swish
 from timm.models._efficientnet_blocks import SqueezeExcite
 from torch import Tensor, nn
 
-from matchai import kernels
+from matchai import compiled, kernels
 from matchai.dropout import keyed_layers, set_dropout
 from matchai.model import build_model
 
@@ -37,6 +37,20 @@ def assert_as_exact(plain: nn.Module, changed: nn.Module, x: Tensor) -> None:
         scale = expected.abs().max().clamp_min(1e-3)
         error, rounding = ((one.double() - expected).abs().max() / scale for one in (found, beside))
         assert error < max(2e-5, 2 * float(rounding))
+
+
+@pytest.fixture
+def kernels_used(kernels: compiled.Kernels, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the kernels that are called."""
+    names: list[str] = []
+
+    class Watched:
+        def __getattr__(self, name: str) -> object:
+            names.append(name)
+            return getattr(kernels, name)
+
+    monkeypatch.setattr(compiled, "load", lambda: (Watched(), "watched by a test"))
+    return names
 
 
 def channels_last(*shape: int, seed: int = 0) -> Tensor:
@@ -172,9 +186,9 @@ def test_a_convolution_by_winograd_may_be_frozen_or_first(is_frozen: bool) -> No
         ((0, 16, 24, 24), torch.float32, contextlib.nullcontext()),
         ((2, 16, 24, 24), torch.float64, contextlib.nullcontext()),
         ((2, 16, 24, 24), torch.bfloat16, contextlib.nullcontext()),
-        ((2, 16, 24, 24), torch.float32, torch.autocast("cpu", torch.bfloat16)),
+        ((2, 16, 24, 24), torch.float32, torch.autocast("cpu", torch.float16)),
     ],
-    ids=["small", "without a batch", "of no slices", "float64", "bfloat16", "autocast"],
+    ids=["small", "without a batch", "of no slices", "float64", "bfloat16", "float16"],
 )
 def test_a_convolution_that_has_no_kernel_is_torch_s(
     shape: tuple[int, ...], dtype: torch.dtype, context: contextlib.AbstractContextManager[object]
@@ -188,6 +202,38 @@ def test_a_convolution_that_has_no_kernel_is_torch_s(
         found = conv(x)
     assert found.dtype == expected.dtype
     assert torch.equal(found, expected)
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("has_tiles", [True, False])
+def test_under_autocast_a_convolution_by_winograd_rounds_as_the_plain_one(
+    has_tiles: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiled, "has_tiles", lambda: has_tiles)
+    torch.manual_seed(0)
+    plain = nn.Conv2d(24, 40, 3, padding=1, bias=False).to(memory_format=torch.channels_last)
+    changed = copy.deepcopy(plain)
+    kernels.use_winograd(changed)
+    x = channels_last(2, 24, 25, 31)
+    exact = gradients(copy.deepcopy(plain).double(), x.double())
+    with torch.autocast("cpu", torch.bfloat16):
+        found, beside = gradients(changed, x), gradients(plain, x)
+    for one, other, expected in zip(found, beside, exact, strict=True):
+        assert one.dtype == other.dtype
+        errors = [float((each.double() - expected).norm() / expected.norm()) for each in (one, other)]
+        assert errors[0] < 1.5 * errors[1]
+
+
+def test_a_convolution_by_winograd_under_autocast_is_torch_s_where_the_cpu_multiplies_tiles(
+    kernels_used: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    conv = nn.Conv2d(16, 16, 3, padding=1, bias=False)
+    kernels.use_winograd(conv)
+    for has_tiles in (True, False):
+        monkeypatch.setattr(compiled, "has_tiles", lambda has_tiles=has_tiles: has_tiles)
+        with torch.autocast("cpu", torch.bfloat16):
+            conv(channels_last(2, 16, 24, 24))
+        assert kernels_used == ([] if has_tiles else ["convolve"])
 
 
 @pytest.mark.parametrize(

@@ -78,9 +78,18 @@ inline void store(BFloat16* to, Floats values) {
 template <class T>
 inline Floats load(const T* from, int64_t count) {
     if (count == LANES) return load(from);
+#ifdef __AVX512VL__
+    const __mmask16 lanes = __mmask16((1u << count) - 1);  // by way of memory, the CPU would wait for what it stored
+    if constexpr (sizeof(T) == sizeof(float)) return (Floats)_mm512_maskz_loadu_ps(lanes, from);
+    else {
+        const auto halves = (Halves)_mm256_maskz_loadu_epi16(lanes, from);
+        return (Floats)(__builtin_convertvector(halves, Words) << 16);
+    }
+#else
     T values[LANES] = {};
     std::memcpy(values, from, count * sizeof(T));
     return load(values);
+#endif
 }
 
 template <class T>

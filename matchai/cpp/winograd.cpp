@@ -1,4 +1,4 @@
-// Convolutions of 3 x 3 at stride 1 over channels-last float32 maps by Winograd's minimal filtering, F(4 x 4, 3 x 3).
+// Convolutions of 3 x 3 at stride 1 over channels-last maps by Winograd's minimal filtering, F(4 x 4, 3 x 3), in float32.
 //
 // Lavin and Gray, "Fast algorithms for convolutional neural networks", 2016: 36 products a pair of channels make 4 x 4
 // pixels of the output, instead of 144. The polynomials are taken at 0, ±1/√2, ±√2 and infinity, where the rounding is
@@ -166,9 +166,9 @@ struct Points {
 };
 
 // Transforms every tile from `begin` to `end`: SIZE x SIZE pixels, which are the tile's own or one more on each side.
-template <int64_t SIZE>
+template <int64_t SIZE, class T>
 void read(
-    const float* map, const Tiles& tiles, int64_t channels, int64_t begin, int64_t end,
+    const T* map, const Tiles& tiles, int64_t channels, int64_t begin, int64_t end,
     void (*transform)(const Floats (&)[SIZE], Floats (&)[PATCH]), Points& points) {
     const int64_t border = (SIZE - TILE) / 2;
     for (int64_t tile = begin; tile < end; tile++) {
@@ -179,7 +179,7 @@ void read(
             Floats pixels[SIZE][SIZE], made[PATCH][PATCH];
             for (int64_t i = 0; i < SIZE; i++)
                 for (int64_t j = 0; j < SIZE; j++) {
-                    const float* from = map + tiles.pixel(tile, top + i, left + j) * channels + channel;
+                    const T* from = map + tiles.pixel(tile, top + i, left + j) * channels + channel;
                     // the CPU sees no pattern in six rows at once and would wait for each pixel of the next tile
                     if (j >= SIZE - TILE) __builtin_prefetch(from + TILE * channels);
                     pixels[i][j] = is_inside || tiles.holds(top + i, left + j) ? load(from, lanes) : Floats{};
@@ -192,7 +192,8 @@ void read(
 }
 
 // Transforms the sums at the points to the pixels of the tiles from `begin` to `end`.
-void write(float* map, const Tiles& tiles, int64_t channels, int64_t begin, int64_t end, Points& points) {
+template <class T>
+void write(T* map, const Tiles& tiles, int64_t channels, int64_t begin, int64_t end, Points& points) {
     for (int64_t tile = begin; tile < end; tile++) {
         const int64_t top = tiles.top(tile), left = tiles.left(tile);
         for (int64_t channel = 0; channel < channels; channel += LANES) {
@@ -202,7 +203,7 @@ void write(float* map, const Tiles& tiles, int64_t channels, int64_t begin, int6
             both_ways(to_output, sums, pixels);
             for (int64_t i = 0; i < std::min(TILE, tiles.height - top); i++)
                 for (int64_t j = 0; j < std::min(TILE, tiles.width - left); j++) {
-                    float* to = map + tiles.pixel(tile, top + i, left + j) * channels + channel;
+                    T* to = map + tiles.pixel(tile, top + i, left + j) * channels + channel;
                     __builtin_prefetch(to + TILE * channels, 1);
                     store(to, pixels[i][j], std::min(LANES, channels - channel));
                 }
@@ -216,14 +217,10 @@ int64_t block_size(int64_t num_tiles, int64_t width, int64_t weights) {
     return std::max<int64_t>(ROWS, std::min(most, num_tiles) / ROWS * ROWS);
 }
 
-}  // namespace
-
-extern "C" {
-
-// Of x (B, C, H, W) and weight (3, 3, C, O) to y (B, O, H, W).
-void winograd_convolve(
-    int64_t slices, int64_t height, int64_t width, int64_t channels, int64_t filters, const float* x,
-    const float* weight, float* y, int threads) {
+template <class T>
+void convolve(
+    int64_t slices, int64_t height, int64_t width, int64_t channels, int64_t filters, const T* x, const float* weight,
+    T* y, int threads) {
     const Tiles tiles{slices, height, width};
     const int64_t row = whole(filters, LANES), plane = channels * row;
     Numbers points(POINTS * plane);
@@ -255,10 +252,10 @@ void winograd_convolve(
     }
 }
 
-// The gradient of the weight (3, 3, C, O), given that of the output, grad (B, O, H, W).
-void winograd_weight_gradient(
-    int64_t slices, int64_t height, int64_t width, int64_t channels, int64_t filters, const float* x,
-    const float* grad, float* grad_weight, int threads) {
+template <class T>
+void weight_gradient(
+    int64_t slices, int64_t height, int64_t width, int64_t channels, int64_t filters, const T* x, const T* grad,
+    float* grad_weight, int threads) {
     const Tiles tiles{slices, height, width};
     const int64_t row = whole(filters, LANES), plane = whole(channels, ROWS) * row;
     threads = int(std::clamp<int64_t>(MOST / (POINTS * plane), 1, threads));
@@ -294,5 +291,29 @@ void winograd_weight_gradient(
                         std::min(LANES, filters - filter));
             }
     }
+}
+}  // namespace
+
+extern "C" {
+
+// Of x (B, C, H, W) and weight (3, 3, C, O) float32 to y (B, O, H, W).
+void winograd_convolve(
+    int is_half, int64_t slices, int64_t height, int64_t width, int64_t channels, int64_t filters, const void* x,
+    const float* weight, void* y, int threads) {
+    of_type(is_half, [&](auto number) {
+        using T = decltype(number);
+        convolve(slices, height, width, channels, filters, (const T*)x, weight, (T*)y, threads);
+    });
+}
+
+// The gradient of the weight (3, 3, C, O) float32, given that of the output, grad (B, O, H, W).
+void winograd_weight_gradient(
+    int is_half, int64_t slices, int64_t height, int64_t width, int64_t channels, int64_t filters, const void* x,
+    const void* grad, float* grad_weight, int threads) {
+    of_type(is_half, [&](auto number) {
+        using T = decltype(number);
+        weight_gradient(
+            slices, height, width, channels, filters, (const T*)x, (const T*)grad, grad_weight, threads);
+    });
 }
 }
