@@ -12,18 +12,18 @@ enum Activation { NONE, RELU, SILU };
 
 constexpr int64_t PILOTS = 16;  // rows
 
-template <int A>
+template <class T, int A>
 inline Floats activate(Floats z) {
     if (A == RELU) return z < 0.0f ? Floats{} : z;  // a NaN stays one
-    if (A == SILU) return z * sigmoid(z);
+    if (A == SILU) return z * sigmoid<T>(z);
     return z;
 }
 
-template <int A>
+template <class T, int A>
 inline Floats act_slope(Floats z) {
     if (A == RELU) return z > 0.0f ? fill(1.0f) : Floats{};
     if (A == SILU) {
-        const Floats gate = sigmoid(z);
+        const Floats gate = sigmoid<T>(z);
         return gate + z * gate * (1.0f - gate);
     }
     return fill(1.0f);
@@ -54,27 +54,34 @@ std::vector<double> two_sums(int64_t rows, int64_t width, int64_t channels, int 
     return total;
 }
 
-// What turns x into x̂ and the slope of the activation there. Loops take the bare pointers of `rows`, as a vector's own
-// would be read anew after every store.
+// What turns x into its distance from the mean, and this into the slope of the activation there. Loops take the bare
+// pointers of `rows`, as a vector's own would be read anew after every store.
 template <class T, int A>
 class Normaliser {
-    Row mean, inverse, scale, offset;
+    std::vector<float> scales;
+    Row mean, scale, offset;
+
+    static std::vector<float> scales_of(const float* inverse, const float* weight, int64_t channels) {
+        std::vector<float> scales(inverse, inverse + channels);
+        for (int64_t c = 0; weight && c < channels; c++) scales[c] *= weight[c];
+        return scales;
+    }
 
   public:
     struct Rows {
-        const float *mean, *inverse, *scale, *offset;
+        const float *mean, *scale, *offset;
 
-        Floats normal(const T* x, int64_t i) const { return (stream(x + i) - load(mean + i)) * load(inverse + i); }
-        Floats slope(Floats normal, int64_t i) const {
-            return act_slope<A>(normal * load(scale + i) + load(offset + i));
+        Floats apart(const T* x, int64_t i) const { return stream(x + i) - load(mean + i); }
+        Floats slope(Floats apart, int64_t i) const {
+            return act_slope<T, A>(apart * load(scale + i) + load(offset + i));
         }
     };
 
     Normaliser(const float* saved, const float* weight, const float* bias, int64_t channels, int64_t width)
-        : mean(saved, channels, width), inverse(saved + channels, channels, width), scale(weight, channels, width, 1),
-          offset(bias, channels, width) {}
+        : scales(scales_of(saved + channels, weight, channels)), mean(saved, channels, width),
+          scale(scales.data(), channels, width), offset(bias, channels, width) {}
 
-    Rows rows() const { return {mean.data(), inverse.data(), scale.data(), offset.data()}; }
+    Rows rows() const { return {mean.data(), scale.data(), offset.data()}; }
 };
 
 template <class T>
@@ -113,7 +120,7 @@ void transform(const T* x, T* y, int64_t rows, int64_t width, const Row& scale, 
         const float *scale_row = scale.data(), *offset_row = offset.data();
         for (int64_t at = share.begin * width; at < share.end * width; at += width)
             for (int64_t i = 0; i < width; i += LANES)
-                store(y + at + i, activate<A>(stream(x + at + i) * load(scale_row + i) + load(offset_row + i)));
+                store(y + at + i, activate<T, A>(stream(x + at + i) * load(scale_row + i) + load(offset_row + i)));
     }
 }
 
@@ -122,14 +129,16 @@ std::vector<double> gradient_sums(
     const T* x, const T* grad, int64_t rows, int64_t width, int64_t channels, const float* saved, const float* weight,
     const float* bias, int threads) {
     const Normaliser<T, A> normaliser(saved, weight, bias, channels, width);
-    return two_sums(rows, width, channels, threads, [=, &normaliser](int64_t at, float* along, float* total) {
+    auto sums = two_sums(rows, width, channels, threads, [=, &normaliser](int64_t at, float* along, float* total) {
         const auto rows = normaliser.rows();
         for (int64_t i = 0; i < width; i += LANES) {
-            const Floats normal = rows.normal(x + at, i), inner = stream(grad + at + i) * rows.slope(normal, i);
-            store(along + i, load(along + i) + inner * normal);
+            const Floats apart = rows.apart(x + at, i), inner = stream(grad + at + i) * rows.slope(apart, i);
+            store(along + i, load(along + i) + inner * apart);
             store(total + i, load(total + i) + inner);
         }
     });
+    for (int64_t c = 0; c < channels; c++) sums[c] *= saved[channels + c];
+    return sums;
 }
 
 template <class T, int A>
@@ -138,7 +147,10 @@ void gradient(
     const float* weight, const float* bias, const double* sums, double count, int threads) {
     const Normaliser<T, A> normaliser(saved, weight, bias, channels, width);
     std::vector<float> means(2 * channels);
-    for (int64_t i = 0; i < 2 * channels; i++) means[i] = float(sums[i] / count);
+    for (int64_t c = 0; c < channels; c++) {
+        means[c] = float(sums[c] / count * saved[channels + c]);
+        means[channels + c] = float(sums[channels + c] / count);
+    }
     const Row along(means.data(), channels, width), total(means.data() + channels, channels, width);
 #pragma omp parallel num_threads(threads) if (rows * width > SMALL)
     {
@@ -147,9 +159,9 @@ void gradient(
         const float *along_row = along.data(), *total_row = total.data();
         for (int64_t at = share.begin * width; at < share.end * width; at += width)
             for (int64_t i = 0; i < width; i += LANES) {
-                const Floats normal = rows.normal(x + at, i), inner = stream(grad + at + i) * rows.slope(normal, i);
-                const Floats centred = inner - load(total_row + i) - normal * load(along_row + i);
-                store(grad_x + at + i, centred * load(rows.scale + i) * load(rows.inverse + i));
+                const Floats apart = rows.apart(x + at, i), inner = stream(grad + at + i) * rows.slope(apart, i);
+                const Floats centred = inner - load(total_row + i) - apart * load(along_row + i);
+                store(grad_x + at + i, centred * load(rows.scale + i));
             }
     }
 }
