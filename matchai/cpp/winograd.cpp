@@ -71,22 +71,26 @@ inline void to_weight(const Floats (&u)[6], Floats (&w)[3]) {
     w[2] = (1.0f / 3) * (even_large - even_small) + u[5];
 }
 
-// One of the above, down the columns and along the rows.
-template <int64_t FROM, int64_t TO>
-inline void both_ways(
-    void (*transform)(const Floats (&)[FROM], Floats (&)[TO]), const Floats (&from)[FROM][FROM], Floats (&to)[TO][TO]) {
+// One of the above, down the columns of what `get(i, j)` gives and along the rows of that, into `put(i, j, values)`.
+template <int64_t FROM, int64_t TO, class Get, class Put>
+inline void both_ways(void (*transform)(const Floats (&)[FROM], Floats (&)[TO]), Get get, Put put) {
     Floats half[TO][FROM];
 #pragma GCC unroll 6
     for (int64_t j = 0; j < FROM; j++) {
         Floats column[FROM], made[TO];
 #pragma GCC unroll 6
-        for (int64_t i = 0; i < FROM; i++) column[i] = from[i][j];
+        for (int64_t i = 0; i < FROM; i++) column[i] = get(i, j);
         transform(column, made);
 #pragma GCC unroll 6
         for (int64_t i = 0; i < TO; i++) half[i][j] = made[i];
     }
 #pragma GCC unroll 6
-    for (int64_t i = 0; i < TO; i++) transform(half[i], to[i]);
+    for (int64_t i = 0; i < TO; i++) {
+        Floats made[TO];
+        transform(half[i], made);
+#pragma GCC unroll 6
+        for (int64_t j = 0; j < TO; j++) put(i, j, made[j]);
+    }
 }
 
 // c (ROWS x N registers) = a · b, summed over `length`, or that is added to it. The numbers of a stand `a_row` and
@@ -175,18 +179,26 @@ void read(
         const int64_t top = tiles.top(tile) - border, left = tiles.left(tile) - border;
         const bool is_inside = tiles.holds(top, left) && tiles.holds(top + SIZE - 1, left + SIZE - 1);
         for (int64_t channel = 0; channel < channels; channel += LANES) {
+            const T* corner = map + tiles.pixel(tile, top, left) * channels + channel;
             const int64_t lanes = std::min(LANES, channels - channel);
-            Floats pixels[SIZE][SIZE], made[PATCH][PATCH];
-            for (int64_t i = 0; i < SIZE; i++)
-                for (int64_t j = 0; j < SIZE; j++) {
-                    const T* from = map + tiles.pixel(tile, top + i, left + j) * channels + channel;
-                    // the CPU sees no pattern in six rows at once and would wait for each pixel of the next tile
-                    if (j >= SIZE - TILE) __builtin_prefetch(from + TILE * channels);
-                    pixels[i][j] = is_inside || tiles.holds(top + i, left + j) ? load(from, lanes) : Floats{};
-                }
-            both_ways(transform, pixels, made);
-            for (int64_t point = 0; point < POINTS; point++)
-                store(points.at(point, tile - begin) + channel, made[point / PATCH][point % PATCH]);
+            float* points_of = points.at(0, tile - begin) + channel;
+            const auto keep = [=, &points](int64_t i, int64_t j, Floats values) {
+                store(points_of + (i * PATCH + j) * points.step, values);
+            };
+            const auto take = [=, &tiles](int64_t i, int64_t j, int64_t count) {
+                const T* from = corner + (i * tiles.width + j) * channels;
+                // the CPU sees no pattern in six rows at once and would wait for each pixel of the next tile
+                if (j >= SIZE - TILE) __builtin_prefetch(from + TILE * channels);
+                return count ? load(from, count) : Floats{};
+            };
+            if (is_inside && lanes == LANES)
+                both_ways(transform, [=](int64_t i, int64_t j) { return take(i, j, LANES); }, keep);
+            else {
+                const auto take_rest = [=, &tiles](int64_t i, int64_t j) {
+                    return take(i, j, is_inside || tiles.holds(top + i, left + j) ? lanes : 0);
+                };
+                both_ways(transform, take_rest, keep);
+            }
         }
     }
 }
@@ -196,17 +208,23 @@ template <class T>
 void write(T* map, const Tiles& tiles, int64_t channels, int64_t begin, int64_t end, Points& points) {
     for (int64_t tile = begin; tile < end; tile++) {
         const int64_t top = tiles.top(tile), left = tiles.left(tile);
+        const bool is_inside = tiles.holds(top + TILE - 1, left + TILE - 1);
         for (int64_t channel = 0; channel < channels; channel += LANES) {
-            Floats sums[PATCH][PATCH], pixels[TILE][TILE];
-            for (int64_t point = 0; point < POINTS; point++)
-                sums[point / PATCH][point % PATCH] = load(points.at(point, tile - begin) + channel);
-            both_ways(to_output, sums, pixels);
-            for (int64_t i = 0; i < std::min(TILE, tiles.height - top); i++)
-                for (int64_t j = 0; j < std::min(TILE, tiles.width - left); j++) {
-                    T* to = map + tiles.pixel(tile, top + i, left + j) * channels + channel;
-                    __builtin_prefetch(to + TILE * channels, 1);
-                    store(to, pixels[i][j], std::min(LANES, channels - channel));
-                }
+            T* corner = map + tiles.pixel(tile, top, left) * channels + channel;
+            const int64_t lanes = std::min(LANES, channels - channel);
+            const float* sums = points.at(0, tile - begin) + channel;
+            const auto sum = [=, &points](int64_t i, int64_t j) { return load(sums + (i * PATCH + j) * points.step); };
+            const auto put = [=, &tiles](int64_t i, int64_t j, Floats values, int64_t count) {
+                T* to = corner + (i * tiles.width + j) * channels;
+                __builtin_prefetch(to + TILE * channels, 1);
+                store(to, values, count);
+            };
+            if (is_inside && lanes == LANES)
+                both_ways(to_output, sum, [=](int64_t i, int64_t j, Floats values) { put(i, j, values, LANES); });
+            else
+                both_ways(to_output, sum, [=, &tiles](int64_t i, int64_t j, Floats values) {
+                    if (is_inside || tiles.holds(top + i, left + j)) put(i, j, values, lanes);
+                });
         }
     }
 }
@@ -229,13 +247,13 @@ void convolve(
         const Share own(channels), mine(tiles.count());
         for (int64_t channel = own.begin; channel < own.end; channel++)
             for (int64_t filter = 0; filter < filters; filter += LANES) {
-                Floats taps[3][3], made[PATCH][PATCH];
-                for (int64_t tap = 0; tap < 9; tap++)
-                    taps[tap / 3][tap % 3] =
-                        load(weight + (tap * channels + channel) * filters + filter, std::min(LANES, filters - filter));
-                both_ways(of_weight, taps, made);
-                for (int64_t point = 0; point < POINTS; point++)
-                    store(points.data() + point * plane + channel * row + filter, made[point / PATCH][point % PATCH]);
+                const auto tap = [=](int64_t i, int64_t j) {
+                    const float* from = weight + ((i * 3 + j) * channels + channel) * filters + filter;
+                    return load(from, std::min(LANES, filters - filter));
+                };
+                both_ways(of_weight, tap, [&](int64_t i, int64_t j, Floats values) {
+                    store(points.data() + (i * PATCH + j) * plane + channel * row + filter, values);
+                });
             }
 #pragma omp barrier
         const int64_t size = block_size(mine.end - mine.begin, whole(channels, LANES) + row, POINTS * plane);
@@ -279,16 +297,17 @@ void weight_gradient(
 #pragma omp barrier
         for (int64_t channel = own.begin; channel < own.end; channel++)
             for (int64_t filter = 0; filter < filters; filter += LANES) {
-                Floats total[PATCH][PATCH] = {}, taps[3][3];
-                for (int64_t thread = 0; thread < omp_get_num_threads(); thread++)
-                    for (int64_t point = 0; point < POINTS; point++)
-                        total[point / PATCH][point % PATCH] +=
-                            load(all.data() + (thread * POINTS + point) * plane + channel * row + filter);
-                both_ways(to_weight, total, taps);
-                for (int64_t tap = 0; tap < 9; tap++)
-                    store(
-                        grad_weight + (tap * channels + channel) * filters + filter, taps[tap / 3][tap % 3],
-                        std::min(LANES, filters - filter));
+                const auto sum = [&](int64_t i, int64_t j) {
+                    Floats total = {};
+                    for (int64_t thread = 0; thread < omp_get_num_threads(); thread++)
+                        total += load(
+                            all.data() + (thread * POINTS + i * PATCH + j) * plane + channel * row + filter);
+                    return total;
+                };
+                both_ways(to_weight, sum, [=](int64_t i, int64_t j, Floats values) {
+                    float* to = grad_weight + ((i * 3 + j) * channels + channel) * filters + filter;
+                    store(to, values, std::min(LANES, filters - filter));
+                });
             }
     }
 }
