@@ -88,7 +88,7 @@ inline void store(BFloat16* to, Floats values) {
 template <class T>
 inline Floats load(const T* from, int64_t count) {
     if (count == LANES) return load(from);
-#ifdef __AVX512VL__
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
     const __mmask16 lanes = __mmask16((1u << count) - 1);  // by way of memory, the CPU would wait for what it stored
     if constexpr (sizeof(T) == sizeof(float)) return (Floats)_mm512_maskz_loadu_ps(lanes, from);
     else return widen((Halves)_mm256_maskz_loadu_epi16(lanes, from));
