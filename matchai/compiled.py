@@ -6,30 +6,17 @@ torch's single operations (docs/performance.md). The sources lie in `matchai/cpp
 operations do the same work.
 """
 
-import contextlib
 import ctypes
 import functools
-import hashlib
 import math
-import os
-import platform
-import shlex
-import shutil
-import subprocess
-import sys
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from matchai.files import write_whole
+from matchai import toolchain
 
-FLAGS = ["-O3", "-march=native", "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC"]
-SOURCES = Path(__file__).parent / "cpp"
-PATIENCE = 120  # seconds; the compiler takes three here
 LANES = 16  # numbers in the longest register that a kernel takes at a time, see cpp/vectors.h
 ROW = 128  # numbers that a row should have: eight registers, so that no sum waits for the one before
 
@@ -54,8 +41,9 @@ _SIGNATURES = {
     "loss_gradient": "iqqpppdppi",
     "join_maps": "iqqqqPApi",
     "split_gradient": "iqqqqPpAi",
+    "are_finite": "qPAi",
 }
-_RESULTS = {"norm_forward": ctypes.c_double, "loss_sums": ctypes.c_int}
+_RESULTS = {"norm_forward": ctypes.c_double, "loss_sums": ctypes.c_int, "are_finite": ctypes.c_int}
 _TYPES = {
     "i": ctypes.c_int,
     "q": ctypes.c_int64,
@@ -249,6 +237,12 @@ class Kernels:
         )
         return grads
 
+    def are_finite(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether all numbers of dense float32 tensors are finite."""
+        sizes = (ctypes.c_int64 * len(tensors))(*[one.numel() for one in tensors])
+        threads = torch.get_num_threads()
+        return bool(self._functions["are_finite"](len(tensors), sizes, _pointers(tensors), threads))
+
     def loss_sums(self, logits: Tensor, target: Tensor, class_weights: Tensor, gamma: float) -> Tensor:
         """The sums of `matchai.losses.SegmentationLoss.sums`, (4 + 3 C,) float64, for target (B, H, W) int64.
 
@@ -305,6 +299,16 @@ def is_map(x: Tensor) -> bool:
     )
 
 
+def are_plain(tensors: Sequence[Tensor]) -> bool:
+    """Whether these are float32 on a CPU, without gaps in memory."""
+    return all(
+        one.device.type == "cpu"
+        and one.dtype == torch.float32
+        and (one.is_contiguous() or one.is_contiguous(memory_format=torch.channels_last))
+        for one in tensors
+    )
+
+
 def is_traced() -> bool:
     """Whether a tracer looks on, to which a choice by sizes would be no choice."""
     traced: bool = torch.jit.is_tracing() or torch.compiler.is_compiling()  # type: ignore[attr-defined, no-untyped-call]
@@ -325,80 +329,8 @@ def _fold(channels: int, pixels: int) -> int:
 @functools.cache
 def load() -> tuple[Kernels | None, str]:
     """The kernels, compiled if this machine has not yet done so, and how they were; or None and the reason."""
-    if not sys.platform.startswith("linux"):
-        return None, "the kernels are for Linux alone"
-    wanted = os.environ.get("CXX", "")
+    library, how = toolchain.load_library()
     try:
-        compiler = shlex.split(wanted) or ["g++"]
-    except ValueError as error:
-        return None, f"the variable CXX, {wanted!r}, is no command ({error})"
-    if shutil.which(compiler[0]) is None:
-        return None, f"there is no C++ compiler {compiler[0] or repr(wanted)}"
-    try:
-        return Kernels(_build(compiler)), f"compiled by {shlex.join(compiler)}"
-    except (OSError, AttributeError, subprocess.SubprocessError) as error:  # Attribute: a library without a kernel
-        return None, f"{compiler[0]} failed ({_cause(error)[:200]})"
-
-
-def _cause(error: Exception) -> str:
-    """A line that tells why; those of `subprocess` would begin with the whole command."""
-    if isinstance(error, subprocess.TimeoutExpired):
-        return f"it did not end within {PATIENCE:g} s"
-    if not isinstance(error, subprocess.CalledProcessError):
-        return str(error)
-    lines = [line.strip() for line in error.stderr.decode(errors="replace").splitlines() if line.strip()]
-    silent = f"it ended with status {error.returncode} and said nothing"
-    return next((line for line in lines if "error" in line), lines[0] if lines else silent)
-
-
-def _build(compiler: list[str]) -> ctypes.CDLL:
-    """The library, from the user's cache or compiled anew, and kept there if it can be."""
-    kept = _folder() / f"kernels-{_fingerprint(compiler)}.so"
-    with contextlib.suppress(OSError):
-        return ctypes.CDLL(str(kept))
-    with tempfile.TemporaryDirectory() as folder:
-        made = Path(folder) / kept.name
-        sources = [str(path) for path in sorted(SOURCES.glob("*.cpp"))]
-        subprocess.run(
-            [*compiler, *FLAGS, *sources, "-o", str(made)],
-            check=True,
-            capture_output=True,
-            timeout=PATIENCE,
-            stdin=subprocess.DEVNULL,
-        )
-        with contextlib.suppress(OSError):
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(kept, made.read_bytes())
-            return ctypes.CDLL(str(kept))  # first: nothing can be loaded from a folder of temporary files without exec
-        return ctypes.CDLL(str(made))
-
-
-def _folder() -> Path:
-    try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "matchai"
-    except RuntimeError:
-        return Path(os.devnull)  # a user without a home, as in a container: below a file nothing can be kept
-
-
-def _fingerprint(compiler: list[str]) -> str:
-    """Of all that decides what the kernels are: the sources, the compiler and its options, the CPU."""
-    # of the whole command: the first word may be one that calls the compiler, as ccache does
-    version = subprocess.run(
-        [*compiler, "--version"], capture_output=True, check=True, timeout=PATIENCE, stdin=subprocess.DEVNULL
-    ).stdout
-    parts = [path.read_bytes() for path in sorted(SOURCES.iterdir())]
-    parts += [shlex.join([*compiler, *FLAGS]).encode(), version, platform.machine().encode(), _cpu()]
-    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:20]
-
-
-@functools.cache
-def has_tiles() -> bool:
-    """Whether the CPU multiplies tiles of bfloat16 (Intel's AMX): several times as many products a second as floats."""
-    return b" amx_bf16" in _cpu()
-
-
-def _cpu() -> bytes:
-    """The CPU's model and abilities, as Linux lists them: a home folder may be shared by machines that differ."""
-    lines = Path("/proc/cpuinfo").read_bytes().splitlines()
-    names = (b"model name", b"flags", b"Features", b"CPU part")
-    return b"\n".join(sorted({line for line in lines if line.startswith(names)}))
+        return Kernels(library) if library else None, how
+    except AttributeError as error:
+        return None, f"the compiled library lacks a kernel ({error})"

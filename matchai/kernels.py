@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from matchai import compiled
+from matchai import compiled, toolchain
 from matchai.model import smp, timm
 from matchai.normalisation import SyncBatchNorm
 
@@ -200,7 +200,7 @@ class WinogradConv2d(nn.Conv2d):
     """A convolution of 3 x 3 at stride 1 without bias, by a compiled kernel for maps that are large enough.
 
     The kernel computes in float32 whatever the maps' type: in bfloat16 too it takes 0.7 of oneDNN's time, but not where
-    the CPU multiplies tiles (`compiled.has_tiles`).
+    the CPU multiplies tiles (`toolchain.has_tiles`).
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -213,7 +213,7 @@ class WinogradConv2d(nn.Conv2d):
 
     def _suits(self, x: Tensor) -> bool:
         """Whether a map is one that the kernel computes, and faster than torch."""
-        is_mixed = torch.is_autocast_enabled("cpu") and _dtype(x) == torch.bfloat16 and not compiled.has_tiles()
+        is_mixed = torch.is_autocast_enabled("cpu") and _dtype(x) == torch.bfloat16 and not toolchain.has_tiles()
         is_known = self.weight.dtype == torch.float32 and (is_mixed or _dtype(x) == torch.float32)
         return is_known and compiled.is_map(x) and x.shape[2] * x.shape[3] >= SMALLEST
 

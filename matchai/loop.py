@@ -19,6 +19,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
+from matchai import compiled
 from matchai.dropout import KeyedLayer, set_dropout
 from matchai.lockstep import Lockstep
 from matchai.losses import SegmentationLoss
@@ -121,14 +122,12 @@ def train_epoch(training: Training, epoch: int, tally: Tally, after_step: Callab
         waited = time.perf_counter() - last
         num_draws = min(sampler.batch_size, sampler.num_samples - tally.consumed)
         tally.lr = float(training.scheduler.get_last_lr()[0])
-        before, training.outcome = (
-            training.outcome,
-            train_step(training, epoch, num_draws, images, target, positions.tolist()),
-        )
+        outcome = train_step(training, epoch, num_draws, images, target, positions.tolist())
         training.scheduler.step()
         training.step += 1
         tally.consumed += num_draws
-        is_stopping = count_step(training, tally, before)
+        is_stopping = count_step(training, tally, training.outcome)  # of the step before
+        training.outcome = outcome
         now = time.perf_counter()
         tally.seconds += now - last
         tally.waited += waited
@@ -228,6 +227,9 @@ def _update(training: Training, is_finite: Tensor, kept_buffers: list[Tensor]) -
 
 def _are_finite(grads: list[Tensor]) -> Tensor:
     """Whether all gradients are finite, a scalar on their device."""
+    kernels = compiled.load()[0] if compiled.are_plain(grads) else None
+    if kernels is not None:
+        return torch.tensor(kernels.are_finite(grads))
     found = torch.zeros(1, device=grads[0].device)
     # a gradient scaler's kernel, here with a scale of 1: one pass, in half the time of a norm
     torch._amp_foreach_non_finite_check_and_unscale_(grads, found, torch.ones_like(found))

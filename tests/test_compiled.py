@@ -1,4 +1,4 @@
-"""The compiled kernels: each against float64, and that it repeats its bits. How they are built is in test_building."""
+"""The compiled kernels: each against float64, and that it repeats its bits. How they are built is in test_toolchain."""
 
 import contextlib
 import itertools
@@ -215,6 +215,16 @@ def test_running_statistics_let_what_is_not_finite_through(kernels: Kernels, val
         y = kernels.norm_running(x, activation, None, None, 1e-5, (torch.zeros(16), torch.ones(16)))
         assert not torch.isfinite(y[0, 3, 1, 1])
         assert int(torch.isfinite(y).sum()) == y.numel() - 1
+
+
+def test_silu_of_every_bf16_number_rounds_as_its_exact_value(kernels: Kernels) -> None:
+    every = torch.arange(2**16).to(torch.uint16).view(torch.bfloat16)
+    x = every[torch.isfinite(every) & (every.abs() < 1e30)].double()
+    x = F.pad(x, (0, -len(x) % 256)).view(1, 16, -1, 16).bfloat16().contiguous(memory_format=torch.channels_last)
+    y = kernels.norm_running(x, compiled.ACTIVATIONS[nn.SiLU], None, None, 0.0, (torch.zeros(16), torch.ones(16)))
+    exact = F.silu(x.double())
+    # half a unit in the last place, and the 2^-13 of it that the sigmoid is off by
+    assert bool(((y.double() - exact).abs() <= (2**-8 + 2**-13) * exact.abs() + 1e-7).all())
 
 
 @pytest.mark.parametrize("magnitude", [20.0, 80.0, 200.0, 1e30])
@@ -531,6 +541,34 @@ def test_a_nan_among_the_logits_reaches_the_sums_and_the_gradient_of_its_pixel_a
     is_reached = torch.zeros(1, 4, 5, 5, dtype=torch.bool)
     is_reached[..., 3, 3] = True
     assert torch.equal(torch.isnan(grad), is_reached)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("number", [1, 2, 7])
+def test_a_number_that_is_not_finite_is_found_wherever_it_lies(kernels: Kernels, number: int, value: float) -> None:
+    tensors = [filled(3, 5, 4, 4), torch.tensor(1.0), filled(0, 3, 1, 1), torch.full((37,), 3.4e38), torch.zeros(16)]
+    with threads(number):
+        assert kernels.are_finite(tensors)
+        for tensor in tensors:
+            whole = tensor.detach().as_strided((tensor.numel(),), (1,))  # as it lies in memory
+            for place in range(len(whole)):
+                kept = float(whole[place])
+                whole[place] = value
+                assert not kernels.are_finite(tensors)
+                whole[place] = kept
+        assert kernels.are_finite(tensors)
+
+
+def test_tensors_with_gaps_or_of_other_types_are_not_plain() -> None:
+    plain = torch.zeros(4, 4), filled(2, 3, 4, 5)
+    assert compiled.are_plain(plain)
+    for other in (
+        torch.zeros(4, 4)[:, ::2],
+        torch.zeros(4).expand(3, 4),
+        torch.zeros(4).double(),
+        torch.zeros(4).bfloat16(),
+    ):
+        assert not compiled.are_plain([*plain, other])
 
 
 def run_norm(kernels: Kernels, dtype: torch.dtype) -> list[Tensor]:

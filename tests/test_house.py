@@ -60,6 +60,7 @@ FLOORS = [
         "study_rows",
         "surface",
         "tally",
+        "toolchain",
         "unseen",
         "volumes",
         "inputs",

@@ -13,7 +13,7 @@ from timm.layers import Swish
 from timm.models._efficientnet_blocks import SqueezeExcite
 from torch import Tensor, nn
 
-from matchai import compiled, kernels
+from matchai import compiled, kernels, toolchain
 from matchai.dropout import keyed_layers, set_dropout
 from matchai.model import build_model
 
@@ -209,7 +209,7 @@ def test_a_convolution_that_has_no_kernel_is_torch_s(
 def test_under_autocast_a_convolution_by_winograd_rounds_as_the_plain_one(
     has_tiles: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compiled, "has_tiles", lambda: has_tiles)
+    monkeypatch.setattr(toolchain, "has_tiles", lambda: has_tiles)
     torch.manual_seed(0)
     plain = nn.Conv2d(24, 40, 3, padding=1, bias=False).to(memory_format=torch.channels_last)
     changed = copy.deepcopy(plain)
@@ -230,7 +230,7 @@ def test_a_convolution_by_winograd_under_autocast_is_torch_s_where_the_cpu_multi
     conv = nn.Conv2d(16, 16, 3, padding=1, bias=False)
     kernels.use_winograd(conv)
     for has_tiles in (True, False):
-        monkeypatch.setattr(compiled, "has_tiles", lambda has_tiles=has_tiles: has_tiles)
+        monkeypatch.setattr(toolchain, "has_tiles", lambda has_tiles=has_tiles: has_tiles)
         with torch.autocast("cpu", torch.bfloat16):
             conv(channels_last(2, 16, 24, 24))
         assert kernels_used == ([] if has_tiles else ["convolve"])
@@ -271,7 +271,7 @@ def test_a_convolution_of_pixels_has_the_gradients_of_the_plain_one(
     assert_as_exact(plain, changed, channels_last(*shape))
 
 
-@pytest.mark.parametrize("shape", [(2, 16, 8, 8), (2, 16, 17, 16), (16, 8, 8), (0, 16, 8, 8)])
+@pytest.mark.parametrize("shape", [(2, 16, 6, 6), (2, 16, 8, 8), (2, 16, 17, 16), (16, 8, 8), (0, 16, 8, 8)])
 @pytest.mark.parametrize("is_mixed", [True, False])
 def test_a_convolution_of_pixels_gives_shape_type_and_layout_of_the_plain_one(
     shape: tuple[int, ...], is_mixed: bool
@@ -286,6 +286,25 @@ def test_a_convolution_of_pixels_gives_shape_type_and_layout_of_the_plain_one(
     assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
     assert found.stride() == expected.stride() or not found.numel()
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize(("is_mixed", "largest"), [(True, 16), (False, 6)])
+def test_convolutions_of_pixels_are_products_of_matrices_up_to_a_size_that_hangs_on_the_type(
+    is_mixed: bool, largest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of_pixels, sizes = kernels._of_pixels, []
+
+    def watched(conv: nn.Conv2d, x: Tensor) -> Tensor:
+        sizes.append(x.shape[1])
+        return of_pixels(conv, x)
+
+    monkeypatch.setattr(kernels, "_of_pixels", watched)
+    conv = nn.Conv2d(16, 24, 1, bias=False)
+    kernels.multiply_pixels(conv)
+    with torch.autocast("cpu", torch.bfloat16, enabled=is_mixed):
+        for size in range(1, 20):
+            conv(channels_last(1, 16, size, size))
+    assert sizes == list(range(1, largest + 1))
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from matchai import compiled
+from matchai import compiled, toolchain
 
 pytestmark = [
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the kernels are for Linux alone"),
@@ -23,8 +23,8 @@ build = compiled.load.__wrapped__  # as the first call of a process, whatever wa
 
 SCRIPT = """
 import pathlib, sys
-from matchai import compiled
-compiled.SOURCES = pathlib.Path(sys.argv[1])
+from matchai import compiled, toolchain
+toolchain.SOURCES = pathlib.Path(sys.argv[1])
 found, how = compiled.load()
 print(found is not None, how)
 """
@@ -37,7 +37,7 @@ def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder.mkdir()
     functions = "".join(f"void {name}() {{}}\n" for name in compiled._SIGNATURES)
     (folder / "all.cpp").write_text(f'extern "C" {{\n{functions}}}\n')
-    monkeypatch.setattr(compiled, "SOURCES", folder)
+    monkeypatch.setattr(toolchain, "SOURCES", folder)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("CXX", raising=False)
     return folder
@@ -105,7 +105,7 @@ def test_a_compiler_that_hangs_is_done_without(
     work: str, version: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     become(tmp_path, monkeypatch, work, version)
-    monkeypatch.setattr(compiled, "PATIENCE", 0.3)
+    monkeypatch.setattr(toolchain, "PATIENCE", 0.3)
     found, how = build()
     assert found is None
     assert "did not end within 0.3 s" in how
@@ -170,7 +170,7 @@ def test_a_user_without_a_home_has_kernels_too(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize("content", [b"", b"no library", b"\x7fELF\x02\x01\x01" + bytes(4000)])
 def test_a_damaged_library_is_compiled_anew(content: bytes, tmp_path: Path, compiler: Path) -> None:
     # damaged before this process first loads it: a loaded library is not read again
-    library = compiled._folder() / f"kernels-{compiled._fingerprint([str(compiler)])}.so"
+    library = toolchain._folder() / f"kernels-{toolchain._fingerprint([str(compiler)])}.so"
     library.parent.mkdir(parents=True)
     library.write_bytes(content)
     assert build()[0] is not None
@@ -191,9 +191,9 @@ def test_what_decides_over_the_kernels_gives_them_another_name(
     elif changed == "sources":
         (sources / "vectors.h").write_text("// another\n")
     elif changed == "options":
-        monkeypatch.setattr(compiled, "FLAGS", [*compiled.FLAGS, "-g"])
+        monkeypatch.setattr(toolchain, "FLAGS", [*toolchain.FLAGS, "-g"])
     else:
-        monkeypatch.setattr(compiled, "_cpu", lambda: b"another")
+        monkeypatch.setattr(toolchain, "_cpu", lambda: b"another")
     assert build()[0] is not None
     assert num_compiled(tmp_path) == len(kept(tmp_path)) == 2
 
