@@ -41,9 +41,8 @@ _SIGNATURES = {
     "loss_gradient": "iqqpppdppi",
     "join_maps": "iqqqqPApi",
     "split_gradient": "iqqqqPpAi",
-    "are_finite": "qPAi",
 }
-_RESULTS = {"norm_forward": ctypes.c_double, "loss_sums": ctypes.c_int, "are_finite": ctypes.c_int}
+_RESULTS = {"norm_forward": ctypes.c_double, "loss_sums": ctypes.c_int}
 _TYPES = {
     "i": ctypes.c_int,
     "q": ctypes.c_int64,
@@ -237,12 +236,6 @@ class Kernels:
         )
         return grads
 
-    def are_finite(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether all numbers of dense float32 tensors are finite."""
-        sizes = (ctypes.c_int64 * len(tensors))(*[one.numel() for one in tensors])
-        threads = torch.get_num_threads()
-        return bool(self._functions["are_finite"](len(tensors), sizes, _pointers(tensors), threads))
-
     def loss_sums(self, logits: Tensor, target: Tensor, class_weights: Tensor, gamma: float) -> Tensor:
         """The sums of `matchai.losses.SegmentationLoss.sums`, (4 + 3 C,) float64, for target (B, H, W) int64.
 
@@ -296,16 +289,6 @@ def is_map(x: Tensor) -> bool:
         and x.ndim == 4
         and x.numel() > 0
         and x.is_contiguous(memory_format=torch.channels_last)
-    )
-
-
-def are_plain(tensors: Sequence[Tensor]) -> bool:
-    """Whether these are float32 on a CPU, without gaps in memory."""
-    return all(
-        one.device.type == "cpu"
-        and one.dtype == torch.float32
-        and (one.is_contiguous() or one.is_contiguous(memory_format=torch.channels_last))
-        for one in tensors
     )
 
 

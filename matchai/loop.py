@@ -19,7 +19,6 @@ from torch.optim.lr_scheduler import OneCycleLR
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
-from matchai import compiled
 from matchai.dropout import KeyedLayer, set_dropout
 from matchai.lockstep import Lockstep
 from matchai.losses import SegmentationLoss
@@ -227,9 +226,6 @@ def _update(training: Training, is_finite: Tensor, kept_buffers: list[Tensor]) -
 
 def _are_finite(grads: list[Tensor]) -> Tensor:
     """Whether all gradients are finite, a scalar on their device."""
-    kernels = compiled.load()[0] if compiled.are_plain(grads) else None
-    if kernels is not None:
-        return torch.tensor(kernels.are_finite(grads))
     found = torch.zeros(1, device=grads[0].device)
     # a gradient scaler's kernel, here with a scale of 1: one pass, in half the time of a norm
     torch._amp_foreach_non_finite_check_and_unscale_(grads, found, torch.ones_like(found))

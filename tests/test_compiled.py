@@ -543,34 +543,6 @@ def test_a_nan_among_the_logits_reaches_the_sums_and_the_gradient_of_its_pixel_a
     assert torch.equal(torch.isnan(grad), is_reached)
 
 
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("number", [1, 2, 7])
-def test_a_number_that_is_not_finite_is_found_wherever_it_lies(kernels: Kernels, number: int, value: float) -> None:
-    tensors = [filled(3, 5, 4, 4), torch.tensor(1.0), filled(0, 3, 1, 1), torch.full((37,), 3.4e38), torch.zeros(16)]
-    with threads(number):
-        assert kernels.are_finite(tensors)
-        for tensor in tensors:
-            whole = tensor.detach().as_strided((tensor.numel(),), (1,))  # as it lies in memory
-            for place in range(len(whole)):
-                kept = float(whole[place])
-                whole[place] = value
-                assert not kernels.are_finite(tensors)
-                whole[place] = kept
-        assert kernels.are_finite(tensors)
-
-
-def test_tensors_with_gaps_or_of_other_types_are_not_plain() -> None:
-    plain = torch.zeros(4, 4), filled(2, 3, 4, 5)
-    assert compiled.are_plain(plain)
-    for other in (
-        torch.zeros(4, 4)[:, ::2],
-        torch.zeros(4).expand(3, 4),
-        torch.zeros(4).double(),
-        torch.zeros(4).bfloat16(),
-    ):
-        assert not compiled.are_plain([*plain, other])
-
-
 def run_norm(kernels: Kernels, dtype: torch.dtype) -> list[Tensor]:
     return Norm(filled(3, 24, 40, 40, dtype=dtype), nn.SiLU).by_kernels(kernels)
 
