@@ -191,9 +191,10 @@ class Kernels:
         return made
 
     def convolve(self, x: Tensor, weight: Tensor) -> Tensor:
-        """Convolves x at stride 1 and padding 1 by a float32 weight (O, C, 3, 3) to (B, O, H, W), in float32.
+        """Convolves x at stride 1 and padding 1 by a float32 weight (O, C, 3, 3) to (B, O, H, W) of the type of x.
 
-        A slice's result depends on nothing but the slice: on no other of the batch, and not on the number of threads.
+        It computes in float32. A slice's result depends on nothing but the slice: on no other of the batch, and not on
+        the number of threads.
         """
         slices, channels, height, width = x.shape
         y = torch.empty((slices, len(weight), height, width), dtype=x.dtype, memory_format=torch.channels_last)

@@ -22,10 +22,10 @@ _decoder: Any = smp.decoders.unetplusplus.decoder
 
 # pixels of a slice: in fewer, the weights' way to other points costs more than it saves. Not of the batch, whose size
 # would then change a slice's bits
-SMALLEST = 24 * 24
+SMALLEST_OF_WINOGRAD = 24 * 24
 # pixels of a slice up to which a convolution of 1 x 1 is faster as a product of matrices; fewer in float32, which torch
 # leaves to MKL: that takes twice as long as oneDNN on AMD's CPUs
-LARGEST = {torch.bfloat16: 16 * 16, torch.float32: 6 * 6}
+LARGEST_PRODUCT = {torch.bfloat16: 16 * 16, torch.float32: 6 * 6}
 
 
 def quicken(model: nn.Module) -> None:
@@ -199,8 +199,8 @@ def _gradients(
 class WinogradConv2d(nn.Conv2d):
     """A convolution of 3 x 3 at stride 1 without bias, by a compiled kernel for maps that are large enough.
 
-    The kernel computes in float32 whatever the maps' type: in bfloat16 too it takes 0.7 of oneDNN's time, but not where
-    the CPU multiplies tiles (`toolchain.has_tiles`).
+    The kernel computes in float32 whatever the maps' type. On Zen 5 it takes two thirds of oneDNN's time in bfloat16,
+    too; where the CPU multiplies tiles (`toolchain.has_tiles`), bfloat16 is left to oneDNN.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -213,9 +213,10 @@ class WinogradConv2d(nn.Conv2d):
 
     def _suits(self, x: Tensor) -> bool:
         """Whether a map is one that the kernel computes, and faster than torch."""
+        if not compiled.is_map(x) or x.shape[2] * x.shape[3] < SMALLEST_OF_WINOGRAD:
+            return False
         is_mixed = torch.is_autocast_enabled("cpu") and _dtype(x) == torch.bfloat16 and not toolchain.has_tiles()
-        is_known = self.weight.dtype == torch.float32 and (is_mixed or _dtype(x) == torch.float32)
-        return is_known and compiled.is_map(x) and x.shape[2] * x.shape[3] >= SMALLEST
+        return self.weight.dtype == torch.float32 and (is_mixed or _dtype(x) == torch.float32)
 
 
 class _Winograd(torch.autograd.Function):
@@ -248,7 +249,7 @@ class PixelConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolves x (B, C, H, W)."""
-        if x.ndim != 4 or compiled.is_traced() or x.shape[2] * x.shape[3] > LARGEST.get(_dtype(x), 0):
+        if x.ndim != 4 or compiled.is_traced() or x.shape[2] * x.shape[3] > LARGEST_PRODUCT.get(_dtype(x), 0):
             return super().forward(x)
         return _of_pixels(self, x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 

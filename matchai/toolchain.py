@@ -90,8 +90,11 @@ def _fingerprint(compiler: list[str]) -> str:
 
 @functools.cache
 def has_tiles() -> bool:
-    """Whether the CPU multiplies tiles of bfloat16 (Intel's AMX): several times as many products a second as floats."""
-    return b" amx_bf16" in _cpu()
+    """Whether the CPU multiplies tiles of bfloat16, which gives several times as many products a second as floats.
+
+    Intel's AMX does, which older versions of torch do not tell of; Arm's CPUs are taken to, as none was measured.
+    """
+    return platform.machine() != "x86_64" or b" amx_bf16" in _cpu()
 
 
 def _cpu() -> bytes:

@@ -204,12 +204,17 @@ def test_a_convolution_that_has_no_kernel_is_torch_s(
     assert torch.equal(found, expected)
 
 
-@pytest.mark.usefixtures("way")
-@pytest.mark.parametrize("has_tiles", [True, False])
-def test_under_autocast_a_convolution_by_winograd_rounds_as_the_plain_one(
-    has_tiles: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(toolchain, "has_tiles", lambda: has_tiles)
+@pytest.fixture(params=[True, False], ids=["with tiles", "without tiles"])
+def has_tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Runs a test as on a CPU that multiplies tiles of bf16, and as on one that does not."""
+    found: bool = request.param
+    monkeypatch.setattr(toolchain, "has_tiles", lambda: found)
+    return found
+
+
+@pytest.mark.usefixtures("kernels")
+def test_under_autocast_a_convolution_by_winograd_rounds_as_the_plain_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(toolchain, "has_tiles", lambda: False)
     torch.manual_seed(0)
     plain = nn.Conv2d(24, 40, 3, padding=1, bias=False).to(memory_format=torch.channels_last)
     changed = copy.deepcopy(plain)
@@ -224,16 +229,14 @@ def test_under_autocast_a_convolution_by_winograd_rounds_as_the_plain_one(
         assert errors[0] < 1.5 * errors[1]
 
 
-def test_a_convolution_by_winograd_under_autocast_is_torch_s_where_the_cpu_multiplies_tiles(
-    kernels_used: list[str], monkeypatch: pytest.MonkeyPatch
+def test_under_autocast_a_convolution_by_winograd_is_torch_s_where_the_cpu_multiplies_tiles(
+    kernels_used: list[str], has_tiles: bool
 ) -> None:
     conv = nn.Conv2d(16, 16, 3, padding=1, bias=False)
     kernels.use_winograd(conv)
-    for has_tiles in (True, False):
-        monkeypatch.setattr(toolchain, "has_tiles", lambda has_tiles=has_tiles: has_tiles)
-        with torch.autocast("cpu", torch.bfloat16):
-            conv(channels_last(2, 16, 24, 24))
-        assert kernels_used == ([] if has_tiles else ["convolve"])
+    with torch.autocast("cpu", torch.bfloat16):
+        conv(channels_last(2, 16, 24, 24))
+    assert kernels_used == ([] if has_tiles else ["convolve"])
 
 
 @pytest.mark.parametrize(
@@ -458,7 +461,7 @@ def test_a_quickened_model_is_as_near_to_the_exact_gradient_as_the_plain_one() -
     assert errors[1] < 0.02 * found[0].norm()
 
 
-@pytest.mark.usefixtures("way")
+@pytest.mark.usefixtures("way", "has_tiles")
 def test_under_autocast_a_quickened_model_is_as_near_to_the_exact_gradient_as_the_plain_one() -> None:
     x, found = channels_last(4, 1, 64, 64), []
     exact, plain, changed = exact_plain_and_changed()
@@ -498,7 +501,7 @@ def test_a_copy_of_a_quickened_model_has_layers_of_its_own() -> None:
     assert other.eval()(x).abs().max() == 0
 
 
-@pytest.mark.usefixtures("way")
+@pytest.mark.usefixtures("way", "has_tiles")
 @pytest.mark.parametrize("is_mixed", [True, False])
 def test_a_quickened_model_s_gradients_lie_as_its_weights_do(is_mixed: bool) -> None:
     """DistributedDataParallel warns where they do not, and copies them."""

@@ -232,6 +232,31 @@ def test_two_processes_that_compile_at_one_time_both_have_kernels(
 
 
 @needs_compiler
+def test_a_library_without_a_kernel_is_done_without(sources: Path) -> None:
+    whole = (sources / "all.cpp").read_text()
+    (sources / "all.cpp").write_text(whole.replace("void join_maps() {}\n", ""))
+    found, how = build()
+    assert found is None
+    assert re.match(r"the compiled library lacks a kernel \(.*join_maps", how)
+
+
+@pytest.mark.parametrize(
+    ("flags", "machine", "has_tiles"),
+    [
+        (b"flags\t\t: fpu avx512_bf16 amx_bf16 amx_tile", "x86_64", True),
+        (b"flags\t\t: fpu avx512_bf16", "x86_64", False),
+        (b"Features\t: fp asimd bf16", "aarch64", True),
+    ],
+)
+def test_which_cpus_multiply_tiles_of_bf16(
+    flags: bytes, machine: str, has_tiles: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(toolchain, "_cpu", lambda: flags)
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    assert toolchain.has_tiles.__wrapped__() is has_tiles
+
+
+@needs_compiler
 def test_other_systems_have_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "darwin")
     assert build() == (None, "the kernels are for Linux alone")

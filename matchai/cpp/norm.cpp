@@ -1,5 +1,5 @@
 // Batch norm and the activation after it in one: half the passes through memory of one after the other, and only the
-// input is kept for the gradient, from which the normalised values are computed again.
+// input is kept for the gradient, from which all else is computed again.
 //
 // A map (B, C, H, W) in channels-last memory is seen as `rows` of `width` numbers: the channels of as many pixels side
 // by side as make whole registers. Tensors of channels have C numbers; here they are repeated to a row.
@@ -57,14 +57,13 @@ std::vector<double> two_sums(int64_t rows, int64_t width, int64_t channels, int 
 // What turns x into its distance from the mean, and this into the slope of the activation there. Loops take the bare
 // pointers of `rows`, as a vector's own would be read anew after every store.
 template <class T, int A>
-class Normaliser {
-    std::vector<float> scales;
+class Slopes {
     Row mean, scale, offset;
 
-    static std::vector<float> scales_of(const float* inverse, const float* weight, int64_t channels) {
+    static Row scale_of(const float* inverse, const float* weight, int64_t channels, int64_t width) {
         std::vector<float> scales(inverse, inverse + channels);
         for (int64_t c = 0; weight && c < channels; c++) scales[c] *= weight[c];
-        return scales;
+        return Row(scales.data(), channels, width);
     }
 
   public:
@@ -77,9 +76,9 @@ class Normaliser {
         }
     };
 
-    Normaliser(const float* saved, const float* weight, const float* bias, int64_t channels, int64_t width)
-        : scales(scales_of(saved + channels, weight, channels)), mean(saved, channels, width),
-          scale(scales.data(), channels, width), offset(bias, channels, width) {}
+    Slopes(const float* saved, const float* weight, const float* bias, int64_t channels, int64_t width)
+        : mean(saved, channels, width), scale(scale_of(saved + channels, weight, channels, width)),
+          offset(bias, channels, width) {}
 
     Rows rows() const { return {mean.data(), scale.data(), offset.data()}; }
 };
@@ -128,9 +127,9 @@ template <class T, int A>
 std::vector<double> gradient_sums(
     const T* x, const T* grad, int64_t rows, int64_t width, int64_t channels, const float* saved, const float* weight,
     const float* bias, int threads) {
-    const Normaliser<T, A> normaliser(saved, weight, bias, channels, width);
-    auto sums = two_sums(rows, width, channels, threads, [=, &normaliser](int64_t at, float* along, float* total) {
-        const auto rows = normaliser.rows();
+    const Slopes<T, A> slopes(saved, weight, bias, channels, width);
+    auto sums = two_sums(rows, width, channels, threads, [=, &slopes](int64_t at, float* along, float* total) {
+        const auto rows = slopes.rows();
         for (int64_t i = 0; i < width; i += LANES) {
             const Floats apart = rows.apart(x + at, i), inner = stream(grad + at + i) * rows.slope(apart, i);
             store(along + i, load(along + i) + inner * apart);
@@ -145,7 +144,7 @@ template <class T, int A>
 void gradient(
     const T* x, const T* grad, T* grad_x, int64_t rows, int64_t width, int64_t channels, const float* saved,
     const float* weight, const float* bias, const double* sums, double count, int threads) {
-    const Normaliser<T, A> normaliser(saved, weight, bias, channels, width);
+    const Slopes<T, A> slopes(saved, weight, bias, channels, width);
     std::vector<float> means(2 * channels);
     for (int64_t c = 0; c < channels; c++) {
         means[c] = float(sums[c] / count * saved[channels + c]);
@@ -155,7 +154,7 @@ void gradient(
 #pragma omp parallel num_threads(threads) if (rows * width > SMALL)
     {
         const Share share(rows);
-        const auto rows = normaliser.rows();
+        const auto rows = slopes.rows();
         const float *along_row = along.data(), *total_row = total.data();
         for (int64_t at = share.begin * width; at < share.end * width; at += width)
             for (int64_t i = 0; i < width; i += LANES) {

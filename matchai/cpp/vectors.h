@@ -146,12 +146,12 @@ inline Floats exponential(Floats x) {
 template <class T>
 inline Floats sigmoid(Floats x) {
     if constexpr (sizeof(T) == sizeof(float)) return reciprocal(1.0f + exponential(-x));
-    // 2^t to 2^-18: t = k + f, with the polynomial of degree 4 of least relative error in |f| <= 1/2
+    // 2^t to 2^-17: t = k + f, with the polynomial of degree 4 of least relative error in |f| <= 1/2
     const Floats t = within(x * -1.442695041f, -126.0f, 126.0f);
     const Floats shifted = t + 12582912.0f, f = t - (shifted - 12582912.0f);
     Floats sum = fill(0.00957010f);
     for (float coefficient : {0.05591786f, 0.24024745f, 0.69312181f, 0.99999926f}) sum = sum * f + coefficient;
-    return reciprocal(1.0f + (Floats)((Ints)sum + ((Ints)shifted << 23)));
+    return reciprocal(1.0f + (Floats)((Words)sum + ((Words)shifted << 23)));  // k is in the low bits of `shifted`
 }
 
 // A row of numbers that begins at a whole register: one that lies across two cache lines takes twice as long to load.
@@ -161,10 +161,10 @@ class Row {
   public:
     explicit Row(int64_t width) : registers((width + LANES - 1) / LANES) {}
 
-    // `values` of C channels over and over, or `otherwise` where there are none
-    Row(const float* values, int64_t channels, int64_t width, float otherwise = 0) : Row(width) {
-        for (int64_t at = 0; at < width; at += channels)
-            for (int64_t c = 0; c < channels; c++) data()[at + c] = values ? values[c] : otherwise;
+    // `values` of C channels over and over, or zeros where there are none
+    Row(const float* values, int64_t channels, int64_t width) : Row(width) {
+        for (int64_t at = 0; values && at < width; at += channels)
+            for (int64_t c = 0; c < channels; c++) data()[at + c] = values[c];
     }
 
     float* data() { return (float*)registers.data(); }
