@@ -17,7 +17,7 @@ from matchai.files import write_whole
 
 FLAGS = ["-O3", "-march=native", "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC"]
 SOURCES = Path(__file__).parent / "cpp"
-PATIENCE = 120  # seconds; the compiler takes five here
+PATIENCE = 120  # seconds; the compiler takes seven here
 
 
 def load_library() -> tuple[ctypes.CDLL | None, str]:
