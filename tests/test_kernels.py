@@ -232,11 +232,14 @@ def test_under_autocast_a_convolution_by_winograd_rounds_as_the_plain_one(monkey
 def test_under_autocast_a_convolution_by_winograd_is_torch_s_where_the_cpu_multiplies_tiles(
     kernels_used: list[str], has_tiles: bool
 ) -> None:
-    conv = nn.Conv2d(16, 16, 3, padding=1, bias=False)
-    kernels.use_winograd(conv)
+    conv, x = nn.Conv2d(16, 16, 3, padding=1, bias=False), channels_last(2, 16, 24, 24)
     with torch.autocast("cpu", torch.bfloat16):
-        conv(channels_last(2, 16, 24, 24))
+        expected = conv(x)
+        kernels.use_winograd(conv)
+        found = conv(x)
     assert kernels_used == ([] if has_tiles else ["convolve"])
+    assert found.dtype == expected.dtype
+    assert torch.equal(found, expected) or not has_tiles
 
 
 @pytest.mark.parametrize(

@@ -191,6 +191,7 @@ void read(
                 if (j >= SIZE - TILE) __builtin_prefetch(from + TILE * channels);
                 return count ? load(from, count) : Floats{};
             };
+            // most tiles by far: whole registers at known distances, which the compiler loads without asking
             if (is_inside && lanes == LANES)
                 both_ways(transform, [=](int64_t i, int64_t j) { return take(i, j, LANES); }, keep);
             else {
@@ -311,6 +312,7 @@ void weight_gradient(
             }
     }
 }
+
 }  // namespace
 
 extern "C" {
