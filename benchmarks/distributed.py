@@ -29,18 +29,18 @@ import torch
 from sampler import Record, cpu_model, spread, three_figures, total_memory, versions
 from torch import Tensor
 
-from matchai.build import build_training
-from matchai.config import TrainConfig
-from matchai.data import Data, read_data
-from matchai.environment import choose_waiting
-from matchai.errors import InputError
-from matchai.files import write_whole
-from matchai.loop import Training, train_step
-from matchai.machine import keep_heap, num_cores, num_local_processes, set_threads
-from matchai.model import build_model
-from matchai.opening import make_accelerator
-from matchai.phantom import write_phantom
-from matchai.processes import leave_group
+from matchai.data.dataset import Data, read_data
+from matchai.data.phantom import write_phantom
+from matchai.model.unetplusplus import build_model
+from matchai.runs.setup import make_accelerator
+from matchai.settings.config import TrainConfig
+from matchai.system.errors import InputError
+from matchai.system.files import write_whole
+from matchai.system.machine import keep_heap, num_cores, num_local_processes, set_threads
+from matchai.system.processes import leave_group
+from matchai.system.thread_waits import choose_waiting
+from matchai.training.build import build_training
+from matchai.training.loop import Training, train_step
 
 BATCH_SIZE = 6
 NUM_SLICES, VAL_FRACTION = 32, 0.25
@@ -476,5 +476,5 @@ def verdict(check: Record) -> str:
 if __name__ == "__main__":
     os.environ["ACCELERATE_USE_CPU"] = "true"
     # by name, as Python before 3.13 passes over `__main__` here
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["matchai.build", "matchai.opening"])
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["matchai.training.build", "matchai.runs.setup"])
     main()

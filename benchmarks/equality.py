@@ -21,16 +21,16 @@ import torch
 from sampler import Record, cpu_model, versions
 from torch import Tensor
 
-import matchai.build
-import matchai.compiled
-import matchai.loop
-from matchai.config import TrainConfig
-from matchai.console import Display
-from matchai.files import write_whole
-from matchai.machine import num_cores
-from matchai.normalisation import join_buffers
-from matchai.runner import run
-from matchai.tally import Outcome
+import matchai.native.library
+import matchai.training.build
+import matchai.training.loop
+from matchai.model.normalisation import join_buffers
+from matchai.runs.trainer import run
+from matchai.settings.config import TrainConfig
+from matchai.system.console import Display
+from matchai.system.files import write_whole
+from matchai.system.machine import num_cores
+from matchai.training.meters import Outcome
 
 PACKAGES = ("torch", "segmentation-models-pytorch", "timm", "accelerate", "numpy", "matchai")
 EXACT_STEPS = 5  # before rounding has grown, as it does in any training: by 10 to 100 every ten steps here
@@ -38,9 +38,9 @@ EXACT_STEPS = 5  # before rounding has grown, as it does in any training: by 10 
 
 def without_kernels(stack: ExitStack) -> None:
     """The layers and the loss by torch's operations, as smp and timm make them."""
-    stack.enter_context(mock.patch.object(matchai.build, "quicken"))
+    stack.enter_context(mock.patch.object(matchai.training.build, "quicken"))
     stack.enter_context(
-        mock.patch.object(matchai.compiled, "load", return_value=(None, "the benchmark leaves them out"))
+        mock.patch.object(matchai.native.library, "load", return_value=(None, "the benchmark leaves them out"))
     )
 
 
@@ -51,8 +51,10 @@ def contiguous(stack: ExitStack) -> None:
     def joined(model: torch.nn.Module) -> list[Tensor]:
         return join_buffers(model.to(memory_format=torch.contiguous_format))
 
-    stack.enter_context(mock.patch.object(matchai.build, "join_buffers", joined))
-    stack.enter_context(mock.patch.object(matchai.loop, "_to_device", lambda images, device: images.contiguous()))
+    stack.enter_context(mock.patch.object(matchai.training.build, "join_buffers", joined))
+    stack.enter_context(
+        mock.patch.object(matchai.training.loop, "_to_device", lambda images, device: images.contiguous())
+    )
 
 
 def as_it_is(stack: ExitStack) -> None:
@@ -84,7 +86,7 @@ def train(name: str, seed: int, options: argparse.Namespace, folder: Path) -> Re
         cache=folder / "cache",
     )
     outcomes: list[Outcome] = []
-    counted = matchai.loop.train_step
+    counted = matchai.training.loop.train_step
 
     def note(*parts: Any) -> Outcome:
         outcomes.append(counted(*parts))
@@ -92,7 +94,7 @@ def train(name: str, seed: int, options: argparse.Namespace, folder: Path) -> Re
 
     with ExitStack() as stack:
         change(stack)
-        stack.enter_context(mock.patch.object(matchai.loop, "train_step", note))
+        stack.enter_context(mock.patch.object(matchai.training.loop, "train_step", note))
         result = run(config, display=Display(False), draw_every=float("inf"))
     return {
         "variant": name,

@@ -24,16 +24,16 @@ from numpy.typing import NDArray
 from sampler import Record, cpu_model, versions
 from torch.utils.data import DataLoader
 
-from matchai.build import build_model_of, dataset_of
-from matchai.checkpoint import load_weights
-from matchai.config import TrainConfig
-from matchai.console import Display
-from matchai.files import write_whole
-from matchai.machine import num_cores
-from matchai.metrics import confusion_counts, summarise
-from matchai.opening import read
-from matchai.phantom import phantom_slices, write_phantom
-from matchai.runner import run
+from matchai.data.phantom import phantom_slices, write_phantom
+from matchai.metrics.confusion import confusion_counts, summarise
+from matchai.runs.setup import read
+from matchai.runs.trainer import run
+from matchai.settings.config import TrainConfig
+from matchai.system.console import Display
+from matchai.system.files import write_whole
+from matchai.system.machine import num_cores
+from matchai.training.build import build_model_of, dataset_of
+from matchai.training.checkpoint import load_weights
 
 PACKAGES = ("torch", "segmentation-models-pytorch", "timm", "accelerate", "numpy", "matchai")
 WAVES = 6.0  # pixels, standard deviation of the blur that makes neighbouring pixels shift alike

@@ -1,7 +1,7 @@
 """matchai's own time a step over a plain loop with the same measures; `benchmarks/train.py --overhead` starts it.
 
-Run as a script, it alternates epochs of both in one process: `matchai.loop.train_epoch`, and a loop over the same
-loader with a copy of the same model, the same loss, optimiser and schedule, that counts and checks nothing.
+Run as a script, it alternates epochs of both in one process: `matchai.training.loop.train_epoch`, and a loop over the
+same loader with a copy of the same model, the same loss, optimiser and schedule, that counts and checks nothing.
 """
 
 import copy
@@ -19,15 +19,15 @@ from sampler import Record, shortened
 from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR
 
-from matchai.build import build_model_of, build_training
-from matchai.config import TrainConfig
-from matchai.console import Display
-from matchai.dropout import keyed_layers, set_dropout
-from matchai.errors import InputError
-from matchai.loop import Training, train_epoch
-from matchai.machine import keep_heap, set_threads
-from matchai.opening import make_accelerator, read
-from matchai.tally import Tally
+from matchai.model.dropout import keyed_layers, set_dropout
+from matchai.runs.setup import make_accelerator, read
+from matchai.settings.config import TrainConfig
+from matchai.system.console import Display
+from matchai.system.errors import InputError
+from matchai.system.machine import keep_heap, set_threads
+from matchai.training.build import build_model_of, build_training
+from matchai.training.loop import Training, train_epoch
+from matchai.training.meters import Tally
 
 TINY = ("two convolutions", 64)  # model, size: all that is fixed in a step, and little else
 NUM_PAIRS, NUM_TINY_PAIRS = 4, 400  # of epochs, a round

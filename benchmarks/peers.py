@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import DataLoader, Dataset, WeightedRandomSampler
 
-from matchai.machine import choose_precision, default_workers
+from matchai.system.machine import choose_precision, default_workers
 
 EPOCHS = 2  # the first warms up, the second is timed
 NUM_CLASSES = 4

@@ -34,9 +34,9 @@ from train import (
 )
 from waterfall import own_environment
 
-from matchai.checkpoint import load_weights, pack_weights
-from matchai.config import TrainConfig
-from matchai.machine import num_cores
+from matchai.settings.config import TrainConfig
+from matchai.system.machine import num_cores
+from matchai.training.checkpoint import load_weights, pack_weights
 
 LABELS = {
     "notebook": "notebook: fp32, a slice at a time",

@@ -7,8 +7,8 @@ from typing import Any
 
 from clock import Clock, Job
 
-from matchai.config import TrainConfig
-from matchai.environment import choose_waiting
+from matchai.settings.config import TrainConfig
+from matchai.system.thread_waits import choose_waiting
 
 
 class FinishedError(Exception):
@@ -19,7 +19,7 @@ def main(path: Path, precision: str) -> None:
     """Times the second epoch of a run; the marks of the first are overwritten."""
     # as the command does, before torch is loaded
     choose_waiting()
-    from matchai.runner import run  # noqa: PLC0415
+    from matchai.runs.trainer import run  # noqa: PLC0415
 
     job = Job.load(path)
     clock = Clock(job.device)

@@ -15,13 +15,13 @@ import torch
 from scipy.stats import spearmanr
 from sklearn.metrics import roc_auc_score
 
-from matchai.console import Display
-from matchai.evaluation import read_settings
-from matchai.inference import Predictor, uncertainty
-from matchai.metrics import confusion_counts, summarise
-from matchai.opening import read
-from matchai.run_facts import rank_by_lesion_dice
-from matchai.slices import STEPS
+from matchai.data.prepared import STEPS
+from matchai.metrics.confusion import confusion_counts, summarise
+from matchai.prediction.evaluation import read_settings
+from matchai.prediction.inference import Predictor, uncertainty
+from matchai.runs.facts import rank_by_lesion_dice
+from matchai.runs.setup import read
+from matchai.system.console import Display
 
 MOST = 0.05  # the share of pixels that a reviewer might look at
 

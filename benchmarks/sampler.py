@@ -32,9 +32,9 @@ from accelerate.data_loader import BatchSamplerShard, SkipBatchSampler
 from numpy.typing import NDArray
 from torch.utils.data import BatchSampler, WeightedRandomSampler
 
-from matchai.files import write_whole
-from matchai.machine import num_cores
-from matchai.sampling import DistributedWeightedSampler
+from matchai.sampling.sampler import DistributedWeightedSampler
+from matchai.system.files import write_whole
+from matchai.system.machine import num_cores
 
 NUM_PROCESSES = 8
 BATCH_SIZE = 64  # over all processes

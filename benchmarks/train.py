@@ -29,14 +29,14 @@ import waterfall
 from clock import RECORD, Job
 from sampler import Record, cpu_model, shortened, three_figures, total_memory, versions
 
-from matchai.build import slice_weights_of
-from matchai.config import TrainConfig
-from matchai.console import Display
-from matchai.files import write_whole
-from matchai.losses import balanced_class_weights
-from matchai.machine import num_cores
-from matchai.opening import read
-from matchai.phantom import write_phantom
+from matchai.data.phantom import write_phantom
+from matchai.model.losses import balanced_class_weights
+from matchai.runs.setup import read
+from matchai.settings.config import TrainConfig
+from matchai.system.console import Display
+from matchai.system.files import write_whole
+from matchai.system.machine import num_cores
+from matchai.training.build import slice_weights_of
 
 HERE = Path(__file__).parent
 PHANTOM_SIZE = 512  # pixels, as in the arrays of the recipe

@@ -32,9 +32,9 @@ from optuna.distributions import BaseDistribution, FloatDistribution
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.trial import TrialState, create_trial
 
-from matchai.files import write_whole
-from matchai.machine import num_cores
-from matchai.search import PRUNERS, SEARCH_SAMPLERS, make_pruner, propose
+from matchai.study.samplers import PRUNERS, SEARCH_SAMPLERS, make_pruner, propose
+from matchai.system.files import write_whole
+from matchai.system.machine import num_cores
 
 SPACE: dict[str, BaseDistribution] = {
     "loss_mix_1": FloatDistribution(0, 1),
@@ -295,7 +295,7 @@ def replay_report(about: Record, records: list[Record], options: argparse.Namesp
 LOOP = """
 import sys, optuna
 from matchai import run
-from matchai.parsing import preset_config
+from matchai.settings.parsing import preset_config
 folder, trials = sys.argv[1], int(sys.argv[2])
 
 def objective(trial):

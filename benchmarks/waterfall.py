@@ -20,10 +20,11 @@ from sampler import Record, shortened, spread, three_figures
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
-from matchai import compiled, kernels
-from matchai.environment import choose_waiting
-from matchai.losses import SegmentationLoss
-from matchai.machine import choose_precision, keep_heap
+from matchai.model import cpu_layers
+from matchai.model.losses import SegmentationLoss
+from matchai.native import library
+from matchai.system.machine import choose_precision, keep_heap
+from matchai.system.thread_waits import choose_waiting
 
 WARM_UP = 2  # steps, in which kernels are compiled and the heap grows
 BEGINNING = "notebook, fp32"
@@ -81,7 +82,7 @@ def use_fused_adamw(setup: Setup) -> None:
 
 
 def forbid_compiling(_: Setup) -> None:
-    compiled.load = lambda: (None, "the benchmark leaves them out")  # type: ignore[assignment]
+    library.load = lambda: (None, "the benchmark leaves them out")  # type: ignore[assignment]
 
 
 def change_model(change: Callable[[nn.Module], None]) -> Callable[[Setup], None]:
@@ -114,13 +115,13 @@ MEASURES = [
     Measure("fused AdamW", use_fused_adamw, is_alone=False),
     Measure("heap kept", lambda _: keep_heap()),
     Measure("short waits of threads", is_surrounding=True),
-    Measure("join_silu", change_model(kernels.join_silu)),
-    Measure("split_depthwise", change_model(kernels.split_depthwise)),
-    Measure("use_winograd", change_model(kernels.use_winograd)),
-    Measure("multiply_pixels", change_model(kernels.multiply_pixels)),
-    Measure("pool_by_rows", change_model(kernels.pool_by_rows)),
-    Measure("join_skips", change_model(kernels.join_skips)),
-    Measure("join_norms", change_model(kernels.join_norms)),
+    Measure("join_silu", change_model(cpu_layers.join_silu)),
+    Measure("split_depthwise", change_model(cpu_layers.split_depthwise)),
+    Measure("use_winograd", change_model(cpu_layers.use_winograd)),
+    Measure("multiply_pixels", change_model(cpu_layers.multiply_pixels)),
+    Measure("pool_by_rows", change_model(cpu_layers.pool_by_rows)),
+    Measure("join_skips", change_model(cpu_layers.join_skips)),
+    Measure("join_norms", change_model(cpu_layers.join_norms)),
 ]
 
 

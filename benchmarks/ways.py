@@ -14,10 +14,10 @@ from clock import RECORD, Job, cpu_seconds, peak_memory
 from peers import DTYPES, ResizedSlices
 from torch import Tensor, nn
 
-from matchai.checkpoint import load_weights
-from matchai.kernels import quicken
-from matchai.machine import choose_precision, keep_heap
-from matchai.model import build_model
+from matchai.model.cpu_layers import quicken
+from matchai.model.unetplusplus import build_model
+from matchai.system.machine import choose_precision, keep_heap
+from matchai.training.checkpoint import load_weights
 
 Predict = Callable[[Tensor], Tensor]  # (B, 1, S, S) standardised images to (B, S, S) class indices on the host
 

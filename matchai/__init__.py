@@ -8,13 +8,18 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from matchai.config import TrainConfig
-    from matchai.errors import InputError
-    from matchai.runner import RunResult, run
+    from matchai.runs.trainer import RunResult, run
+    from matchai.settings.config import TrainConfig
+    from matchai.system.errors import InputError
 
 __all__ = ["InputError", "RunResult", "TrainConfig", "run"]
 
-_HOMES = {"TrainConfig": "config", "InputError": "errors", "run": "runner", "RunResult": "runner"}
+_HOMES = {
+    "TrainConfig": "settings.config",
+    "InputError": "system.errors",
+    "run": "runs.trainer",
+    "RunResult": "runs.trainer",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from matchai.checkup import (
+from matchai.preflight.software import (
     Finding,
     check_extras,
     check_launcher,
@@ -13,8 +13,8 @@ from matchai.checkup import (
     check_packages,
     check_torch,
 )
-from matchai.config import RunSettings, TrainConfig
-from matchai.errors import InputError
+from matchai.settings.config import RunSettings, TrainConfig
+from matchai.system.errors import InputError
 
 DESCRIPTION = (
     "Says whether a training with these flags would start on this machine and these data, line by line, and what to "
@@ -41,7 +41,7 @@ class DoctorConfig(TrainConfig):
 def main(argv: list[str] | None = None, prog: str = "python -m matchai.doctor") -> int:
     """Examines; returns the exit status: 0 training would start, 1 it would not, 2 wrong flags, 130 Ctrl-C."""
     try:
-        from matchai.parsing import parse  # noqa: PLC0415 what it imports may be missing
+        from matchai.settings.parsing import parse  # noqa: PLC0415 what it imports may be missing
     except ImportError as error:
         fault = Finding("problem", f"Flags cannot be read: {error}", "`pip install --force-reinstall tyro pyyaml`")
         return _tell(iter((*check_packages(), fault)))
@@ -68,7 +68,7 @@ def _examine(config: DoctorConfig) -> Iterator[Finding]:
         return
     yield loading
     yield check_extras()
-    from matchai.examination import examine  # noqa: PLC0415 needs torch, which the checks above may find broken
+    from matchai.preflight.preflight import examine  # noqa: PLC0415 needs torch, which the checks above may find broken
 
     yield from examine(config, config.run.output or Path("doctor"))
 

@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 
 import tyro
 
-from matchai.environment import choose_waiting, refuse_launch
-from matchai.errors import InputError
+from matchai.system.errors import InputError
+from matchai.system.thread_waits import choose_waiting, refuse_launch
 
 DESCRIPTION = (
     "Judges what a run predicts by masks: Dice, IoU, precision and recall of each class and of any lesion, pooled over "
@@ -72,11 +72,11 @@ def main(argv: list[str] | None = None, prog: str = "python -m matchai.evaluate"
         _check(settings)
         choose_waiting()
         # seconds of imports that --help does not need
-        from matchai.console import Display, show_evaluation  # noqa: PLC0415
-        from matchai.evaluation import evaluate  # noqa: PLC0415
-        from matchai.extras import need  # noqa: PLC0415
-        from matchai.machine import is_out_of_memory  # noqa: PLC0415
-        from matchai.surface import can_measure  # noqa: PLC0415
+        from matchai.metrics.surface_distance import can_measure  # noqa: PLC0415
+        from matchai.prediction.evaluation import evaluate  # noqa: PLC0415
+        from matchai.system.console import Display, show_evaluation  # noqa: PLC0415
+        from matchai.system.machine import is_out_of_memory  # noqa: PLC0415
+        from matchai.system.optional_packages import need  # noqa: PLC0415
 
         display = Display(is_main_process=True)
         if settings.surface == "yes":

@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 
 import tyro
 
-from matchai.environment import choose_waiting, refuse_launch
-from matchai.errors import InputError
+from matchai.system.errors import InputError
+from matchai.system.thread_waits import choose_waiting, refuse_launch
 
 DESCRIPTION = (
     "Writes the model of a run as one file for other programs, once it has computed the same there. RUN is the "
@@ -41,9 +41,9 @@ def main(argv: list[str] | None = None, prog: str = "python -m matchai.export") 
             raise InputError(f"{path} is there already and is not overwritten: move it, or name another with --output.")
         choose_waiting()
         # seconds of imports that --help does not need
-        from matchai.exporting import ExportError, pack_onnx, pack_safetensors  # noqa: PLC0415
-        from matchai.files import write_whole  # noqa: PLC0415
-        from matchai.inference import load_model  # noqa: PLC0415
+        from matchai.prediction.export_formats import ExportError, pack_onnx, pack_safetensors  # noqa: PLC0415
+        from matchai.prediction.inference import load_model  # noqa: PLC0415
+        from matchai.system.files import write_whole  # noqa: PLC0415
 
         model, about = load_model(settings.run)
         try:

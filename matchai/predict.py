@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 
 import tyro
 
-from matchai.environment import choose_waiting, refuse_launch
-from matchai.errors import InputError
+from matchai.system.errors import InputError
+from matchai.system.thread_waits import choose_waiting, refuse_launch
 
 DESCRIPTION = (
     "Predicts lesions in CT slices with the network that a run kept. RUN is the folder of a run, or its "
@@ -57,8 +57,8 @@ def main(argv: list[str] | None = None, prog: str = "python -m matchai.predict")
         refuse_launch(prog)
         choose_waiting()
         # seconds of imports that --help does not need
-        from matchai.delivery import predict  # noqa: PLC0415
-        from matchai.machine import is_out_of_memory  # noqa: PLC0415
+        from matchai.prediction.pipeline import predict  # noqa: PLC0415
+        from matchai.system.machine import is_out_of_memory  # noqa: PLC0415
 
         try:
             problems = predict(

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import tyro
 
-from matchai.errors import InputError
+from matchai.system.errors import InputError
 
 DESCRIPTION = (
     "Makes RUN/report.html, one page that opens offline, and RUN/MODEL_CARD.md of a run, finished or not, from its "
@@ -29,9 +29,9 @@ def main(argv: list[str] | None = None, prog: str = "python -m matchai.report") 
     """Reports as the command line says; returns the exit status: 0, or 2 for the user's mistake."""
     settings = tyro.cli(ReportSettings, args=argv, prog=prog, description=DESCRIPTION)
     # seconds of imports that --help does not need
-    from matchai.model_card import CARD, write_card  # noqa: PLC0415
-    from matchai.run_facts import read_facts  # noqa: PLC0415
-    from matchai.run_page import PAGE, write_page  # noqa: PLC0415
+    from matchai.runs.facts import read_facts  # noqa: PLC0415
+    from matchai.runs.model_card import CARD, write_card  # noqa: PLC0415
+    from matchai.runs.report_page import PAGE, write_page  # noqa: PLC0415
 
     try:
         facts = read_facts(settings.run)

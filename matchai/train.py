@@ -3,10 +3,10 @@
 import signal
 import sys
 
-from matchai.config import TrainConfig
-from matchai.environment import choose_waiting
-from matchai.errors import InputError
-from matchai.parsing import parse
+from matchai.settings.config import TrainConfig
+from matchai.settings.parsing import parse
+from matchai.system.errors import InputError
+from matchai.system.thread_waits import choose_waiting
 
 DESCRIPTION = (
     "Trains a UNet++ to segment lesions in lung CT slices. The same command again goes on with the run. Without "
@@ -20,9 +20,9 @@ def main(argv: list[str] | None = None, prog: str = "python -m matchai.train") -
         config = parse(sys.argv[1:] if argv is None else argv, DESCRIPTION, prog, TrainConfig)
         choose_waiting()
         # seconds of imports that --help does not need
-        from matchai.machine import is_out_of_memory  # noqa: PLC0415
-        from matchai.processes import is_lost_process, leave_group, lost_process_message  # noqa: PLC0415
-        from matchai.runner import DivergedError, run  # noqa: PLC0415
+        from matchai.runs.trainer import DivergedError, run  # noqa: PLC0415
+        from matchai.system.machine import is_out_of_memory  # noqa: PLC0415
+        from matchai.system.processes import is_lost_process, leave_group, lost_process_message  # noqa: PLC0415
 
         try:
             result = run(config)

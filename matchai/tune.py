@@ -7,13 +7,13 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from matchai.environment import choose_waiting
-from matchai.errors import InputError, StoreError
-from matchai.parsing import given, parse
-from matchai.tuning import TuneConfig
+from matchai.settings.parsing import given, parse
+from matchai.settings.study_settings import TuneConfig
+from matchai.system.errors import InputError, StoreError
+from matchai.system.thread_waits import choose_waiting
 
 if TYPE_CHECKING:
-    from matchai.plan import Plan
+    from matchai.study.plan import Plan
 
 DESCRIPTION = (
     "Searches the settings with the best validation Dice, and names a winner only against fresh seeds. The same "
@@ -30,10 +30,10 @@ def main(argv: list[str] | None = None, prog: str = "python -m matchai.tune") ->
         tune = parse(argv, DESCRIPTION, prog, TuneConfig, first_look="study")
         choose_waiting()
         # seconds of imports that --help does not need
-        from matchai.console import StudyDisplay  # noqa: PLC0415
-        from matchai.plan import make_plan  # noqa: PLC0415
-        from matchai.processes import StopSignal, launcher  # noqa: PLC0415
-        from matchai.workers import STOPPED, supervise, work  # noqa: PLC0415
+        from matchai.study.launcher import STOPPED, supervise, work  # noqa: PLC0415
+        from matchai.study.plan import make_plan  # noqa: PLC0415
+        from matchai.system.console import StudyDisplay  # noqa: PLC0415
+        from matchai.system.processes import StopSignal, launcher  # noqa: PLC0415
 
         plan = make_plan(tune, given(argv))
         if plan.settings.workers > 1 and (launcher() or int(os.environ.get("WORLD_SIZE") or 1) > 1):
@@ -99,10 +99,10 @@ def _say_how_it_ended(plan: "Plan", display: Any, received: signal.Signals | Non
 
 def _report(plan: "Plan") -> int:
     """Draws the report of a study as the store has it; writes nothing else."""
-    from matchai.confirm import Confirmation, best_file, draw_report  # noqa: PLC0415
-    from matchai.ledger import Ledger  # noqa: PLC0415
-    from matchai.plan import Stage  # noqa: PLC0415
-    from matchai.store import open_store  # noqa: PLC0415
+    from matchai.study.confirmation import Confirmation, best_file, draw_report  # noqa: PLC0415
+    from matchai.study.plan import Stage  # noqa: PLC0415
+    from matchai.study.storage import open_store  # noqa: PLC0415
+    from matchai.study.trials import Ledger  # noqa: PLC0415
 
     try:
         store = open_store(plan.settings.storage, may_create=False)

@@ -21,10 +21,10 @@ import numpy as np
 import pytest
 import sqlalchemy as sql
 
-from matchai.phantom import write_phantom
+from matchai.data.phantom import write_phantom
 
 if TYPE_CHECKING:
-    from matchai.compiled import Kernels
+    from matchai.native.library import Kernels
 
 PASSWORD = "s3cret&word"  # of the test server
 
@@ -81,9 +81,9 @@ def assert_global_randomness_is_untouched(work: Callable[[], Any]) -> None:
 @pytest.fixture(scope="session")
 def kernels() -> "Kernels":
     """The compiled kernels; where there is a compiler they must be had."""
-    from matchai import compiled
+    from matchai.native import library
 
-    found, how = compiled.load()
+    found, how = library.load()
     if found is None:
         is_owed = sys.platform.startswith("linux") and shutil.which("g++") is not None
         assert not is_owed, how
@@ -97,9 +97,9 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "kernels":
         request.getfixturevalue("kernels")
     else:
-        from matchai import compiled
+        from matchai.native import library
 
-        monkeypatch.setattr(compiled, "load", lambda: (None, "as a test asks"))
+        monkeypatch.setattr(library, "load", lambda: (None, "as a test asks"))
     found: str = request.param
     return found
 

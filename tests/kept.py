@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from matchai.checkpoint import BEST, State, pack_weights, save_state
-from matchai.config import TrainConfig
-from matchai.metrics import Counts, summarise
-from matchai.model import build_model
-from matchai.parsing import dump
-from matchai.tally import Tally, epoch_row
+from matchai.metrics.confusion import Counts, summarise
+from matchai.model.unetplusplus import build_model
+from matchai.settings.config import TrainConfig
+from matchai.settings.parsing import dump
+from matchai.training.checkpoint import BEST, State, pack_weights, save_state
+from matchai.training.meters import Tally, epoch_row
 
 NAMES = ["ground glass", "consolidation", "lungs other", "background"]
 

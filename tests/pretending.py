@@ -16,15 +16,15 @@ from typing import Any
 
 import optuna
 
-import matchai.claims
-import matchai.confirm
-import matchai.study
-from matchai.checkpoint import BEST, LAST, lock_folder
-from matchai.config import TrainConfig
-from matchai.files import write_whole
-from matchai.loop import DivergedError
-from matchai.processes import any_process, decide, is_main_process
-from matchai.runner import RunResult
+import matchai.study.confirmation
+import matchai.study.leases
+import matchai.study.worker
+from matchai.runs.trainer import RunResult
+from matchai.settings.config import TrainConfig
+from matchai.system.files import write_whole
+from matchai.system.processes import any_process, decide, is_main_process
+from matchai.training.checkpoint import BEST, LAST, lock_folder
+from matchai.training.loop import DivergedError
 from matchai.tune import main
 
 PAUSE = 0.005  # seconds of an epoch
@@ -90,8 +90,8 @@ def diverge(config: TrainConfig, *args: Any, **kwargs: Any) -> RunResult:
 def study(argv: list[str], run: Callable[..., RunResult] = pretend) -> int:
     """The command, over a pretended run, in this process."""
     with (
-        unittest.mock.patch.object(matchai.study, "run", run),
-        unittest.mock.patch.object(matchai.confirm, "write_report", note_report),
+        unittest.mock.patch.object(matchai.study.worker, "run", run),
+        unittest.mock.patch.object(matchai.study.confirmation, "write_report", note_report),
     ):
         return main(argv)
 
@@ -135,7 +135,7 @@ def _forked(argv: list[str], seconds: float, run: Callable[..., RunResult], envi
     PAUSE = seconds
     os.environ |= environment
     if "LEASE" in environment:
-        matchai.claims.LEASE, matchai.claims.RENEW_EVERY = float(environment["LEASE"]), 0.1
+        matchai.study.leases.LEASE, matchai.study.leases.RENEW_EVERY = float(environment["LEASE"]), 0.1
     if "TOLD" in environment:
         with Path(environment["TOLD"]).open("w", buffering=1) as sys.stderr:
             raise SystemExit(study(argv, run))

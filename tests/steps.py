@@ -15,13 +15,13 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
-from matchai.build import build_training
-from matchai.config import TrainConfig
-from matchai.data import Data, read_data
-from matchai.dropout import key_dropout
-from matchai.loop import Training, train_step, validate
-from matchai.model import build_model
-from matchai.opening import make_accelerator
+from matchai.data.dataset import Data, read_data
+from matchai.model.dropout import key_dropout
+from matchai.model.unetplusplus import build_model
+from matchai.runs.setup import make_accelerator
+from matchai.settings.config import TrainConfig
+from matchai.training.build import build_training
+from matchai.training.loop import Training, train_step, validate
 
 SMALL = TrainConfig().updated(image_size=64, batch_size=6, epochs=2, mixed_precision="no", max_lr=1e-2)
 

@@ -1,0 +1,212 @@
+"""The slices that a user has to train on: arrays, pairs of NIfTI files or of pictures; refused where unfit."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from matchai.data.pairs import IMAGES, MASKS, holds_pairs, open_pairs
+from matchai.data.slice_set import SliceSet, Target, expected_numbers, read_numbers
+from matchai.settings.label_map import parse_label_map
+from matchai.system.errors import InputError
+from matchai.volumes.npy import open_array
+
+KNOWN_SETS = ("medseg", "radiopedia")
+"""The sets that are looked for when none is named."""
+
+
+@dataclass(frozen=True)
+class ArraySet:
+    """One pair of array files, a `matchai.data.slice_set.SliceSet`.
+
+    Attributes:
+        name: The set's name, for messages.
+        image_path: File of the images.
+        mask_path: File of the masks.
+        images: (N, H, W), memory-mapped, any real dtype.
+        masks: (N, H, W) numbers or (N, H, W, C) one-hot, memory-mapped, any real dtype.
+        orientation: As the user says that the slices lie.
+        rescale: Slope and intercept that make HU of the images' numbers.
+        numbers: The class of each number in the masks, by a label map; None for the class indices.
+    """
+
+    name: str
+    image_path: Path
+    mask_path: Path
+    images: NDArray[Any]
+    masks: NDArray[Any]
+    orientation: str = "LP"
+    rescale: tuple[float, float] = (1.0, 0.0)
+    numbers: Mapping[int, int] | None = None
+    spacing: tuple[float, float, float] | None = None
+    is_volume: bool = False
+    notes: Sequence[str] = ()
+
+    @property
+    def files(self) -> Sequence[Path]:
+        """The two files."""
+        return self.image_path, self.mask_path
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns."""
+        return self.images.shape[1], self.images.shape[2]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def read_image(self, index: int) -> NDArray[np.float32]:
+        """See `matchai.data.slice_set.SliceSet`."""
+        with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite, and is refused as such
+            image = np.asarray(self.images[index], dtype=np.float32)
+        slope, intercept = self.rescale
+        return image if self.rescale == (1, 0) else image * np.float32(slope) + np.float32(intercept)
+
+    def read_target(self, index: int, num_classes: int, background_class: int) -> Target:
+        """See `matchai.data.slice_set.SliceSet`.
+
+        Pixels of a one-hot mask with several classes take the lowest index; with none, the background.
+        """
+        mask = np.asarray(self.masks[index])
+        if mask.ndim == 2:
+            return read_numbers(mask, self._numbers(num_classes), background_class)
+        wrong_values = [] if mask.dtype == bool else np.setdiff1d(mask, [0, 1, 255])[:5].tolist()
+        if not wrong_values and mask.dtype != bool and (mask == 1).any() and (mask == 255).any():
+            wrong_values = [255]
+        labels = np.full(mask.shape[:2], background_class, np.uint8)
+        num_set = np.zeros(mask.shape[:2], np.uint8)
+        # class by class, the lowest last: a reduction over an axis of four took six of a slice's nine milliseconds
+        for c in reversed(range(mask.shape[-1])):
+            is_set = mask[..., c] != 0
+            np.copyto(labels, c, where=is_set)
+            num_set += is_set
+        return Target(labels, int((num_set > 1).sum()), int((num_set == 0).sum()), wrong_values)
+
+    def expected_values(self, class_names: Sequence[str], background_class: int) -> str:
+        """See `matchai.data.slice_set.SliceSet`."""
+        if self.masks.ndim == 4:
+            return "one-hot masks hold only 0 and 1 (or 0 and 255): save classes, not probabilities"
+        return expected_numbers(self._numbers(len(class_names)), class_names, self.numbers is not None)
+
+    def close(self) -> None:
+        """Nothing to free: the system drops the pages of a memory map as it needs to."""
+
+    def _numbers(self, num_classes: int) -> Mapping[int, int]:
+        return {c: c for c in range(num_classes)} if self.numbers is None else self.numbers
+
+
+def open_sets(
+    folder: Path,
+    sets: Sequence[str],
+    images_name: str,
+    masks_name: str,
+    class_names: Sequence[str],
+    *,
+    orientation: str = "auto",
+    rescale: tuple[float, float] = (1.0, 0.0),
+    label_map: Sequence[str] = (),
+    scratch: Path | None = None,
+) -> Sequence[SliceSet]:
+    """Opens the arrays of every set or, where there are none, the pairs of files in `images/` and `masks/`.
+
+    Args:
+        folder: Where the files lie.
+        sets: The sets' names; empty for those of `KNOWN_SETS` that are there.
+        images_name: File name with `{set}` in it, or one name for a single set.
+        masks_name: Likewise.
+        class_names: (C,) the classes, in channel order.
+        orientation: How arrays and pictures lie, and volumes are turned; auto: LP, for pictures PL.
+        rescale: Slope and intercept that make HU of the files' numbers.
+        label_map: Which class a number in index masks means, as NUMBER:CLASS; empty for the kind's own numbers.
+        scratch: Folder for volumes while they are decompressed (default: the system's).
+
+    Raises:
+        InputError: With every problem found.
+    """
+    if not folder.is_dir():
+        what, example = "is a file" if folder.exists() else "does not exist", images_name.format(set=KNOWN_SETS[0])
+        raise InputError(
+            f"The data folder {folder} {what}; --data takes the folder that holds {example}, or that of {IMAGES}/ and "
+            f"{MASKS}/."
+        )
+    numbers = parse_label_map(label_map, class_names) if label_map else None
+    names = list(sets) or (["medseg"] if "{set}" not in images_name + masks_name else list(KNOWN_SETS))
+    pairs = [(name, folder / images_name.format(set=name), folder / masks_name.format(set=name)) for name in names]
+    has_arrays = any(path.exists() for _, *paths in pairs for path in paths)
+    if not sets and not has_arrays and holds_pairs(folder):
+        return open_pairs(folder, orientation, rescale, numbers, scratch)
+    if not sets and "{set}" in images_name:
+        pairs = [pair for pair in pairs if pair[1].exists() or pair[2].exists()] or pairs[:1]
+    opened: list[ArraySet] = []
+    problems: list[str] = []
+    for name, image_path, mask_path in pairs:
+        try:
+            images, masks = _open_pair(image_path, mask_path, class_names)
+            if masks.ndim == 4 and numbers is not None:
+                raise InputError(
+                    f"{mask_path} is one-hot, so its channels say the classes: leave out --label-map, which tells what "
+                    "numbers mean, or save class numbers (N, H, W)."
+                )
+            lies = "LP" if orientation == "auto" else orientation
+            opened.append(ArraySet(name, image_path, mask_path, images, masks, lies, rescale, numbers))
+        except InputError as error:
+            problems += error.problems
+    if problems and not has_arrays:
+        problems.append(f"NIfTI files and pictures are looked for in {folder / IMAGES} and {folder / MASKS}.")
+    if problems:
+        raise InputError(*problems)
+    return opened
+
+
+def _open_pair(image_path: Path, mask_path: Path, class_names: Sequence[str]) -> tuple[NDArray[Any], NDArray[Any]]:
+    arrays: list[NDArray[Any]] = []
+    problems: list[str] = []
+    for path, what in ((image_path, "images"), (mask_path, "masks")):
+        try:
+            arrays.append(open_array(path, what))
+        except InputError as error:
+            problems += error.problems
+    if problems:
+        raise InputError(*problems)
+    images, masks = arrays
+    if images.dtype.kind == "b":
+        problems.append(f"{image_path} holds true and false, but images must be numbers in HU.")
+    if not (images.ndim == 3 or (images.ndim == 4 and images.shape[-1] == 1)):
+        hint = "; move the channel last with numpy.moveaxis" if images.ndim == 4 and images.shape[1] == 1 else ""
+        hint = "; a single slice is saved as (1, H, W)" if images.ndim == 2 else hint
+        problems.append(f"{image_path} has shape {images.shape}, but images must be (N, H, W) or (N, H, W, 1){hint}.")
+    num_classes = len(class_names)
+    if masks.ndim == 4 and masks.shape[-1] == 1 and num_classes > 1:
+        masks = masks[..., 0]
+    if not (masks.ndim == 3 or (masks.ndim == 4 and masks.shape[-1] == num_classes)):
+        hint = (
+            "; move the channels last with numpy.moveaxis" if masks.ndim == 4 and masks.shape[1] == num_classes else ""
+        )
+        problems.append(
+            f"{mask_path} has shape {masks.shape}, but masks must be one-hot (N, H, W, {num_classes}) for the "
+            f"{num_classes} classes {', '.join(class_names)}, or class indices (N, H, W){hint}."
+        )
+    if problems:
+        raise InputError(*problems)
+    images = images[..., 0] if images.ndim == 4 else images
+    if len(images) != len(masks):
+        both = min(len(images), len(masks))
+        problems.append(
+            f"{image_path} has {len(images)} slices, but {mask_path} has {len(masks)}: slice {both} is the first "
+            "without its other half."
+        )
+    if images.shape[1:3] != masks.shape[1:3]:
+        problems.append(
+            f"{image_path} has slices of {images.shape[1]}x{images.shape[2]} pixels, but {mask_path} of "
+            f"{masks.shape[1]}x{masks.shape[2]}; they must be alike."
+        )
+    if min(images.shape[1:3]) < 32:
+        problems.append(
+            f"{image_path} has slices of {images.shape[1]}x{images.shape[2]} pixels, but at least 32x32 are needed."
+        )
+    if problems:
+        raise InputError(*problems)
+    return images, masks

@@ -1,0 +1,231 @@
+"""From a folder to the two sides of a split: which slices train, which validate, and what follows from them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from matchai.data.arrays import ArraySet, open_sets
+from matchai.data.digests import condense, fingerprint
+from matchai.data.phantom import write_phantom
+from matchai.data.prepared import Progress, Slices, prepare
+from matchai.data.slice_set import SliceSet
+from matchai.data.split import assign_folds, check_groups_array, find_groups, volume_numbers
+from matchai.system.errors import InputError
+from matchai.volumes.open import kind_of
+
+MAX_NOTES = 5  # of the files
+PHANTOM_SIZE = 256  # pixels; the presets that use it train at 128 and below
+OF_VOLUMES = "one for each volume"
+"""What tells in the notes that groups are volumes, neither given nor found."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """A data set, split.
+
+    Attributes:
+        slices: All slices, prepared.
+        digests: SHA-256 of every file that was read; of very many files, one a folder.
+        groups: (N,) int64, slices of one number are of one patient, volume or near-duplicate.
+        volumes: (N,) int64; consecutive slices of one number lie next to each other in one volume.
+        train: Indices of the training slices.
+        val: Indices of the validation slices.
+        mean: Over the pixels of the training slices, in units of the window (0 to 1).
+        std: Likewise.
+        notes: What the user should know, in sentences.
+        orientation: Toward which sides of the patient the slices' rows and columns run (`matchai.settings.config`).
+        kind: Of the files (`matchai.volumes.open.kind_of`).
+    """
+
+    slices: Slices
+    digests: dict[str, str]
+    groups: NDArray[np.int64]
+    volumes: NDArray[np.int64]
+    train: list[int]
+    val: list[int]
+    mean: float
+    std: float
+    notes: list[str]
+    orientation: str
+    kind: str
+
+    def presence(self) -> NDArray[np.bool_]:
+        """(N, C), whether class c appears in slice n."""
+        return np.asarray(self.slices.pixels) > 0
+
+
+def built_in_phantom(cache: Path, num_slices: int) -> Path:
+    """The folder of the built-in synthetic phantom, written there when it is not yet."""
+    folder = cache / f"phantom-{num_slices}"
+    if not (folder / "images_medseg.npy").exists():
+        for leftover in folder.glob("*.npy"):  # a writer that was killed between its renames
+            leftover.unlink()
+        write_phantom(folder, num_slices, size=PHANTOM_SIZE)
+    return folder
+
+
+def read_data(
+    folder: Path,
+    cache: Path,
+    *,
+    sets: Sequence[str],
+    images_name: str,
+    masks_name: str,
+    groups_name: str,
+    orientation: str = "auto",
+    rescale: tuple[float, float] = (1.0, 0.0),
+    label_map: Sequence[str] = (),
+    class_names: Sequence[str],
+    background_class: int,
+    hu_window: tuple[float, float],
+    image_size: int,
+    val_fraction: float,
+    folds: int,
+    fold: int,
+    seed: int,
+    context: int = 0,
+    progress: Progress | None = None,
+) -> Data:
+    """Opens, checks, prepares and splits a data set; the settings are those of `matchai.settings.config.InputSettings`.
+
+    With `context`, volumes of one known group are told apart by their images, too: half a second for 1,000 slices.
+
+    Raises:
+        InputError: With every problem found.
+    """
+    opened = open_sets(
+        folder,
+        sets,
+        images_name,
+        masks_name,
+        class_names,
+        orientation=orientation,
+        rescale=rescale,
+        label_map=label_map,
+        scratch=cache,
+    )
+    known = read_groups(folder / groups_name, opened)
+    digests = digest_sets(folder, opened, cache)
+    reading = {"orientation": opened[0].orientation, "rescale": rescale, "label_map": list(label_map)}
+    usual = {"orientation": "LP", "rescale": (1, 0), "label_map": []}
+    slices = prepare(
+        opened,
+        digests,
+        cache,
+        hu_window=hu_window,
+        image_size=image_size,
+        class_names=class_names,
+        background_class=background_class,
+        reading={name: value for name, value in reading.items() if value != usual[name]},
+        progress=progress,
+    )
+    notes = [*slices.notes, *_notes(opened)]
+    if known is not None:
+        digests = digests | fingerprint([folder / groups_name], cache / "digests.json")
+    groups, volumes, description = group_slices(slices.thumbnails, opened, known, groups_name, context)
+    notes.append(description)
+    if context:
+        num_alone = int((np.bincount(volumes) == 1).sum())
+        notes.append(
+            f"Neighbours within {volumes.max() + 1 - num_alone} volumes are further channels; {num_alone} of "
+            f"{len(slices)} slices lie in no volume and are their own neighbours."
+        )
+    presence = np.asarray(slices.pixels) > 0
+    shares = [1.0] * folds if folds else [val_fraction, 1 - val_fraction]
+    is_val = assign_folds(groups, presence, shares, seed) == (fold if folds else 0)
+    train, val = np.flatnonzero(~is_val), np.flatnonzero(is_val)
+    problems = [
+        f"No training slice has a pixel of {class_names[c]}, so it cannot be learnt: add such slices, choose another "
+        "--seed or --fold, or leave the class out of --class-names."
+        for c in np.flatnonzero(~presence[train].any(axis=0)).tolist()
+    ]
+    if problems:
+        raise InputError(*problems)
+    for c in np.flatnonzero(~presence[val].any(axis=0)).tolist():
+        notes.append(
+            f"No validation slice has a pixel of {class_names[c]}: its Dice is undefined and left out of every mean."
+        )
+    mean, std = slices.mean_std(train.tolist())
+    return Data(
+        slices,
+        digests,
+        groups,
+        volumes,
+        train.tolist(),
+        val.tolist(),
+        mean,
+        std,
+        notes,
+        opened[0].orientation,
+        kind_of(opened[0].files[0]),
+    )
+
+
+def digest_sets(folder: Path, opened: Sequence[SliceSet], cache: Path) -> dict[str, str]:
+    """SHA-256 of the files of opened sets, under the names that a run records."""
+    paths = [path for one in opened for path in one.files]
+    if isinstance(opened[0], ArraySet):
+        return fingerprint(paths, cache / "digests.json")
+    return condense(fingerprint(paths, cache / "digests.json", folder))
+
+
+def _notes(opened: Sequence[SliceSet]) -> list[str]:
+    notes = list(dict.fromkeys(note for one in opened for note in one.notes))
+    return [
+        *notes[:MAX_NOTES],
+        *([f"... and {len(notes) - MAX_NOTES} such notes more."] if len(notes) > MAX_NOTES else []),
+    ]
+
+
+def group_slices(
+    thumbnails: NDArray[np.float32],
+    opened: Sequence[SliceSet],
+    known: NDArray[Any] | None,
+    groups_name: str,
+    context: int,
+) -> tuple[NDArray[np.int64], NDArray[np.int64], str]:
+    """The group and the volume of each slice, each (N,) int64, and where the groups come from in words."""
+    sets = np.repeat(np.arange(len(opened)), [len(one) for one in opened])
+    are_volumes = all(one.is_volume for one in opened)
+    if known is not None:
+        groups = np.unique(known, return_inverse=True)[1].astype(np.int64)
+        volumes = sets if are_volumes else volume_numbers(sets, groups, thumbnails if context else None)
+        number = groups.max() + 1
+        counted = f"{len(sets)} slices in {number} group{'' if number == 1 else 's'}"
+        return groups, volumes, f"{counted}, from {groups_name}."
+    if are_volumes:
+        return (
+            sets,
+            sets,
+            f"{len(sets)} slices in {len(opened)} groups, {OF_VOLUMES}. Where one patient has several, name the "
+            f"patients in {groups_name}.",
+        )
+    found = find_groups(thumbnails, sets)
+    return found.groups, found.volumes, found.description
+
+
+def read_groups(path: Path, opened: Sequence[SliceSet]) -> NDArray[Any] | None:
+    """The groups file, (N,) over all slices; for volumes it may hold one entry a volume, in order of their names."""
+    if not path.exists():
+        return None
+    num_slices = sum(map(len, opened))
+    try:
+        groups = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        raise InputError(
+            f"{path} is no complete .npy file of plain numbers or texts; save the {num_slices} groups with numpy.save."
+        ) from None
+    if all(one.is_volume for one in opened) and groups.shape != (num_slices,):
+        if groups.shape != (len(opened),):
+            raise InputError(
+                f"{path.name}: the groups have shape {groups.shape}; expected one integer or string for each of the "
+                f"{len(opened)} volumes in order of their names, or for each of the {num_slices} slices."
+            )
+        check_groups_array(groups, len(opened), path.name)
+        return np.repeat(groups, [len(one) for one in opened])
+    check_groups_array(groups, num_slices, path.name)
+    return np.asarray(groups)

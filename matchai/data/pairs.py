@@ -1,0 +1,273 @@
+"""Training data as pairs of files: `images/` and `masks/` with NIfTI volumes, or with PNG or TIFF pictures."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from matchai.data.slice_set import SliceSet, Target, expected_numbers, numbers_of, read_numbers
+from matchai.system.errors import InputError
+from matchai.volumes import nifti
+from matchai.volumes.grid import check_same_geometry
+from matchai.volumes.nifti import open_nifti
+from matchai.volumes.pictures import look_at, natural, open_pictures, pictures_in
+
+IMAGES, MASKS = "images", "masks"
+"""The two folders."""
+
+MAX_PROBLEMS = 20
+MAX_NAMES = 10
+
+
+class _Readable(Protocol):
+    """What a pair needs of `matchai.volumes.grid.GridVolume` and `matchai.volumes.pictures.PictureVolume`."""
+
+    shape: tuple[int, int, int]
+    orientation: str
+    spacing: tuple[float, float, float] | None
+    notes: Sequence[str]
+
+    def read(self, index: int) -> NDArray[np.float32]: ...
+
+    def read_labels(self, index: int) -> NDArray[Any]: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class PairSet:
+    """A volume with its mask, or a folder of pictures with theirs: a `matchai.data.slice_set.SliceSet`.
+
+    Attributes:
+        name: The set's name, for messages.
+        image_path: File or folder of the images.
+        mask_path: Likewise of the masks.
+        files: Every file that is read.
+        images: Gives slices in HU.
+        masks: Gives numbers.
+        numbers: The class of each number in the masks, by a label map; None for those of
+            `matchai.data.slice_set.numbers_of`.
+        is_volume: Whether it is one volume.
+    """
+
+    name: str
+    image_path: Path
+    mask_path: Path
+    files: Sequence[Path]
+    images: _Readable
+    masks: _Readable
+    numbers: Mapping[int, int] | None
+    is_volume: bool
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns."""
+        return self.images.shape[1], self.images.shape[2]
+
+    @property
+    def orientation(self) -> str:
+        """Toward which sides of the patient rows and columns run."""
+        return self.images.orientation
+
+    @property
+    def spacing(self) -> tuple[float, float, float] | None:
+        """Millimetres between neighbouring slices, rows and columns; None where unknown."""
+        return self.images.spacing
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """What the user should know of the images."""
+        return self.images.notes
+
+    def __len__(self) -> int:
+        return self.images.shape[0]
+
+    def read_image(self, index: int) -> NDArray[np.float32]:
+        """See `matchai.data.slice_set.SliceSet`."""
+        return self.images.read(index)
+
+    def read_target(self, index: int, num_classes: int, background_class: int) -> Target:
+        """See `matchai.data.slice_set.SliceSet`."""
+        numbers = numbers_of(num_classes, background_class) if self.numbers is None else self.numbers
+        return read_numbers(self.masks.read_labels(index), numbers, background_class)
+
+    def expected_values(self, class_names: Sequence[str], background_class: int) -> str:
+        """See `matchai.data.slice_set.SliceSet`."""
+        numbers = numbers_of(len(class_names), background_class) if self.numbers is None else self.numbers
+        return expected_numbers(numbers, class_names, self.numbers is not None)
+
+    def close(self) -> None:
+        """See `matchai.data.slice_set.SliceSet`."""
+        self.images.close()
+        self.masks.close()
+
+
+def holds_pairs(folder: Path) -> bool:
+    """Whether a folder is meant to hold pairs of files."""
+    return (folder / IMAGES).is_dir() or (folder / MASKS).is_dir()
+
+
+def open_pairs(
+    folder: Path,
+    orientation: str,
+    rescale: tuple[float, float],
+    numbers: Mapping[int, int] | None,
+    scratch: Path | None,
+) -> Sequence[SliceSet]:
+    """Opens the pairs of `images/` and `masks/`, in natural order of their names.
+
+    A mask has the name of its image, which may end in nnU-Net's `_0000`. Each NIfTI pair and each pair of stacks (TIFF
+    files of several pages) is a set of its own; single pictures are one set together.
+
+    Args:
+        folder: The folder above.
+        orientation: What volumes are turned to (auto: LP), and how pictures lie (auto: PL).
+        rescale: Slope and intercept that make HU of what the files give.
+        numbers: The class of each number in the masks; None for those of
+            `matchai.data.slice_set.numbers_of`.
+        scratch: Folder for volumes while they are decompressed (default: the system's).
+
+    Raises:
+        InputError: With every problem found, up to `MAX_PROBLEMS`.
+    """
+    missing = [one for one in (IMAGES, MASKS) if not (folder / one).is_dir()]
+    if missing:
+        there = MASKS if missing == [IMAGES] else IMAGES
+        raise InputError(
+            f"{folder} has a folder {there}, but none named {missing[0]}, where the other halves should lie."
+        )
+    kind, images = _list_files(folder / IMAGES)
+    mask_kind, masks = _list_files(folder / MASKS)
+    if kind != mask_kind:
+        raise InputError(
+            f"{folder / IMAGES} holds {kind}, but {folder / MASKS} {mask_kind}: convert one of them, so that a mask "
+            "lies on its image pixel by pixel."
+        )
+    pairs = _pair(folder, images, masks)
+    if kind == "NIfTI files":
+        lies = "LP" if orientation == "auto" else orientation
+        return _each(pairs, lambda image, mask: _open_volume(image, mask, lies, rescale, numbers, scratch))
+    return _open_pictures(folder, pairs, orientation, rescale, numbers)
+
+
+def _list_files(folder: Path) -> tuple[str, dict[str, Path]]:
+    """What kind of files a folder holds, and these by their stems in natural order."""
+    volumes = [
+        path
+        for path in folder.iterdir()
+        if path.name.lower().endswith(nifti.SUFFIXES) and not path.name.startswith(".") and path.is_file()
+    ]
+    slices = pictures_in(folder)
+    if bool(volumes) == bool(slices):
+        found = (
+            f"NIfTI files ({volumes[0].name}) and pictures ({slices[0].name}); keep one kind" if volumes else "neither"
+        )
+        raise InputError(f"{folder} must hold NIfTI files (.nii, .nii.gz) or PNG or TIFF pictures, but holds {found}.")
+    stems: dict[str, Path] = {}
+    for path in sorted(volumes or slices, key=lambda path: natural(path.name)):
+        name = nifti.stem(path) if volumes else path.stem
+        if name in stems:
+            raise InputError(f"{stems[name]} and {path.name} have the same name; keep one of them.")
+        stems[name] = path
+    return "NIfTI files" if volumes else "pictures", stems
+
+
+def _pair(folder: Path, images: Mapping[str, Path], masks: Mapping[str, Path]) -> list[tuple[Path, Path]]:
+    pairs, lonely, used = [], [], set()
+    for name, image in images.items():
+        found = next((one for one in (name, name.removesuffix("_0000")) if one in masks), None)
+        if found is None:
+            lonely.append(image.name)
+        else:
+            pairs.append((image, masks[found]))
+            if found in used:
+                raise InputError(f"{image} and another image both belong to {masks[found]} by their names; keep one.")
+            used.add(found)
+    unused = [mask.name for name, mask in masks.items() if name not in used]
+    problems = [
+        f"{folder / there}: {len(names)} of {len(files)} files have no namesake in {folder / other}: "
+        f"{', '.join(names[:MAX_NAMES])}{' ...' if len(names) > MAX_NAMES else ''}; add these, or take the files away."
+        for there, other, names, files in ((IMAGES, MASKS, lonely, images), (MASKS, IMAGES, unused, masks))
+        if names
+    ]
+    if problems:
+        raise InputError(*problems)
+    return pairs
+
+
+def _each(pairs: Sequence[tuple[Path, Path]], open_pair: Callable[[Path, Path], PairSet]) -> Sequence[SliceSet]:
+    opened: list[PairSet] = []
+    problems: dict[str, None] = {}  # without an extra every file has the same
+    for image, mask in pairs:
+        try:
+            opened.append(open_pair(image, mask))
+        except InputError as error:
+            problems |= dict.fromkeys(error.problems)
+        if len(problems) >= MAX_PROBLEMS:
+            break
+    if problems:
+        raise InputError(*problems)
+    return opened
+
+
+def _open_volume(
+    image: Path,
+    mask: Path,
+    orientation: str,
+    rescale: tuple[float, float],
+    numbers: Mapping[int, int] | None,
+    scratch: Path | None,
+) -> PairSet:
+    images = open_nifti(image, orientation, rescale, scratch)
+    masks = open_nifti(mask, orientation, (1.0, 0.0), scratch)
+    check_same_geometry(images, masks)
+    return _checked(PairSet(nifti.stem(image), image, mask, (image, mask), images, masks, numbers, is_volume=True))
+
+
+def _open_pictures(
+    folder: Path,
+    pairs: Sequence[tuple[Path, Path]],
+    orientation: str,
+    rescale: tuple[float, float],
+    numbers: Mapping[int, int] | None,
+) -> Sequence[SliceSet]:
+    stacks = [image for image, _ in pairs if image.suffix.lower() != ".png" and look_at(image).num_pages > 1]
+    if stacks and len(stacks) < len(pairs):
+        single = next(image for image, _ in pairs if image not in stacks)
+        raise InputError(
+            f"{folder / IMAGES} holds stacks of several pages ({stacks[0].name}) and single slices ({single.name}), so "
+            "that nobody knows which slices are neighbours; keep one kind."
+        )
+
+    def open_pair(image: Path, mask: Path) -> PairSet:
+        is_one = bool(stacks)
+        image_files, mask_files = (
+            ([image], [mask]) if is_one else ([one for one, _ in pairs], [one for _, one in pairs])
+        )
+        images = open_pictures(image, orientation, rescale, files=image_files)
+        masks = open_pictures(mask, orientation, files=mask_files, is_mask=True)
+        if images.shape != masks.shape:
+            raise InputError(
+                f"{mask} has {_times(masks.shape)} pixels (slices, rows, columns), but its image {image} has "
+                f"{_times(images.shape)}; a mask must lie on its image pixel by pixel."
+            )
+        files = [*image_files, *mask_files]
+        name = image.stem if is_one else image.name
+        return _checked(PairSet(name, image, mask, files, images, masks, numbers, is_volume=is_one))
+
+    return _each(pairs if stacks else [(folder / IMAGES, folder / MASKS)], open_pair)
+
+
+def _checked(one: PairSet) -> PairSet:
+    if min(one.shape) < 32:
+        raise InputError(
+            f"{one.image_path} has slices of {one.shape[0]}x{one.shape[1]} pixels, but at least 32x32 are needed."
+        )
+    return one
+
+
+def _times(shape: Sequence[int]) -> str:
+    return " x ".join(map(str, shape))

@@ -1,0 +1,389 @@
+"""Prepared slices: checked, windowed, resized once, kept in a memory-mapped cache that is verified before every use."""
+
+import hashlib
+import json
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import cv2
+import numpy as np
+import torch
+from numpy.lib.format import open_memmap
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from matchai.data.augmentation import Augmentation
+from matchai.data.context import neighbours
+from matchai.data.digests import fingerprint
+from matchai.data.slice_set import SliceSet
+from matchai.system.errors import InputError
+from matchai.system.files import sync_folder, write_whole
+from matchai.system.machine import preparing_threads
+from matchai.volumes.hounsfield import implausible_range
+
+FORMAT = 1  # part of the cache's key: raised whenever the preparation changes
+STEPS = 65535  # uint16; over a window of 2000 HU a step is 0.03 HU and rounding 0.015, against CT noise of 10 to 30 HU
+THUMBNAIL = 64
+MAX_PROBLEMS = 20
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Slices:
+    """All slices of a data set at training size, memory-mapped.
+
+    Attributes:
+        images: (N, S, S) uint16; 0 to 65535 spans `hu_window`.
+        targets: (N, S, S) uint8 class indices.
+        thumbnails: (N, 64, 64) float32 in 0..1.
+        sums: (N, 2) uint64, each slice's sum and sum of squares over `images`.
+        pixels: (N, C) int64, each slice's pixels of each class at training size.
+        sets: (N,) int64, the array file or volume each slice comes from.
+        hu_window: HU at 0 and at 65535.
+        notes: Sentences on what was odd and how it was settled.
+    """
+
+    images: NDArray[np.uint16]
+    targets: NDArray[np.uint8]
+    thumbnails: NDArray[np.float32]
+    sums: NDArray[np.uint64]
+    pixels: NDArray[np.int64]
+    sets: NDArray[np.int64]
+    hu_window: tuple[float, float]
+    notes: list[str]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def mean_std(self, indices: Sequence[int]) -> tuple[float, float]:
+        """Mean and standard deviation over the pixels of some slices, in units of the window (0 to 1); exact sums."""
+        count = len(indices) * self.images[0].size
+        total, squares = (sum(int(value) for value in self.sums[indices, k]) for k in (0, 1))
+        mean = total / count
+        variance = max(squares / count - mean * mean, 0.0)
+        return mean / STEPS, float(np.sqrt(variance)) / STEPS
+
+
+class SliceDataset(Dataset[tuple[Tensor, Tensor, int]]):
+    """Standardised images and targets of some slices.
+
+    An item is image (2 · context + 1, S, S) float32, the slice between its neighbours, target (S, S) uint8, and the
+    position of the draw in its epoch. Augmented items are asked for by a `matchai.sampling.Draw`, whose epoch and
+    position key the augmentation.
+
+    Args:
+        slices: All slices.
+        indices: Which of them this data set holds, in order.
+        mean: Subtracted from the windowed image (0 to 1).
+        std: Divides the difference.
+        augmentation: For training, of as many channels as an item's image; None for validation.
+        volumes: (N,) number of the volume of each of all slices, see `matchai.data.context.neighbours`.
+        context: Neighbours on each side; above 0 it needs `volumes`.
+    """
+
+    def __init__(
+        self,
+        slices: Slices,
+        indices: Sequence[int],
+        mean: float,
+        std: float,
+        augmentation: Augmentation | None = None,
+        *,
+        volumes: NDArray[np.int64] | None = None,
+        context: int = 0,
+    ) -> None:
+        self.slices, self.indices, self.mean, self.std = slices, list(indices), mean, std
+        self.augmentation = augmentation
+        self.channels = [[index] if volumes is None else neighbours(volumes, index, context) for index in self.indices]
+        assert volumes is not None or context == 0, "context needs to know the volumes"
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, draw: int) -> tuple[Tensor, Tensor, int]:
+        index = self.indices[draw]
+        image = self.slices.images[self.channels[draw]].astype(np.float32) * np.float32(1 / STEPS)
+        target = np.array(self.slices.targets[index])
+        position = getattr(draw, "position", int(draw))
+        if self.augmentation:
+            image, target = self.augmentation(image, target, draw.epoch, position)  # type: ignore[attr-defined]
+        image = (image - np.float32(self.mean)) / np.float32(self.std + 1e-8)
+        return torch.from_numpy(image), torch.from_numpy(np.ascontiguousarray(target)), position
+
+
+def prepare(
+    sets: Sequence[SliceSet],
+    digests: dict[str, str],
+    cache: Path,
+    *,
+    hu_window: tuple[float, float],
+    image_size: int,
+    class_names: Sequence[str],
+    background_class: int,
+    reading: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> Slices:
+    """Opens the cache entry of these slices and settings, or checks every slice and makes it.
+
+    Volumes are read one after another, and closed as soon as their last slice is prepared.
+
+    Args:
+        sets: Where the slices lie.
+        digests: The `fingerprint` of their files.
+        cache: Folder of cache entries; an entry that is damaged is made anew.
+        hu_window: Pixel values are clipped to this range.
+        image_size: S.
+        class_names: (C,) names, in channel order.
+        background_class: Index of the class of pixels that carry none.
+        reading: Settings under which the sets were opened that change what they give: part of the entry's key.
+        progress: Told (slices done, slices in all).
+
+    Raises:
+        InputError: With every problem found in the slices, or if the cache cannot be written.
+    """
+    settings = [FORMAT, sorted(digests.items()), [s.name for s in sets], hu_window, image_size]
+    settings += [len(class_names), background_class]
+    if reading:
+        settings.append(sorted(reading.items()))
+    key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:24]
+    folder = cache / key
+    found = _open(folder, hu_window)
+    if found is not None:
+        return found
+    num_slices = sum(map(len, sets))
+    need = num_slices * (image_size**2 * 3 + THUMBNAIL**2 * 4)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(cache).free
+        if free < need * 1.05:
+            raise InputError(
+                f"The prepared slices need {need / 1e6:,.0f} MB in {cache}, but {free / 1e6:,.0f} MB are free there; "
+                "make room, or name another folder with --cache."
+            )
+        with tempfile.TemporaryDirectory(dir=cache, prefix=".making-") as name:
+            beside = Path(name) / "entry"
+            beside.mkdir()
+            _make(sets, beside, hu_window, image_size, class_names, background_class, progress)
+            if folder.exists():  # damaged: what stands there failed its check
+                folder.rename(Path(name) / "damaged")
+            beside.rename(folder)
+        sync_folder(cache)
+    except OSError as error:
+        raise InputError(
+            f"The cache folder {cache} cannot be written ({error.strerror or error}); name another with --cache."
+        ) from None
+    made = _open(folder, hu_window)
+    assert made is not None, "a cache entry was changed while it was made"
+    return made
+
+
+ARRAYS = ("images", "targets", "thumbnails", "sums", "pixels", "sets")
+
+
+def _open(folder: Path, hu_window: tuple[float, float]) -> Slices | None:
+    """The entry, or None where it is missing or any of its files is not as it was written."""
+    try:
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        paths = [folder / f"{name}.npy" for name in ARRAYS]
+        if fingerprint(paths) != meta["digests"]:
+            return None
+        arrays = {name: np.load(path, mmap_mode="r") for name, path in zip(ARRAYS, paths, strict=True)}
+        return Slices(**arrays, hu_window=hu_window, notes=meta["notes"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _make(
+    sets: Sequence[SliceSet],
+    folder: Path,
+    hu_window: tuple[float, float],
+    image_size: int,
+    class_names: Sequence[str],
+    background_class: int,
+    progress: Progress | None,
+) -> None:
+    num_slices, num_classes = sum(map(len, sets)), len(class_names)
+    shapes: dict[str, tuple[Any, tuple[int, ...]]] = {
+        "images": (np.uint16, (image_size, image_size)),
+        "targets": (np.uint8, (image_size, image_size)),
+        "thumbnails": (np.float32, (THUMBNAIL, THUMBNAIL)),
+        "sums": (np.uint64, (2,)),
+        "pixels": (np.int64, (num_classes,)),
+        "sets": (np.int64, ()),
+    }
+    out = {
+        name: open_memmap(folder / f"{name}.npy", mode="w+", dtype=dtype, shape=(num_slices, *shape))
+        for name, (dtype, shape) in shapes.items()
+    }
+    low, high = hu_window
+
+    def prepare_slice(row: int, number: int, index: int) -> dict[str, Any]:
+        looked = look_at(sets[number], index, num_classes, background_class)
+        if looked.image is None:
+            return looked.found
+        windowed = np.clip((looked.image - np.float32(low)) / np.float32(high - low), 0, 1)
+        resized = resize(windowed, image_size)
+        steps = np.rint(resized * STEPS).astype(np.uint16)
+        labels = cv2.resize(looked.labels, (image_size, image_size), interpolation=cv2.INTER_NEAREST_EXACT)
+        wide = steps.astype(np.uint64)
+        out["images"][row], out["targets"][row], out["sets"][row] = steps, labels, number
+        out["thumbnails"][row] = resize(windowed, THUMBNAIL)
+        out["sums"][row] = wide.sum(), (wide * wide).sum()
+        out["pixels"][row] = np.bincount(labels.ravel(), minlength=num_classes)
+        return looked.found
+
+    found = for_each_slice(sets, prepare_slice, progress)
+    refuse_unfit(sets, found, hu_window, class_names, background_class)
+    for array in out.values():
+        array.flush()
+    meta = {"notes": _notes(sets, found, out["pixels"], class_names, background_class)}
+    meta["digests"] = fingerprint([folder / f"{name}.npy" for name in ARRAYS])  # type: ignore[assignment]
+    write_whole(folder / "meta.json", json.dumps(meta).encode())
+
+
+def for_each_slice(
+    sets: Sequence[SliceSet], work: Callable[[int, int, int], dict[str, Any]], progress: Progress | None
+) -> list[dict[str, Any]]:
+    """Calls `work` with the row, the set and the place in it of every slice, on all cores; closes each set after it."""
+    places = [(number, index) for number, one in enumerate(sets) for index in range(len(one))]
+    num_left = [len(one) for one in sets]
+    counting = threading.Lock()
+
+    def work_and_close(row: int) -> dict[str, Any]:
+        number, index = places[row]
+        found = work(row, number, index)
+        with counting:
+            num_left[number] -= 1
+            is_last = not num_left[number]
+        if is_last:  # a decompressed volume takes room on the disk
+            sets[number].close()
+        return found
+
+    found = []
+    try:
+        with ThreadPoolExecutor(preparing_threads()) as pool:
+            for done, one in enumerate(pool.map(work_and_close, range(len(places))), 1):
+                found.append(one)
+                if progress:
+                    progress(done, len(places))
+    finally:
+        for one_set in sets:
+            one_set.close()
+    return found
+
+
+class Look(NamedTuple):
+    """A slice as its files have it.
+
+    Attributes:
+        image: (H, W) in HU; None where pixels are NaN or infinite.
+        labels: (H, W) class indices.
+        found: What `image_problems` and `mask_problems` judge.
+    """
+
+    image: NDArray[np.float32] | None
+    labels: NDArray[np.uint8]
+    found: dict[str, Any]
+
+
+def look_at(one: SliceSet, index: int, num_classes: int, background_class: int) -> Look:
+    """Reads a slice and its mask, and notes what may be wrong with them."""
+    image, target = one.read_image(index), one.read_target(index, num_classes, background_class)
+    finite = np.isfinite(image)
+    found = {"overlapping": target.num_overlapping, "empty": target.num_empty, "wrong": target.wrong_values}
+    if not finite.all():
+        first = np.unravel_index(int(np.argmin(finite)), image.shape)
+        return Look(None, target.labels, found | {"non_finite": int((~finite).sum()), "first": first})
+    return Look(image, target.labels, found | {"low": float(image.min()), "high": float(image.max())})
+
+
+def refuse_unfit(
+    sets: Sequence[SliceSet],
+    found: Sequence[dict[str, Any]],
+    hu_window: tuple[float, float],
+    class_names: Sequence[str],
+    background_class: int,
+) -> None:
+    """Refuses slices that cannot be trained on or judged by, given what `look_at` found in each.
+
+    Raises:
+        InputError: With the first `MAX_PROBLEMS` problems.
+    """
+    problems: list[str] = []
+    first = 0
+    for one in sets:
+        rows = found[first : first + len(one)]
+        first += len(one)
+        problems += _image_problems(one, rows, hu_window) + _mask_problems(one, rows, class_names, background_class)
+    if problems:
+        raise InputError(*problems[:MAX_PROBLEMS])
+
+
+def resize(image: NDArray[np.float32], size: int) -> NDArray[np.float32]:
+    """Resizes (H, W) to (size, size): area means when shrinking, which do not alias, else bilinear."""
+    shrinks = size < min(image.shape)
+    kind = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+    return np.asarray(cv2.resize(image, (size, size), interpolation=kind), np.float32)
+
+
+def _image_problems(one: SliceSet, rows: Sequence[dict[str, Any]], hu_window: tuple[float, float]) -> list[str]:
+    broken = [index for index, row in enumerate(rows) if "non_finite" in row]
+    if broken:
+        row = rows[broken[0]]
+        which = ", ".join(map(str, broken[:10])) + (" ..." if len(broken) > 10 else "")
+        return [
+            f"{one.image_path} has NaN or infinite pixels in {len(broken)} of {len(rows)} slices ({which}); slice "
+            f"{broken[0]} has {row['non_finite']}, the first at row {row['first'][0]}, column {row['first'][1]}. "
+            "Replace them, by -1000 HU (air) say."
+        ]
+    low, high = min(row["low"] for row in rows), max(row["high"] for row in rows)
+    problem = implausible_range(str(one.image_path), low, high, hu_window)
+    return [problem] if problem else []
+
+
+def _mask_problems(
+    one: SliceSet, rows: Sequence[dict[str, Any]], class_names: Sequence[str], background_class: int
+) -> list[str]:
+    wrong = [index for index, row in enumerate(rows) if row["wrong"]]
+    if not wrong:
+        return []
+    values = ", ".join(f"{value:g}" for value in rows[wrong[0]]["wrong"])
+    return [
+        f"{one.mask_path} holds {values} in slice {wrong[0]} ({len(wrong)} of {len(rows)} slices hold such values), "
+        f"but {one.expected_values(class_names, background_class)}."
+    ]
+
+
+def _notes(
+    sets: Sequence[SliceSet],
+    found: list[dict[str, Any]],
+    pixels: NDArray[np.int64],
+    class_names: Sequence[str],
+    background_class: int,
+) -> list[str]:
+    notes = []
+    overlapping, empty = (sum(one[name] for one in found) for name in ("overlapping", "empty"))
+    if overlapping:
+        notes.append(f"{overlapping:,} pixels carry several classes; each takes the first in channel order.")
+    if empty:
+        notes.append(f"{empty:,} pixels carry no class; they count as {class_names[background_class]}.")
+    for height, width in dict.fromkeys(one.shape for one in sets if one.shape[0] != one.shape[1]):
+        names = [one.image_path.name for one in sets if one.shape == (height, width)]
+        which = names[0] if len(names) == 1 else f"{len(names)} files from {names[0]} on"
+        notes.append(f"{which}: slices of {height}x{width} pixels are squeezed to a square.")
+    totals = pixels.sum(axis=0)
+    most = int(totals.argmax())
+    if most != background_class:
+        notes.append(
+            f"The most frequent class is {class_names[most]} ({totals[most] / totals.sum():.0%} of the pixels), not "
+            f"{class_names[background_class]}: check --class-names and --background-class."
+        )
+    return notes

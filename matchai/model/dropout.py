@@ -1,0 +1,107 @@
+"""Dropout and drop path whose masks are a pure function of (seed, epoch, position, layer), slice by slice."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from matchai.system.random_keys import seed_sequence
+
+_STREAM = 0xD209  # keeps these random numbers apart from the sampler's and the augmentation's
+
+
+class KeyedDropPath(nn.Module):
+    """Stochastic depth (Huang et al. 2016) whose mask is given from outside, slice by slice.
+
+    Attributes:
+        uniforms: (B,) numbers in [0, 1) of the batch to come; a slice keeps the path where its number is below the
+            chance of keeping it. Set by `set_dropout`.
+    """
+
+    def __init__(self, drop_prob: float) -> None:
+        super().__init__()
+        self.keep_prob = 1.0 - drop_prob
+        self.uniforms = torch.zeros(0)  # no buffer: it is neither saved nor averaged
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Keeps or zeroes each slice's path, and scales what is kept by 1 / its chance; x (B, ...)."""
+        if not self.training:
+            return x
+        if len(self.uniforms) != len(x):
+            raise RuntimeError(f"drop path has numbers for {len(self.uniforms)} slices of {len(x)}; call set_dropout.")
+        mask = (self.uniforms < self.keep_prob).to(x.dtype) / self.keep_prob
+        return x * mask.view(-1, *[1] * (x.ndim - 1))
+
+
+class KeyedDropout(nn.Module):
+    """Dropout (Srivastava et al. 2014) that draws each slice's mask from a generator of the slice's own.
+
+    Attributes:
+        seeds: A seed for every slice of the batch to come, set by `set_dropout`.
+    """
+
+    def __init__(self, drop_prob: float, *, of_channels: bool) -> None:
+        """Makes one that drops whole channels, or single values."""
+        super().__init__()
+        self.keep_prob = 1.0 - drop_prob
+        self.of_channels = of_channels
+        self.seeds: list[int] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Keeps or zeroes, and scales what is kept by 1 / its chance; x (B, ...), or (B · K, ...) such as windows."""
+        if not self.training or not len(x):
+            return x
+        each, rest = divmod(len(x), len(self.seeds)) if self.seeds else (0, 1)
+        if rest:
+            raise RuntimeError(f"dropout has seeds for {len(self.seeds)} slices of {len(x)}; call set_dropout.")
+        shape = (each, x.shape[1], *[1] * (x.ndim - 2)) if self.of_channels else (each, *x.shape[1:])
+        generators = [torch.Generator(x.device).manual_seed(seed) for seed in self.seeds]
+        uniforms = [torch.rand(shape, generator=generator, device=x.device) for generator in generators]
+        return x * ((torch.cat(uniforms) < self.keep_prob).to(x.dtype) / self.keep_prob)
+
+
+def key_dropout(model: nn.Module) -> None:
+    """Replaces every dropout and drop path in a model by a keyed one; those of chance 0 stay."""
+    from timm.layers import DropPath  # noqa: PLC0415 dies where torchvision does not fit, which matchai.model.unetplusplus tells
+
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, DropPath) and child.drop_prob:
+                setattr(module, name, KeyedDropPath(child.drop_prob))
+            elif isinstance(child, nn.Dropout | nn.Dropout1d | nn.Dropout2d | nn.Dropout3d) and child.p:
+                setattr(module, name, KeyedDropout(child.p, of_channels=not isinstance(child, nn.Dropout)))
+
+
+KeyedLayer = KeyedDropPath | KeyedDropout
+
+
+def keyed_layers(model: nn.Module) -> list[KeyedLayer]:
+    """The keyed layers of a model that `key_dropout` has changed, possibly wrapped."""
+    return [module for module in model.modules() if isinstance(module, KeyedLayer)]
+
+
+def set_dropout(
+    layers: Sequence[KeyedLayer], seed: int, epoch: int, positions: list[int], device: torch.device | str = "cpu"
+) -> None:
+    """Tells keyed layers which slices come next.
+
+    Args:
+        layers: All of a model's `keyed_layers`.
+        seed: Seed of the run.
+        epoch: The epoch.
+        positions: (B,) places of the batch's draws in the epoch; B may be 0.
+        device: Where the model runs.
+    """
+    if not layers:
+        return
+    paths = [layer for layer in layers if isinstance(layer, KeyedDropPath)]
+    drops = [layer for layer in layers if isinstance(layer, KeyedDropout)]
+    keyed = [np.random.default_rng(seed_sequence(_STREAM, seed, epoch, position)) for position in positions]
+    numbers = np.array([generator.random(len(paths)) for generator in keyed], dtype=np.float32)
+    uniforms = torch.from_numpy(numbers.reshape(len(positions), len(paths)).T.copy()).to(device, non_blocking=True)
+    for path, row in zip(paths, uniforms, strict=True):
+        path.uniforms = row
+    seeds = [generator.integers(2**63, size=len(drops)).tolist() for generator in keyed]
+    for number, drop in enumerate(drops):
+        drop.seeds = [one[number] for one in seeds]

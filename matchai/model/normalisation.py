@@ -1,0 +1,268 @@
+"""Batch norm over a whole batch whose parts are computed in several places, on any device.
+
+torch's own synchronised batch norm refuses CPU tensors. This one takes any way of exchanging a vector between the
+parts, so the parts may be processes, or single slices on their own threads; and it computes the activation that follows
+in the same passes, where `matchai.native.library` has kernels for it.
+"""
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from matchai.native import library
+
+Gather = Callable[[Tensor], Tensor]
+"""Takes this part's vector (n,), returns those of all parts (P, n), in the same order on each of them."""
+
+
+def alone(vector: Tensor) -> Tensor:
+    """The exchange of a part that is the whole batch: (n,) to (1, n)."""
+    return vector.unsqueeze(0)
+
+
+class SyncBatchNorm(nn.BatchNorm2d):
+    """Batch norm in place of a given one, whose parameters and buffers it shares; x (B, C, ...), B may be 0.
+
+    Count, mean and sum of squared deviations of every part are exchanged and merged in double precision by the update
+    of Chan, Golub and LeVeque (1983), which has none of the cancellation of a difference of mean squares.
+
+    Args:
+        norm: What it replaces.
+        gather: Exchanges a vector between the parts.
+        is_updating: Whether this part updates the running statistics; one of those that share the buffers does.
+        act: The activation after it; by default the one inside `norm`, as timm's have it.
+
+    Raises:
+        ValueError: In training, if the whole batch has less than two values a channel.
+    """
+
+    def __init__(
+        self, norm: _BatchNorm, gather: Gather = alone, is_updating: bool = True, act: nn.Module | None = None
+    ) -> None:
+        nn.Module.__init__(self)
+        # state and settings of the one that goes; timm's have an activation inside, under these two names
+        self._parameters, self._buffers = norm._parameters, norm._buffers
+        for name in ("num_features", "eps", "momentum", "affine", "track_running_stats"):
+            setattr(self, name, getattr(norm, name))
+        self.drop: nn.Module = getattr(norm, "drop", nn.Identity())
+        self.act: nn.Module = getattr(norm, "act", nn.Identity()) if act is None else act
+        self.gather, self.is_updating = gather, is_updating
+        self.train(norm.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalises by the whole batch's statistics in training, by the running ones in evaluation, and activates."""
+        is_running = not self.training and self.running_mean is not None
+        if self._has_kernel(x) and not (is_running and torch.is_grad_enabled()):
+            return self._compiled(x, is_running)
+        if is_running:
+            y = F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+        else:
+            y = self._normalised(x)
+        activated: Tensor = self.act(self.drop(y))
+        return activated
+
+    def _has_kernel(self, x: Tensor) -> bool:
+        own = (self.weight, self.bias, self.running_mean, self.running_var)
+        is_plain = all(one is None or (one.dtype == torch.float32 and one.is_contiguous()) for one in own)
+        return is_plain and library.fits(x) and library.load()[0] is not None
+
+    def _compiled(self, x: Tensor, is_running: bool) -> Tensor:
+        kernels = library.load()[0]
+        assert kernels is not None
+        activation = library.ACTIVATIONS.get(type(self.act)) if type(self.drop) is nn.Identity else None
+        y: Tensor
+        if is_running:
+            assert self.running_mean is not None
+            assert self.running_var is not None
+            running = (self.running_mean, self.running_var)
+            y = kernels.norm_running(x, activation or 0, self.weight, self.bias, self.eps, running)
+        else:
+            y = _NormaliseActivate.apply(x, self.weight, self.bias, self, kernels, activation or 0)
+        if activation is None:
+            y = self.act(self.drop(y))
+        return y
+
+    def _count_batch(self) -> float:
+        """Counts a batch, if the running statistics are to be moved; returns by how much of the way to its own."""
+        if not (self.training and self.is_updating and self.running_mean is not None):
+            return 0.0
+        assert self.num_batches_tracked is not None
+        self.num_batches_tracked += 1
+        return 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+
+    def _normalised(self, x: Tensor) -> Tensor:
+        exact = torch.float64 if x.dtype == torch.float64 else torch.float32
+        channels = x.shape[1]
+        own = torch.zeros(1 + 2 * channels, dtype=torch.float64, device=x.device)
+        if x.numel():
+            # with float statistics beside it, a half-precision x gets float ones back; 20 times as fast as var_mean
+            like_running = torch.zeros(channels, dtype=exact), torch.ones(channels, dtype=exact)
+            means, variances = torch.batch_norm_update_stats(x.detach(), *like_running, 0.0)
+            own[0] = x.numel() / channels
+            own[1:] = torch.cat((means.double(), variances.double() * own[0]))
+        parts = self.gather(own)
+        counts, means, deviations = parts[:, :1], parts[:, 1 : 1 + channels], parts[:, 1 + channels :]
+        count = counts.sum()
+        _check_count(float(count))
+        mean = (counts * means).sum(0) / count
+        deviation = (deviations + counts * (means - mean) ** 2).sum(0)
+        rate = self._count_batch()
+        if rate:
+            assert self.running_mean is not None
+            assert self.running_var is not None
+            self.running_mean += rate * (mean.to(exact) - self.running_mean)
+            self.running_var += rate * ((deviation / (count - 1)).to(exact) - self.running_var)
+        var = deviation / count
+        # with float statistics torch takes float parameters alone, beside a half-precision x too
+        weight, bias = (None if one is None else one.to(exact) for one in (self.weight, self.bias))
+        normalised: Tensor = _Normalise.apply(
+            x, weight, bias, mean.to(exact), var.to(exact), self.eps, float(count), self.gather
+        )
+        return normalised
+
+
+def _check_count(count: float) -> None:
+    if count < 2:
+        raise ValueError(f"batch norm needs two values a channel in training, but the whole batch has {count:g}.")
+
+
+class _NormaliseActivate(torch.autograd.Function):
+    """Batch norm and its activation by the compiled kernels; the backward pass computes from x what it needs."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        norm: SyncBatchNorm,
+        kernels: library.Kernels,
+        activation: int,
+    ) -> Tensor:
+        parts = norm.gather(kernels.norm_statistics(x)).contiguous()
+        rate = norm._count_batch()
+        running = (norm.running_mean, norm.running_var) if rate else (None, None)
+        y, saved, count = kernels.norm_forward(x, activation, parts, weight, bias, norm.eps, rate, running)
+        _check_count(count)
+        ctx.save_for_backward(x, weight, bias, saved)
+        ctx.gather, ctx.kernels, ctx.activation, ctx.count = norm.gather, kernels, activation, count
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, saved = ctx.saved_tensors
+        grad = grads[0].contiguous(memory_format=torch.channels_last)
+        settings = ctx.activation, saved, weight, bias
+        own = ctx.kernels.norm_gradient_sums(x, grad, *settings)
+        sums = ctx.gather(own.flatten()).sum(0)
+        grad_x = ctx.kernels.norm_gradient(x, grad, *settings, sums, ctx.count)
+        return grad_x, *((None, None) if weight is None else own.to(weight.dtype)), None, None, None
+
+
+class _Normalise(torch.autograd.Function):
+    """(x - mean) / sqrt(var + eps) · weight + bias, whose backward pass knows that all parts made mean and var."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mean: Tensor,
+        var: Tensor,
+        eps: float,
+        count: float,
+        gather: Gather,
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, mean, var)
+        ctx.eps, ctx.count, ctx.gather = eps, count, gather
+        return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """With x̂ = (x - mean) / σ: ∂x = weight / σ · (∂y - Σ∂y / N - x̂ · Σ(∂y · x̂) / N), sums over all parts."""
+        x, weight, mean, var = ctx.saved_tensors
+        sigma = torch.sqrt(var.double() + ctx.eps)
+        own = torch.zeros(2, len(mean), dtype=mean.dtype, device=mean.device)
+        if x.numel():
+            _, *sums = torch.ops.aten.native_batch_norm_backward(
+                grads[0], x, weight, mean, var, None, None, False, ctx.eps, [False, True, True]
+            )
+            own = torch.stack(sums)
+        along, total = ctx.gather(own.double().flatten()).sum(0).view(2, -1) / ctx.count
+        scale = 1 / sigma if weight is None else weight.double() / sigma
+        slope = -scale * along / sigma
+        grad_x = _affine(grads[0], scale, torch.zeros_like(scale))
+        grad_x += _affine(x, slope, -scale * total - slope * mean)
+        return grad_x, *((None, None) if weight is None else own.to(weight.dtype)), *[None] * 5
+
+
+def _affine(x: Tensor, slope: Tensor, offset: Tensor) -> Tensor:
+    """Computes slope · x + offset for every channel of x in one pass: a trained norm's."""
+    exact = torch.float64 if x.dtype == torch.float64 else torch.float32
+    weight, bias = (value.to(exact) for value in (slope, offset))
+    return F.batch_norm(x, torch.zeros_like(weight), torch.ones_like(weight), weight, bias, False, 0.0, 0.0)
+
+
+def gather_processes(vector: Tensor) -> Tensor:
+    """The vectors (n,) of all processes, (W, n) by process index."""
+    parts = [torch.empty_like(vector) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, vector)
+    return torch.stack(parts)
+
+
+def synchronise(model: nn.Module, gather: Gather, *, is_updating: bool = True) -> None:
+    """Replaces every batch norm in a model by a `SyncBatchNorm`; names and tensors of its state stay the same."""
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, _BatchNorm):
+                setattr(module, name, SyncBatchNorm(child, gather, is_updating))
+
+
+def synchronise_processes(model: nn.Module) -> nn.Module:
+    """Batch norm over the batches of all processes: torch's own on CUDA, `SyncBatchNorm` elsewhere.
+
+    Returns:
+        The model, in which the batch norms were replaced.
+    """
+    if next(model.parameters()).device.type == "cuda":
+        from timm.layers import convert_sync_batchnorm  # noqa: PLC0415 as in key_dropout; knows timm's own layers too
+
+        converted: nn.Module = convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
+        return converted
+    synchronise(model, gather_processes)
+    return model
+
+
+def join_buffers(model: nn.Module) -> list[Tensor]:
+    """Makes all buffers of a model parts of one tensor for each type, and returns these: kept and put back at once.
+
+    It replaces the tensors of the buffers, so what holds these otherwise must be made later.
+    """
+    joined = []
+    kinds = {buffer.dtype for buffer in model.buffers()}
+    for kind in sorted(kinds, key=str):
+        buffers = {id(buffer): buffer for buffer in model.buffers() if buffer.dtype == kind}
+        # each begins at a multiple of 64 numbers, as kernels read some of them by aligned registers
+        starts = list(itertools.accumulate((-(-one.numel() // 64) * 64 for one in buffers.values()), initial=0))
+        whole = next(iter(buffers.values())).new_zeros(starts.pop())
+        # `data`, as views would share one count of changes, by which autograd would take each for the others' changes
+        views = {
+            key: whole[start : start + one.numel()].view(one.shape).copy_(one).data
+            for (key, one), start in zip(buffers.items(), starts, strict=True)
+        }
+        for module in model.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    module._buffers[name] = views.get(id(buffer), buffer)
+        joined.append(whole)
+    return joined

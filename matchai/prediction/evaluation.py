@@ -1,0 +1,365 @@
+"""From runs and a data set with masks to what their predictions are worth: which slices, counts, distances, files."""
+
+import json
+import math
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from matchai.data.arrays import open_sets
+from matchai.data.dataset import built_in_phantom, digest_sets, group_slices, read_groups
+from matchai.data.pairs import IMAGES
+from matchai.data.prepared import THUMBNAIL, for_each_slice, look_at, refuse_unfit, resize
+from matchai.data.slice_set import SliceSet
+from matchai.drawing.figures import draw_confusion_matrix
+from matchai.metrics.bootstrap import MIN_GROUPS
+from matchai.metrics.confusion import Counts, confusion_counts
+from matchai.metrics.scores import Distances, ScoredVolume, Scores, as_csv, describe, slice_rows, volume_rows
+from matchai.metrics.surface_distance import surface_distances
+from matchai.prediction.holdout import Choice, choose_slices
+from matchai.prediction.inference import Predictor
+from matchai.settings import parsing
+from matchai.settings.config import InputSettings, TrainConfig
+from matchai.system.console import Display
+from matchai.system.errors import InputError
+from matchai.system.files import make_folder, sync_folder, write_whole
+from matchai.volumes.open import kind_of
+from matchai.volumes.volume import turn
+
+RESULT, SLICES, VOLUMES, PICTURE = "evaluation.json", "slices.csv", "volumes.csv", "confusion_matrix.png"
+FILES = (RESULT, SLICES, VOLUMES, PICTURE)
+OF_A_KIND: dict[str, Any] = {"orientation": "auto", "rescale": (1.0, 0.0), "label_map": ()}
+"""Settings that say how one kind of files is read, as they are for another."""
+
+Show = Callable[[str, int, int, str], None]
+Labels = NDArray[np.uint8]
+Ints = NDArray[np.int64]
+
+
+def read_settings(run: Path) -> TrainConfig:
+    """The settings of a run.
+
+    Raises:
+        InputError: If the folder is no run's.
+    """
+    path = run / "config.yaml"
+    if not path.is_file():
+        raise InputError(f"{run} holds no config.yaml, so it is no matchai run; give the folder that training wrote.")
+    return TrainConfig().updated(**parsing.load(path))
+
+
+def evaluate(
+    runs: Sequence[Path],
+    data: Path | None = None,
+    output: Path | None = None,
+    *,
+    wanted: str = "auto",
+    is_mirrored: bool = False,
+    tolerance: float | None = 2.0,
+    settings: dict[str, Any] | None = None,
+    batch_size: int | None = None,
+    mixed_precision: str = "auto",
+    display: Display | None = None,
+) -> dict[str, Any]:
+    """Judges what runs predict of a data set by its masks, and writes the result into a folder, replaced whole.
+
+    Args:
+        runs: Folders of runs; several predict together.
+        data: Folder of the data set; None for the first run's own.
+        output: The folder; None for `evaluation` in the first run's.
+        wanted: Which slices, see `matchai.prediction.holdout.choose_slices`.
+        is_mirrored: Predict each slice mirrored left to right, too.
+        tolerance: Of the normalised surface Dice, in mm, in pixels without a spacing; None measures no distances.
+        settings: Settings of the data that differ from the first run's, by name.
+        batch_size: Slices of one forward pass.
+        mixed_precision: As in `matchai.prediction.inference.Predictor`.
+        display: Where to say things; without it, the terminal.
+
+    Returns:
+        What `evaluation.json` holds.
+
+    Raises:
+        InputError: With every problem found, before anything is predicted or written.
+    """
+    display = display or Display(is_main_process=True)
+    configs = [read_settings(run) for run in runs]
+    config = configs[0].updated(**(settings or {}))
+    output = output or runs[0] / "evaluation"
+    check_output(output)
+    predictor = Predictor(runs, is_mirrored=is_mirrored, mixed_precision=mixed_precision, batch_size=batch_size)
+    cache = config.input.cache or runs[0].parent / "cache"
+    folder = data or config.input.data or built_in_phantom(cache, config.input.phantom_slices)
+    if predictor.class_names != list(config.input.class_names):
+        raise InputError(
+            f"The weights of {runs[0]} know the classes {', '.join(predictor.class_names)}, but its config.yaml names "
+            f"{', '.join(config.input.class_names)}; undo the change there."
+        )
+    make_folder(output.parent)
+    if data is not None:
+        config = _for_the_files(
+            folder, config, settings or {}, predictor.abouts[0]["data_kind"], output.parent, display
+        )
+    sets, digests = _open(folder, config.input, cache, output.parent)
+    num_slices = sum(map(len, sets))
+    choice = choose_slices(runs, digests, num_slices, wanted)
+    display.say(f"slices: {choice.statement}")
+    groups, volumes, note = _find_groups(folder, config.input, sets, choice, predictor, display.show)
+    num_groups = len(np.unique(groups[choice.rows]))
+    counted = f"{num_groups} group{'' if num_groups == 1 else 's'}"
+    display.say(f"groups: {note}")
+    display.say(f"evaluated: {len(choice.rows)} of {num_slices} slices, in {counted}")
+    if num_groups < MIN_GROUPS:
+        display.warn("no interval can be told, as all slices are of one group.")
+    scores = _score(predictor, sets, choice, groups, volumes, tolerance, output.parent, display.show)
+    display.close()
+    result: dict[str, Any] = {
+        "runs": [
+            {"name": run.name, "epoch": about["epoch"]} for run, about in zip(runs, predictor.abouts, strict=True)
+        ],
+        "is_synthetic": data is None and config.input.data is None,
+        "data": folder.name,
+        "data_digests": digests,
+        "slices": choice.name,
+        "slices_in_words": choice.statement,
+        "groups": note,
+        "forward_passes": predictor.num_passes,
+        "precision": predictor.precision,
+        "matchai": metadata.version("matchai"),
+        **describe(scores),
+    }
+    _write(output, result, scores)
+    return result
+
+
+def check_output(output: Path) -> None:
+    """Refuses a folder that holds anything but an evaluation, as it would be replaced.
+
+    Raises:
+        InputError: If it does.
+    """
+    if output.exists() and not output.is_dir():
+        raise InputError(f"{output} is a file; name a folder with --output.")
+    foreign = sorted({path.name for path in output.iterdir()} - set(FILES)) if output.exists() else []
+    if foreign:
+        raise InputError(
+            f"{output} holds {foreign[0]}, which no evaluation wrote and none shall replace; name another folder with "
+            "--output."
+        )
+
+
+def _open(
+    folder: Path, settings: InputSettings, cache: Path, scratch: Path
+) -> tuple[Sequence[SliceSet], dict[str, str]]:
+    """The sets, and the hashes of their images under the names that runs record."""
+    sets = _open_sets(folder, settings, scratch)
+    names = {one.image_path.name for one in sets}
+    digests = digest_sets(folder, sets, cache).items()
+    return sets, {name: digest for name, digest in digests if name in names or name.startswith(f"{IMAGES}/")}
+
+
+def _open_sets(folder: Path, settings: InputSettings, scratch: Path) -> Sequence[SliceSet]:
+    return open_sets(
+        folder,
+        settings.sets,
+        settings.images_name,
+        settings.masks_name,
+        settings.class_names,
+        orientation=settings.orientation,
+        rescale=settings.rescale,
+        label_map=settings.label_map,
+        scratch=scratch,
+    )
+
+
+def _for_the_files(
+    folder: Path, config: TrainConfig, given: dict[str, Any], kind: str, scratch: Path, display: Display
+) -> TrainConfig:
+    """The settings without what they say of how the run's own kind of files is read, where these are of another."""
+    plain = config.updated(**(OF_A_KIND | given))
+    if plain == config or kind_of(_open_sets(folder, plain.input, scratch)[0].files[0]) == kind:
+        return config
+    display.say(f"the run's settings of how its files are read ({kind}) are not taken for files of another kind.")
+    return plain
+
+
+def _find_groups(
+    folder: Path, settings: InputSettings, sets: Sequence[SliceSet], choice: Choice, predictor: Predictor, show: Show
+) -> tuple[Ints, Ints, str]:
+    """The group and the volume of every slice, and how they are known; looks at all slices that no run has seen.
+
+    Raises:
+        InputError: If slices or masks are such that training would refuse them.
+    """
+    numbers = np.repeat(np.arange(len(sets)), [len(one) for one in sets])
+    known = read_groups(folder / settings.groups_name, sets)
+    context = predictor.context
+    if choice.groups is not None and (context == 0 or all(one.is_volume for one in sets)):
+        return choice.groups, numbers, "those of the run's split."
+    thumbnails = _look(sets, predictor, show)
+    groups, volumes, note = group_slices(thumbnails, sets, known, settings.groups_name, context)
+    return (groups, volumes, note) if choice.groups is None else (choice.groups, volumes, "those of the run's split.")
+
+
+def _look(sets: Sequence[SliceSet], predictor: Predictor, show: Show) -> NDArray[np.float32]:
+    """Looks at every slice before any is predicted, as training does; thumbnails (N, 64, 64)."""
+    (low, high), names = predictor.abouts[0]["hu_window"], predictor.class_names
+    thumbnails = np.zeros((sum(map(len, sets)), THUMBNAIL, THUMBNAIL), np.float32)
+
+    def look(row: int, number: int, index: int) -> dict[str, Any]:
+        image, _, found = look_at(sets[number], index, len(names), predictor.background_class)
+        if image is not None:
+            windowed = np.clip((image - np.float32(low)) / np.float32(high - low), 0, 1)
+            thumbnails[row] = resize(windowed, THUMBNAIL)
+        return found
+
+    found = for_each_slice(sets, look, lambda done, total: show("checking slices", done, total, ""))
+    refuse_unfit(sets, found, (low, high), names, predictor.background_class)
+    return thumbnails
+
+
+def _score(
+    predictor: Predictor,
+    sets: Sequence[SliceSet],
+    choice: Choice,
+    groups: Ints,
+    volumes: Ints,
+    tolerance: float | None,
+    scratch: Path,
+    show: Show,
+) -> Scores:
+    """Predicts the chosen slices and counts."""
+    places = np.array([(number, index) for number, one in enumerate(sets) for index in range(len(one))])
+    num_classes, lesions = len(predictor.class_names), predictor.lesion_classes
+    is_by_volume = all(one.is_volume and one.spacing is not None for one in sets)
+    regions = [[c] for c in range(num_classes) if c != predictor.background_class] + [lesions]
+    confusions: list[Counts] = []
+    of_slices: list[list[tuple[float, float]]] = []
+    of_volumes: list[list[tuple[float, float]]] = []
+    scored: list[ScoredVolume] = []
+
+    def measure(pred: Labels, truth: Labels, spacing: Sequence[float]) -> list[tuple[float, float]]:
+        assert tolerance is not None
+        return [surface_distances(_mask(pred, one), _mask(truth, one), spacing, tolerance) for one in regions]
+
+    for number, one in enumerate(sets):
+        mine = choice.rows[places[choice.rows, 0] == number]
+        if not len(mine):
+            continue
+        first_row, spacing = len(confusions), one.spacing if is_by_volume else None
+        with _labels(scratch, (2, len(one), *one.shape), spacing is not None and tolerance is not None) as labels:
+            for index, pred in _predict(predictor, one, volumes[places[:, 0] == number], places[mine, 1]):
+                truth = _read_truth(one, index, predictor)
+                confusions.append(_count(pred, truth, num_classes))
+                if labels is not None:
+                    labels[:, index] = pred, truth
+                elif tolerance is not None:
+                    of_slices.append(measure(pred, truth, (1.0, 1.0)))
+                show("evaluating slices", len(confusions), len(choice.rows), "")
+            if spacing is not None:
+                scored.append(ScoredVolume(one.name, np.arange(first_row, len(confusions)), spacing))
+            if labels is not None and spacing is not None:
+                is_whole = len(mine) == len(one)
+                undefined = [(math.nan, math.nan)] * len(regions)
+                of_volumes.append(measure(labels[0], labels[1], spacing) if is_whole else undefined)
+        one.close()
+
+    def distances(values: list[list[tuple[float, float]]], unit: str) -> Distances | None:
+        if tolerance is None or not values:
+            return None
+        return Distances(np.array(values)[..., 0], np.array(values)[..., 1], unit, tolerance)
+
+    return Scores(
+        class_names=predictor.class_names,
+        lesion_classes=lesions,
+        background_class=predictor.background_class,
+        sources=[sets[number].name for number in places[choice.rows, 0]],
+        indices=places[choice.rows, 1],
+        groups=groups[choice.rows],
+        sides=[choice.sides[row] for row in choice.rows],
+        confusions=np.stack(confusions),
+        distances=distances(of_slices, "px"),
+        volumes=scored,
+        volume_distances=distances(of_volumes, "mm"),
+    )
+
+
+def _mask(labels: Labels, classes: Sequence[int]) -> NDArray[np.bool_]:
+    """Where any of the classes is; numpy.isin needs eight times the memory."""
+    mask: NDArray[np.bool_] = labels == classes[0]
+    for c in classes[1:]:
+        mask |= labels == c
+    return mask
+
+
+def _count(pred: Labels, truth: Labels, num_classes: int) -> Counts:
+    """(C, C) counts of one slice."""
+    on_torch = [torch.from_numpy(np.ascontiguousarray(one))[None] for one in (pred, truth)]
+    counts: Counts = confusion_counts(on_torch[0], on_torch[1], num_classes)[0].numpy()
+    return counts
+
+
+def _predict(predictor: Predictor, one: SliceSet, volumes: Ints, wanted: Ints) -> Iterator[tuple[int, Labels]]:
+    """The class indices (H, W) of some slices of a set, as the set has them.
+
+    Without context slices are predicted in full batches, whatever volumes they are of.
+    """
+    has_context = any(about["context"] for about in predictor.abouts)
+    borders = np.flatnonzero(np.diff(volumes)) + 1 if has_context else np.array([], int)
+    for members in np.split(np.arange(len(one)), borders):
+        start = int(members[0])
+
+        def read(index: int, start: int = start) -> NDArray[np.float32]:
+            return turn(one.read_image(start + index), one.orientation, predictor.orientation)
+
+        indices = (wanted[np.isin(wanted, members)] - start).tolist()
+        for index, turned in predictor.probabilities(read, len(members), indices):
+            pred = turned.argmax(0).astype(np.uint8)
+            yield start + index, turn(pred, predictor.orientation, one.orientation)
+
+
+def _read_truth(one: SliceSet, index: int, predictor: Predictor) -> Labels:
+    target = one.read_target(index, len(predictor.class_names), predictor.background_class)
+    if target.wrong_values:
+        raise InputError(
+            f"{one.mask_path} holds {target.wrong_values[0]:g} in slice {index}, but "
+            f"{one.expected_values(predictor.class_names, predictor.background_class)}."
+        )
+    return target.labels
+
+
+@contextmanager
+def _labels(folder: Path, shape: tuple[int, ...], is_wanted: bool) -> Iterator[Labels | None]:
+    """Room for labels on disk, not in memory, until the context ends."""
+    if not is_wanted:
+        yield None
+        return
+    with tempfile.TemporaryFile(dir=folder) as file:
+        yield np.memmap(file, np.uint8, "w+", shape=shape)
+
+
+def _write(output: Path, result: dict[str, Any], scores: Scores) -> None:
+    """Writes all files into a folder beside, which then takes the place of an older one."""
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=".evaluation-") as name:
+        beside = Path(name) / "new"
+        beside.mkdir()
+        write_whole(beside / RESULT, json.dumps(result, indent=1, allow_nan=False).encode())
+        write_whole(beside / SLICES, as_csv(slice_rows(scores)))
+        if scores.volumes:
+            write_whole(beside / VOLUMES, as_csv(volume_rows(scores)))
+        title = (
+            f"Evaluation of {' + '.join(one['name'] for one in result['runs'])} on {result['data']}: "
+            f"{result['num_slices']} slices ({result['slices']})"
+        )
+        confusion = scores.confusions.sum(0)
+        draw_confusion_matrix(confusion, scores.class_names, beside / PICTURE, title=title)
+        if output.exists():
+            output.rename(Path(name) / "old")
+        beside.rename(output)
+    sync_folder(output.parent)

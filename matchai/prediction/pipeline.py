@@ -1,0 +1,252 @@
+"""From runs and inputs that a user names to a folder of results: opened and checked, predicted, written, told."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from matchai.prediction.inference import Predictor
+from matchai.prediction.summaries import (
+    Submission,
+    affected_percent,
+    describe_volume,
+    write_label_table,
+    write_summaries,
+)
+from matchai.prediction.volume_prediction import VolumeResult, check_volume, predict_volume
+from matchai.system.console import Display
+from matchai.system.errors import InputError
+from matchai.system.files import make_folder
+from matchai.training.checkpoint import BEST
+from matchai.volumes.open import Usual, kind_of, open_volume
+from matchai.volumes.volume import Volume, file_labels
+
+
+def predict(
+    paths: Sequence[Path],
+    output: Path,
+    *,
+    with_probabilities: bool = False,
+    is_mirrored: bool = False,
+    with_uncertainty: bool = False,
+    submission: Path | None = None,
+    rescale: tuple[float, float] | None = None,
+    orientation: str | None = None,
+    series: str | None = None,
+    batch_size: int | None = None,
+    mixed_precision: str = "auto",
+    display: Display | None = None,
+) -> list[str]:
+    """Predicts inputs with the mean of runs and writes everything into a folder.
+
+    Args:
+        paths: Runs and inputs; a run is a folder with best weights, or a file of them.
+        output: The folder, new or empty.
+        with_probabilities: Also write a map of every class's probability.
+        is_mirrored: Predict each slice mirrored left to right, too.
+        with_uncertainty: Also write a map of the uncertainty.
+        submission: File of the Kaggle competition's CSV; None for none.
+        rescale: Slope and intercept that make HU of the inputs' numbers, where the user gives them.
+        orientation: How the slices of arrays and pictures lie, where the user gives it.
+        series: Number of the DICOM series to take.
+        batch_size: Slices of one forward pass.
+        mixed_precision: As in `Predictor`.
+        display: Where to say things; without it, the terminal.
+
+    Returns:
+        What kept single inputs from being predicted, a sentence each; the others are done.
+
+    Raises:
+        InputError: For what is wrong at the start, before anything is predicted.
+    """
+    display = display or Display(is_main_process=True)
+    runs = [path for number, path in enumerate(paths) if number == 0 or _is_run(path)]
+    inputs = [path for number, path in enumerate(paths) if number > 0 and not _is_run(path)]
+    _check_asked(inputs, output, submission, rescale, batch_size)
+    predictor = Predictor(runs, is_mirrored=is_mirrored, mixed_precision=mixed_precision, batch_size=batch_size)
+    make_folder(output)
+    volumes = _open_all(inputs, predictor, orientation=orientation, rescale=rescale, scratch=output, series=series)
+    problems: list[str] = []
+    kaggle = Submission(volumes, predictor.lesion_classes) if submission else None
+    for volume in volumes:
+        for note in volume.notes:
+            display.say(f"{volume.name}: {note}")
+    for run, about in zip(runs, predictor.abouts, strict=True):
+        if about["synthetic"]:
+            display.warn(f"{run} has learnt from the synthetic phantom alone, and says nothing of patients.")
+    display.say(
+        f"predicting {sum(volume.shape[0] for volume in volumes)} slices of {len(volumes)} input"
+        f"{'s' if len(volumes) > 1 else ''} by {predictor.num_passes} pass{'es' if predictor.num_passes > 1 else ''}; "
+        f"{predictor.device}, precision {predictor.precision}"
+    )
+    results = []
+    total = sum(volume.shape[0] for volume in volumes)
+    begun = 0
+
+    def show(done: int, _: int) -> None:
+        display.show("predicting", begun + done, total)
+
+    try:
+        for volume in volumes:
+            folder = _folder_of(volume, volumes, output)
+            try:
+                results.append(
+                    predict_volume(
+                        volume,
+                        predictor,
+                        folder,
+                        with_probabilities=with_probabilities,
+                        with_uncertainty=with_uncertainty,
+                        each=kaggle.add if kaggle else None,
+                        progress=show,
+                    )
+                )
+            except InputError as error:
+                problems += error.problems
+            finally:
+                volume.close()
+            begun += volume.shape[0]
+    finally:
+        display.close()  # gives the terminal its cursor back, however this ends
+    _write(output, predictor, runs, results)
+    if kaggle and submission and not problems:
+        kaggle.write(submission)
+    _say(display, predictor, results, output)
+    return problems
+
+
+def _open_all(
+    inputs: Sequence[Path],
+    predictor: Predictor,
+    *,
+    orientation: str | None,
+    rescale: tuple[float, float] | None,
+    scratch: Path,
+    series: str | None,
+) -> list[Volume]:
+    """Opens and looks at every input; raises InputError with the problems of all."""
+    usuals = {Usual(one["data_kind"], one["orientation"], tuple(one["rescale"])) for one in predictor.abouts}
+    volumes: list[Volume] = []
+    problems: list[str] = []
+    for path in inputs:
+        try:
+            mine = [usual for usual in usuals if usual.kind == kind_of(path)]
+            if len(mine) > 1 and rescale is None:
+                raise InputError(
+                    f"{path} could be HU by any of {_listed(mine)}, as the runs were trained on such files by "
+                    "different ones; give the right one as --rescale SLOPE INTERCEPT."
+                )
+            volume = open_volume(
+                path,
+                predictor.orientation,
+                orientation=orientation,
+                rescale=rescale,
+                usual=mine[0] if mine else None,
+                scratch=scratch,
+                series=series,
+            )
+            check_volume(volume, [about["hu_window"] for about in predictor.abouts])
+            volumes.append(volume)
+            if len(inputs) > 1:
+                volume.close()  # what is unpacked on disk, all together, may be large
+        except InputError as error:
+            problems += error.problems
+    if problems:
+        raise InputError(*problems)
+    return volumes
+
+
+def _is_run(path: Path) -> bool:
+    return path.suffix == ".safetensors" or (path / BEST).is_file()
+
+
+def _listed(usuals: Sequence[Usual]) -> str:
+    return ", ".join(f"{slope:g} {intercept:g}" for slope, intercept in sorted(usual.rescale for usual in usuals))
+
+
+def _check_asked(
+    inputs: Sequence[Path],
+    output: Path,
+    submission: Path | None,
+    rescale: tuple[float, float] | None,
+    batch_size: int | None,
+) -> None:
+    if not inputs:
+        raise InputError(
+            "No input was given; after the run name a .npy array, a NIfTI file, or a folder of DICOM or picture files."
+        )
+    if batch_size is not None and batch_size < 1:
+        raise InputError(f"batch_size is {batch_size}, but must be at least 1.")
+    if rescale is not None and not (np.isfinite(rescale).all() and rescale[0]):
+        raise InputError(f"rescale is {rescale[0]:g} {rescale[1]:g}, but needs a slope other than 0 and an intercept.")
+    kinds = sorted({kind_of(path) for path in inputs})
+    if rescale is not None and len(kinds) > 1:
+        raise InputError(
+            f"--rescale is for inputs of one kind, but these are of {len(kinds)} ({', '.join(kinds)}): predict each "
+            "kind by a command of its own."
+        )
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise InputError(f"{output} is there already and not empty; name another folder with --output.")
+    if submission is not None and submission.exists():
+        raise InputError(f"{submission} is there already; name another file with --submission.")
+    if submission is not None and submission.parent != output and not submission.absolute().parent.is_dir():
+        raise InputError(f"The folder of {submission} does not exist; make it, or name another with --submission.")
+
+
+def _folder_of(volume: Volume, volumes: Sequence[Volume], output: Path) -> Path:
+    """The output folder, or one of its own in it for an input that shares its name with another."""
+    if [one.name for one in volumes].count(volume.name) == 1:
+        return output
+    folder = output / str(next(number for number, one in enumerate(volumes, 1) if one is volume))
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def _write(output: Path, predictor: Predictor, runs: Sequence[Path], results: Sequence[VolumeResult]) -> None:
+    names, labels = predictor.class_names, file_labels(len(predictor.class_names), predictor.background_class)
+    about = {
+        "runs": [
+            {"path": str(run), "epoch": about["epoch"], "mean_dice": about["mean_dice"]}
+            for run, about in zip(runs, predictor.abouts, strict=True)
+        ],
+        "passes": predictor.num_passes,
+        "precision": predictor.precision,
+        "class_indices_in_npy": {name: index for index, name in enumerate(names)},
+        "numbers_in_other_masks": dict(zip(names, labels, strict=True)),
+        "slices": "counted from 0; in NIfTI and DICOM volumes from the lowest up",
+        "percent_of_lung_affected": "lesion pixels of all that are not background",
+        "use": "Research only; uncertainty is a flag for review, no estimate of the error.",
+    }
+    inputs, slices = [], []
+    for result in results:
+        volume = result.volume
+        told = describe_volume(volume, result.pixels, names, predictor.lesion_classes, predictor.background_class)
+        files = {what: str(path.relative_to(output)) for what, path in result.files.items()}
+        doubts = [one.uncertainty for one in result.slices if one.uncertainty is not None]
+        told["mean_uncertainty_of_lesions"] = float(np.mean(doubts)) if doubts else None
+        inputs.append({**told, "notes": list(volume.notes), "files": files})
+        for index, one in enumerate(result.slices):
+            row: dict[str, Any] = {"input": str(volume.path), "slice": index}
+            row |= {f"{name} pixels": int(count) for name, count in zip(names, one.pixels, strict=True)}
+            row["percent_of_lung_affected"] = affected_percent(
+                one.pixels, predictor.lesion_classes, predictor.background_class
+            )
+            slices.append({**row, "mean_uncertainty_of_lesions": one.uncertainty})
+    write_label_table(output / "labels.txt", names, predictor.background_class)
+    write_summaries(output, about, inputs, slices)
+
+
+def _say(display: Display, predictor: Predictor, results: Sequence[VolumeResult], output: Path) -> None:
+    for result in results:
+        share = affected_percent(result.pixels, predictor.lesion_classes, predictor.background_class)
+        found = "no lung found" if share is None else f"{share:.1f} % of the lung affected"
+        ml = result.volume.voxel_ml
+        if ml is not None:
+            lesions = ", ".join(
+                f"{predictor.class_names[c]} {result.pixels[c] * ml:,.1f} mL" for c in predictor.lesion_classes
+            )
+            found = f"{found}: {lesions}"
+        display.say(f"{result.volume.name}: {found}")
+    if results:
+        display.say(f"Masks, panels and numbers: {output}. For research only.")

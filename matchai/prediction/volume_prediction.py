@@ -1,0 +1,218 @@
+"""The prediction of one volume: mask, maps and panels, written, and what was found in each slice."""
+
+import dataclasses
+import itertools
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from matchai.data.prepared import THUMBNAIL, resize
+from matchai.data.split import find_groups
+from matchai.drawing.figures import draw_panels
+from matchai.prediction.inference import Predictor, ReadSlice, uncertainty
+from matchai.prediction.summaries import affected_percent
+from matchai.system.errors import InputError
+from matchai.volumes.hounsfield import implausible_range
+from matchai.volumes.volume import STEPS, UPRIGHT, Volume, file_labels, turn
+
+LEAST = 32  # pixels of height and width
+NUM_PANELS = 6
+NUM_LOOKED_AT = 16  # slices whose range of values is checked before any is predicted
+
+Progress = Callable[[int, int], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class SliceResult:
+    """What was found in one slice.
+
+    Attributes:
+        pixels: (C,) pixels of each class.
+        uncertainty: Mean over the pixels of predicted lesions; None without them, or where it was not asked for.
+    """
+
+    pixels: NDArray[np.int64]
+    uncertainty: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class VolumeResult:
+    """What was found in one volume, and where it was written.
+
+    Attributes:
+        volume: The volume.
+        slices: One result a slice.
+        files: What was written, by what it shows.
+    """
+
+    volume: Volume
+    slices: list[SliceResult]
+    files: dict[str, Path]
+
+    @property
+    def pixels(self) -> NDArray[np.int64]:
+        """(C,) pixels of each class."""
+        total: NDArray[np.int64] = np.sum([one.pixels for one in self.slices], axis=0)
+        return total
+
+
+def check_volume(volume: Volume, hu_windows: Sequence[tuple[float, float]]) -> None:
+    """Looks at some slices before any is predicted.
+
+    Raises:
+        InputError: If slices are too small, or their values are no HU.
+    """
+    length, height, width = volume.shape
+    if min(height, width) < LEAST:
+        raise InputError(
+            f"{volume.path} has slices of {height}x{width} pixels, but at least {LEAST}x{LEAST} are needed."
+        )
+    places = np.unique(np.linspace(0, length - 1, NUM_LOOKED_AT).round().astype(int)).tolist()
+    looked_at = [_finite(volume, index) for index in places]
+    low, high = min(float(one.min()) for one in looked_at), max(float(one.max()) for one in looked_at)
+    for hu_window in hu_windows:
+        problem = implausible_range(str(volume.path), low, high, hu_window, can_choose_window=False)
+        if problem:
+            raise InputError(problem)
+
+
+def _finite(volume: Volume, index: int) -> NDArray[np.float32]:
+    image = volume.read(index)
+    finite = np.isfinite(image)
+    if not finite.all():
+        row, column = np.unravel_index(int(np.argmin(finite)), image.shape)
+        raise InputError(
+            f"{volume.path} has {int((~finite).sum())} NaN or infinite pixels in slice {index}, the first at row "
+            f"{row}, column {column}; replace them, by -1000 HU (air) say."
+        )
+    return image
+
+
+def predict_volume(
+    volume: Volume,
+    predictor: Predictor,
+    folder: Path,
+    *,
+    with_probabilities: bool = False,
+    with_uncertainty: bool = False,
+    each: Callable[[NDArray[np.uint8]], None] | None = None,
+    progress: Progress | None = None,
+) -> VolumeResult:
+    """Predicts a volume slice by slice and writes its mask, panels and maps; each file is whole or absent.
+
+    Args:
+        volume: The volume.
+        predictor: Predicts.
+        folder: Where to; it exists.
+        with_probabilities: Also write a map of the probability of each class.
+        with_uncertainty: Also write a map of the uncertainty.
+        each: Given the class indices (H, W) of each slice, in order.
+        progress: Told (slices done, slices in all).
+
+    Raises:
+        InputError: If a slice cannot be read, or holds values that are no numbers.
+    """
+    check_volume(volume, [about["hu_window"] for about in predictor.abouts])
+    length, height, width = volume.shape
+    names = predictor.class_names
+
+    def read(index: int) -> NDArray[np.float32]:
+        return turn(_finite(volume, index), volume.orientation, predictor.orientation)
+
+    results: list[SliceResult] = []
+    with ExitStack() as stack:
+        # on disk, not in memory: one byte a voxel, with maps two more for each
+        mask_file = stack.enter_context(tempfile.TemporaryFile(dir=folder))
+        shown = [f"probability_{name.replace(' ', '_')}" for name in names] if with_probabilities else []
+        shown += ["uncertainty"] if with_uncertainty else []
+        map_files = {what: stack.enter_context(tempfile.TemporaryFile(dir=folder)) for what in shown}
+        for turned in _predict_each(volume, predictor, read):
+            probs = turn(turned, predictor.orientation, volume.orientation)
+            pred = probs.argmax(0).astype(np.uint8)
+            pixels = np.bincount(pred.ravel(), minlength=len(names))
+            mask_file.write(pred.tobytes())
+            doubt = uncertainty(probs) if with_uncertainty else None
+            maps = [*_in_steps(probs, pred)] if with_probabilities else []
+            maps += [_in_steps(doubt[None])[0]] if doubt is not None else []
+            for file, values in zip(map_files.values(), maps, strict=True):
+                file.write(values.tobytes())
+            is_lesion = np.isin(pred, predictor.lesion_classes)
+            mean_doubt = float(doubt[is_lesion].mean()) if doubt is not None and is_lesion.any() else None
+            results.append(SliceResult(pixels, mean_doubt))
+            if each:
+                each(pred)
+            if progress:
+                progress(len(results), length)
+        mask = _mapped(mask_file, np.uint8, (length, height, width))
+        files = {"mask": volume.save_mask(folder, mask, file_labels(len(names), predictor.background_class))}
+        for what, file in map_files.items():
+            files[what] = volume.save_map(folder, _mapped(file, np.uint16, (length, height, width)), what)
+        files["panels"] = folder / f"{volume.name}_panels.png"
+        _draw(volume, mask, results, predictor, files["panels"])
+    return VolumeResult(volume, results, files)
+
+
+def _predict_each(volume: Volume, predictor: Predictor, read: ReadSlice) -> Iterator[NDArray[np.float32]]:
+    """The probabilities (C, H, W) of every slice, with neighbours of its own volume alone."""
+    for start, stop in _volumes_in(volume, predictor, read):
+        for _, probs in predictor.probabilities(lambda index, start=start: read(start + index), stop - start):  # type: ignore[misc]
+            yield probs
+
+
+def _volumes_in(volume: Volume, predictor: Predictor, read: ReadSlice) -> list[tuple[int, int]]:
+    """First and one past the last slice of each volume: found in the images, as in training, where nothing tells."""
+    length = volume.shape[0]
+    if predictor.context == 0 or volume.is_volume:
+        return [(0, length)]
+    low, high = predictor.abouts[0]["hu_window"]
+    windowed = (np.clip((read(index) - low) / (high - low), 0, 1).astype(np.float32) for index in range(length))
+    thumbnails = np.stack([resize(one, THUMBNAIL) for one in windowed])
+    numbers = find_groups(thumbnails, np.zeros(length, np.int64)).volumes
+    borders = [0, *(np.flatnonzero(np.diff(numbers)) + 1).tolist(), length]
+    return list(itertools.pairwise(borders))
+
+
+def _in_steps(values: NDArray[np.float32], pred: NDArray[np.uint8] | None = None) -> NDArray[np.uint16]:
+    """Numbers (C, H, W) in 0..1 in steps of 1 / 65535; the class of `pred`, if given, leads where they tie."""
+    steps = np.rint(np.clip(values, 0, 1) * STEPS).astype(np.uint16)
+    if pred is not None:
+        top = steps.max(0)
+        is_tie = (steps == top).sum(0) > 1
+        np.put_along_axis(steps, pred[None], (top + is_tie)[None], 0)
+    return steps
+
+
+def _mapped(file: BinaryIO, kind: type[np.generic], shape: tuple[int, ...]) -> NDArray[Any]:
+    file.flush()
+    return np.memmap(file, kind, "r", shape=shape)
+
+
+def _draw(
+    volume: Volume, mask: NDArray[np.uint8], results: Sequence[SliceResult], predictor: Predictor, path: Path
+) -> None:
+    """Panels of the slice with the most lesion, and of others spread evenly over those that show one (or over all)."""
+    lesions = np.array([int(one.pixels[predictor.lesion_classes].sum()) for one in results])
+    candidates = np.flatnonzero(lesions) if lesions.any() else np.arange(len(results))
+    spread = candidates[np.linspace(0, len(candidates) - 1, NUM_PANELS).round().astype(int)]
+    rows = np.unique([*spread[:-1], int(lesions.argmax())] if lesions.any() else spread).tolist()
+    captions = []
+    for row in rows:
+        share = affected_percent(results[row].pixels, predictor.lesion_classes, predictor.background_class)
+        found = "no lung found" if share is None else f"{share:.1f} % of the lung affected"
+        captions.append(f"slice {row} of 0 to {len(results) - 1} · {found}")
+    draw_panels(
+        np.stack([turn(volume.read(row), volume.orientation, UPRIGHT) for row in rows]),
+        None,
+        np.stack([turn(mask[row], volume.orientation, UPRIGHT) for row in rows]),
+        captions,
+        predictor.class_names,
+        predictor.background_class,
+        tuple(predictor.abouts[0]["hu_window"]),
+        path,
+        title=f"Prediction: {volume.name}, {len(results)} slices",
+    )

@@ -1,0 +1,273 @@
+"""The packages that a training needs, its launcher and its encoder, checked; speaks where torch is broken, too."""
+
+import difflib
+import os
+import shutil
+import socket
+import sys
+import threading
+import urllib.request
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module, metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+HUB_PATIENCE = 2.0  # seconds
+OTHER_WEIGHTS = "give a local file with --encoder-weights FILE, or start from random weights: --encoder-weights none"
+
+EXTRAS = {
+    "medical": "NIfTI and DICOM",
+    "onnx": "export to ONNX",
+    "evaluate": "surface distances",
+    "tensorboard": "--tracker tensorboard",
+    "postgresql": "a study on PostgreSQL",
+    "mysql": "a study on MySQL",
+    "dashboard": "optuna-dashboard",
+}
+"""The extras and what each is for; one that is missing is no fault."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a check found.
+
+    Attributes:
+        status: `ok`; `warning`: training starts, but not as it could; `problem`: it would not start, or soon end.
+        text: What was found, a sentence without its full stop.
+        remedy: What to do about it; empty for `ok`, and where the text says it.
+        lines: To be shown below it.
+    """
+
+    status: Literal["ok", "warning", "problem"]
+    text: str
+    remedy: str = ""
+    lines: Sequence[str] = ()
+
+    def __str__(self) -> str:
+        said = self.text + (f". Remedy: {self.remedy}" if self.remedy else "")
+        return "\n".join((f"{self.status:<8} {said}{'' if said.endswith(('.', '?', ':')) else '.'}", *self.lines))
+
+
+def check_packages() -> list[Finding]:
+    """Python's and every package's version against what the installed matchai asks for."""
+    try:
+        from packaging.requirements import Requirement  # noqa: PLC0415 what is missing is told
+        from packaging.specifiers import SpecifierSet  # noqa: PLC0415
+
+        about = metadata.metadata("matchai")
+    except ModuleNotFoundError as error:  # metadata's own error is one, too
+        missing = error.name or "matchai"
+        remedy = "activate the environment that has matchai, or `pip install -e .` in matchai's folder"
+        return [Finding("problem", f"{missing} is not installed for {sys.executable}", remedy)]
+    findings = []
+    python, wanted = ".".join(map(str, sys.version_info[:3])), about["Requires-Python"] or ""
+    if not SpecifierSet(wanted).contains(python, prereleases=True):
+        findings.append(Finding("problem", f"Python {python}, but {wanted} is needed", "make an environment with it"))
+    fitting, wrong = [], []
+    for requirement in map(Requirement, metadata.requires("matchai") or ()):
+        if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        version = _version(requirement.name)
+        if version is None or not requirement.specifier.contains(version, prereleases=True):
+            wrong.append(f'"{requirement.name}{requirement.specifier}"')
+            found = f"{requirement.name} {version or 'is not installed'}"
+            need = f", but {requirement.specifier} is needed" if version else ""
+            findings.append(Finding("problem", found + need, f"`pip install {wrong[-1]}`"))
+        else:
+            fitting.append(f"{requirement.name} {version}")
+    if not findings:
+        findings.append(Finding("ok", f"Python {python}; {len(fitting)} packages as required: {', '.join(fitting)}"))
+    return findings
+
+
+def check_extras() -> Finding:
+    """Which extras are installed, and the command for the others."""
+    from packaging.requirements import Requirement  # noqa: PLC0415
+
+    requirements = [Requirement(text) for text in metadata.requires("matchai") or ()]
+    installed, missing = [], []
+    for extra, purpose in EXTRAS.items():
+        named = [one for one in requirements if one.marker and one.marker.evaluate({"extra": extra})]
+        named = [one for one in named if not one.marker.evaluate({"extra": ""})]  # type: ignore[union-attr]
+        if named and all(_version(one.name) for one in named):
+            installed.append(extra)
+        elif named:
+            missing.append(f'{purpose} (`pip install "matchai[{extra}]"`)')
+    lacks = f"; without {', '.join(missing)}" if missing else ""
+    return Finding("ok", f"Extras: {', '.join(installed) or 'none'}{lacks}")
+
+
+def check_torch() -> Finding:
+    """Whether torch and torchvision are builds that fit each other, by their metadata and by loading both."""
+    versions = {name: _version(name) for name in ("torch", "torchvision")}
+    pair = " and ".join(f"{name} {version or '(not installed)'}" for name, version in versions.items())
+    local = (versions["torch"] or "").partition("+")[2]
+    index = f" --index-url https://download.pytorch.org/whl/{local}" if local else ""
+    remedy = f"install both in one command: `pip install --force-reinstall torch torchvision{index}`"
+    fault = _metadata_fault(versions["torch"])
+    try:
+        torch = import_module("torch")
+        import_module("torchvision")
+        _ = torch.ops.torchvision.nms  # its compiled part
+    except Exception as error:
+        said = str(error).strip() or type(error).__name__
+        return Finding("problem", f"{pair} do not load together ({said.splitlines()[0]}{fault})", remedy)
+    if fault:
+        return Finding(
+            "warning", f"{pair} load together, but were not made for each other ({fault.lstrip('; ')})", remedy
+        )
+    return Finding("ok", f"{pair} fit each other")
+
+
+def _metadata_fault(torch_version: str | None) -> str:
+    """What torchvision's own metadata say against this torch; empty for nothing."""
+    from packaging.requirements import Requirement  # noqa: PLC0415
+
+    if torch_version is None or _version("torchvision") is None:
+        return ""
+    for requirement in map(Requirement, metadata.requires("torchvision") or ()):
+        if requirement.name == "torch" and not requirement.specifier.contains(torch_version, prereleases=True):
+            return f"; torchvision asks for torch{requirement.specifier}"
+    return ""
+
+
+def check_loading() -> Finding:
+    """Whether the other packages that a training imports can be loaded."""
+    try:
+        import_module("matchai.runs.trainer")
+    except Exception as error:
+        said = str(error).strip() or type(error).__name__
+        remedy = "install the package that it names again"
+        if "libGL" in said:
+            remedy = "`pip install --force-reinstall opencv-python-headless`, which needs no screen"
+        return Finding("problem", f"What training imports does not load: {said.splitlines()[0]}", remedy)
+    return Finding("ok", "All that training imports can be loaded")
+
+
+def check_launcher(num_gpus: int) -> list[Finding]:
+    """The `accelerate` command, and which of its files of settings counts.
+
+    Args:
+        num_gpus: GPUs that torch sees.
+    """
+    findings = []
+    beside = shutil.which("accelerate", path=str(Path(sys.executable).parent))
+    if shutil.which("accelerate") is None:
+        way = f"call {beside}" if beside else "use `python -m accelerate.commands.launch`"
+        findings.append(Finding("warning", "The accelerate command is not on the path", way))
+    else:
+        findings.append(Finding("ok", "Launcher: the accelerate command is there"))
+    here = Path("accelerate_config.yaml")
+    if here.exists():
+        text = f"{here} is here; accelerate launch reads it with --config_file {here}, and not without"
+        findings.append(Finding("ok", text))
+    home = Path(os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface")
+    for name in ("default_config.yaml", "default_config.json"):
+        default = home.expanduser() / "accelerate" / name
+        if default.exists():
+            findings.append(_check_default_config(default, num_gpus))
+            break
+    return findings
+
+
+def _check_default_config(path: Path, num_gpus: int) -> Finding:
+    import yaml  # noqa: PLC0415 reads JSON, too
+
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+        shown = {
+            name: settings[name]
+            for name in ("distributed_type", "num_processes", "mixed_precision")
+            if name in settings
+        }
+    except (OSError, ValueError, TypeError, yaml.YAMLError):
+        return Finding("warning", f"{path}, which accelerate launch reads, is damaged", "remove it")
+    text = f"accelerate launch without --config_file reads {path}: " + ", ".join(f"{k} {v}" for k, v in shown.items())
+    number = shown.get("num_processes", 1)
+    if str(shown.get("distributed_type")) == "MULTI_GPU" and isinstance(number, int) and number > num_gpus:
+        remedy = f"give --config_file accelerate_config.yaml, or --num_processes {max(num_gpus, 1)}"
+        return Finding("warning", f"{text}, but there are {num_gpus} GPUs", remedy)
+    return Finding("ok", text)
+
+
+def check_encoder(encoder: str, encoder_weights: str) -> Finding:
+    """Whether the encoder is known, and its weights are at hand or can be fetched."""
+    from matchai.model.unetplusplus import encoder_names  # noqa: PLC0415 needs torch, torchvision and timm
+
+    if encoder not in encoder_names():
+        near = difflib.get_close_matches(encoder, encoder_names(), 1)
+        remedy = f"did you mean {near[0]}?" if near else "name one of smp's, or one of timm's as tu-NAME"
+        return Finding("problem", f"There is no encoder {encoder!r}", remedy)
+    if encoder_weights == "imagenet":
+        return _check_imagenet(encoder)
+    if encoder_weights == "none":
+        return Finding("ok", f"Encoder {encoder}, from random weights")
+    if Path(encoder_weights).expanduser().is_file():
+        return Finding("ok", f"Encoder {encoder}, from the weights in {encoder_weights}")
+    return Finding("problem", f"The encoder weights {encoder_weights} do not exist", OTHER_WEIGHTS)
+
+
+def _check_imagenet(encoder: str) -> Finding:
+    from matchai.model.unetplusplus import weights_place  # noqa: PLC0415 as above
+
+    place = weights_place(encoder)
+    if place is None:
+        return Finding("problem", f"Encoder {encoder} has no ImageNet weights", OTHER_WEIGHTS)
+    if _is_cached(*place):
+        return Finding("ok", f"The ImageNet weights of {encoder} are in the local cache")
+    reason = _why_hub_is_out_of_reach()
+    if reason is None:
+        return Finding("ok", f"The ImageNet weights of {encoder} will be fetched: the hub, or the proxy to it, answers")
+    return Finding(
+        "problem", f"The ImageNet weights of {encoder} are not in the local cache, and {reason}", OTHER_WEIGHTS
+    )
+
+
+def _is_cached(repo_id: str, revision: str | None, names: Sequence[str]) -> bool:
+    from huggingface_hub import try_to_load_from_cache  # noqa: PLC0415 timm brings it
+
+    found: list[Any] = [try_to_load_from_cache(repo_id, name, revision=revision) for name in names]
+    return any(isinstance(one, str) for one in found)
+
+
+def _why_hub_is_out_of_reach() -> str | None:
+    from huggingface_hub import constants  # noqa: PLC0415
+
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE keeps them from being fetched"
+    proxy = next(
+        (urllib.request.getproxies()[kind] for kind in ("https", "http") if kind in urllib.request.getproxies()), ""
+    )
+    address = urlsplit(proxy if "//" in proxy else f"//{proxy}") if proxy else urlsplit(constants.ENDPOINT)
+    port = address.port or (80 if proxy else 443)
+    told: list[str | None] = []
+
+    def connect() -> None:
+        try:
+            socket.create_connection((address.hostname or "", port), timeout=HUB_PATIENCE).close()
+            told.append(None)
+        except OSError as error:
+            told.append(error.strerror or str(error))
+
+    # beside, as the search for the name of a host takes what time it likes
+    thread = threading.Thread(target=connect, daemon=True)
+    thread.start()
+    thread.join(HUB_PATIENCE + 0.5)
+    reason = told[0] if told else f"no answer in {HUB_PATIENCE:g} s"
+    return reason and f"the {'proxy' if proxy else 'hub'} {address.hostname} cannot be reached ({reason})"
+
+
+def check_trackers(trackers: Sequence[str]) -> list[Finding]:
+    """Whether the trackers asked for are installed."""
+    missing = [name for name in trackers if find_spec(name) is None]
+    return [Finding("problem", f"tracker {name} is not installed", f"`pip install {name}`") for name in missing]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,264 @@
+"""What happens before the first step: the processes, the output folder, the data, and what the user is told."""
+
+import json
+import platform
+from collections.abc import Callable
+from contextlib import ExitStack
+from importlib import metadata
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    GradScalerKwargs,
+    ProjectConfiguration,
+    broadcast_object_list,
+)
+
+from matchai.data.dataset import Data, built_in_phantom, read_data
+from matchai.native import library
+from matchai.settings import parsing
+from matchai.settings.config import FREE, LEAVES, TrainConfig
+from matchai.system import machine
+from matchai.system.console import Display
+from matchai.system.errors import InputError
+from matchai.system.files import alone, write_whole
+from matchai.system.processes import check_launch, join_group, num_restarts
+from matchai.training import checkpoint
+from matchai.training.build import slice_weights_of
+
+T = TypeVar("T")
+
+
+def make_accelerator(config: TrainConfig, output: Path, problems: list[str]) -> tuple[Accelerator, str]:
+    """The accelerator, and why it has its precision; adds to `problems` what it cannot do."""
+    precision, reason = "no", "as nothing else was possible"
+    processes = join_group(config.machine.collective_timeout)
+    try:
+        precision, reason = machine.choose_precision(config.optimisation.mixed_precision, processes.device)
+    except InputError as error:
+        problems += error.problems
+    AcceleratorState._reset_state()  # a notebook's second run may take another precision
+    trackers = list(config.machine.tracker)
+    missing = sorted(set(trackers) - {str(one) for one in get_available_trackers()})
+    if missing:
+        problems.append(f"tracker {', '.join(missing)} is not installed; `pip install {' '.join(missing)}`.")
+        trackers = []
+    accelerator = Accelerator(
+        mixed_precision=precision,
+        log_with=trackers or None,
+        project_config=ProjectConfiguration(project_dir=str(output), logging_dir=str(output)),
+        kwargs_handlers=[
+            # the running statistics are made equal before each validation, see `matchai.training.loop.validate`
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False),
+            # from torch's 65536 sixteen halvings may go before the first step, more than may be skipped in a row
+            GradScalerKwargs(init_scale=2.0**13),
+        ],
+    )
+    check_launch(accelerator.num_processes)
+    return accelerator, f"{precision} ({reason})"
+
+
+def greet(config: TrainConfig, display: Display) -> None:
+    """Says first what is trained on; every run on the phantom says that it is synthetic."""
+    preset = config.run.preset
+    if config.input.data is None:
+        display.say(
+            f"matchai: preset {preset} on the built-in synthetic phantom, which is no patient's data. For your own "
+            "slices: accelerate launch --quiet -m matchai.train --data DIR"
+        )
+    else:
+        display.say(f"matchai: preset {preset} on {config.input.data}")
+
+
+def tell(display: Display, accelerator: Accelerator, config: TrainConfig, data: Data, precision: str) -> None:
+    """What the user should know before the first step."""
+    for note in data.notes:
+        display.say(f"data: {note}")
+    weights = slice_weights_of(config, data)
+    if weights.min() == weights.max():
+        targets = " or ".join(config.sampling.target_classes)
+        display.warn(
+            f"the sampler does nothing, as all training slices weigh the same (sampler_weight {weights[0]:g}, all or "
+            f"none show {targets}); choose other --target-classes."
+        )
+    display.say(
+        f"training on {len(data.train)} slices, validating on {len(data.val)}; {accelerator.device}, "
+        f"{accelerator.num_processes} process{'es' if accelerator.num_processes > 1 else ''}, "
+        f"{torch.get_num_threads()} threads, mixed precision {precision}"
+    )
+    kernels, how = library.load() if accelerator.device.type == "cpu" else (None, "")
+    if how and kernels is None:
+        display.say(
+            f"without matchai's own kernels for CPUs, as {how}: with them a step takes about two thirds of the time "
+            "(on Debian and Ubuntu: apt install g++)."
+        )
+
+
+def open_output(output: Path, config: TrainConfig, stack: ExitStack, display: Display) -> list[str]:
+    """Makes and locks the run's folder; with --restart, moves the old run aside first. Returns what is wrong."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        lock = stack.enter_context(ExitStack())
+        lock.enter_context(checkpoint.lock_folder(output, display.say))
+        if config.run.restart and not num_restarts() and (output / "config.yaml").exists():
+            number = 1
+            while (aside := output.with_name(f"{output.name}-old-{number}")).exists():
+                number += 1
+            output.rename(aside)
+            output.mkdir()
+            lock.enter_context(checkpoint.lock_folder(output, display.say))
+    except InputError as error:
+        return list(error.problems)
+    except OSError as error:
+        return [f"The output folder {output} cannot be written ({error.strerror}); name another with --output."]
+    foreign = [path.name for path in output.iterdir() if path.name != "run.lock" and not path.name.endswith(".tmp")]
+    if foreign and not (output / "config.yaml").exists():
+        return [f"{output} holds {sorted(foreign)[0]} and is no matchai run; name another folder with --output."]
+    return []
+
+
+def read(config: TrainConfig, cache: Path, display: Display) -> Data:
+    """Reads the data that the settings name.
+
+    Raises:
+        InputError: With every problem found.
+    """
+    settings = config.input
+    if settings.background_class not in settings.class_names:
+        raise InputError  # told by the check of the settings
+    with alone(cache, lambda: display.say(f"waiting for another run, which prepares slices in {cache}")):
+        return read_data(
+            settings.data or built_in_phantom(cache, settings.phantom_slices),
+            cache,
+            sets=settings.sets,
+            images_name=settings.images_name,
+            masks_name=settings.masks_name,
+            groups_name=settings.groups_name,
+            orientation=settings.orientation,
+            rescale=settings.rescale,
+            label_map=settings.label_map,
+            class_names=settings.class_names,
+            background_class=settings.class_names.index(settings.background_class),
+            hu_window=settings.hu_window,
+            image_size=settings.image_size,
+            val_fraction=settings.val_fraction,
+            folds=settings.folds,
+            fold=settings.fold,
+            seed=config.run.seed,
+            context=config.network.context,
+            progress=lambda done, total: display.show("preparing slices", done, total),
+        )
+
+
+def make_record(accelerator: Accelerator, data: Data, precision: str) -> dict[str, Any]:
+    """What config.yaml records of the run beside its settings."""
+    return {
+        "data": data.digests,
+        "notes": data.notes,
+        "slices": {"train": len(data.train), "val": len(data.val)},
+        "precision": precision,
+        "num_processes": accelerator.num_processes,
+        "device": str(accelerator.device),
+        "kernels": library.load()[1] if accelerator.device.type == "cpu" else "torch's",
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """The versions of Python and of the packages that a run depends on."""
+    packages = ("matchai", "torch", "segmentation-models-pytorch", "timm", "albumentations", "accelerate", "numpy")
+    return {"python": platform.python_version(), **{name: metadata.version(name) for name in packages}}
+
+
+def describe_weights(config: TrainConfig, data: Data, row: dict[str, Any]) -> dict[str, Any]:
+    """What prediction needs beside the weights of an epoch, given its row of the history."""
+    settings, (low, high) = config.input, config.input.hu_window
+    return {
+        "class_names": list(settings.class_names),
+        "background_class": settings.background_class,
+        "lesion_classes": list(settings.lesion_classes),
+        "hu_window": [low, high],
+        "mean_hu": low + data.mean * (high - low),
+        "std_hu": data.std * (high - low),
+        "image_size": settings.image_size,
+        "data_kind": data.kind,
+        "orientation": data.orientation,
+        "rescale": list(settings.rescale),
+        "encoder": config.network.encoder,
+        "context": config.network.context,
+        "in_channels": 2 * config.network.context + 1,
+        "epoch": row["epoch"],
+        "mean_dice": row["mean_dice"],
+        "synthetic": settings.data is None,
+        "matchai": metadata.version("matchai"),
+    }
+
+
+def claim_experiment(output: Path, config: TrainConfig, record: dict[str, Any]) -> list[str]:
+    """Writes config.yaml and split.json of a new run, or compares an old one's; returns the differences."""
+    path = output / "config.yaml"
+    if not path.exists():
+        write_whole(output / "config.yaml", parsing.dump(config, record).encode())
+        return []
+    old, recorded = parsing.load(path), parsing.load_recorded(path)
+    was = TrainConfig().updated(**old).flat()
+    now = config.flat()
+    differences = [
+        f"{name} was {was[name]} and is {now[name]}" for name in LEAVES if name not in FREE and was[name] != now[name]
+    ]
+    for name in sorted(recorded.get("data", {}).keys() | record["data"].keys()):
+        if recorded.get("data", {}).get(name) != record["data"].get(name):
+            differences.append(f"the content of {name} is another")
+    if not differences:
+        return []
+    return [
+        f"{output} holds another experiment: {'; '.join(differences)}. Name another folder with --output, or begin "
+        "afresh with --restart, which moves the old run aside."
+    ]
+
+
+def write_split(output: Path, config: TrainConfig, data: Data) -> None:
+    """Writes split.json: which slices train, which validate, and their groups."""
+    split = {
+        "seed": config.run.seed,
+        "folds": config.input.folds,
+        "fold": config.input.fold,
+        "train": data.train,
+        "val": data.val,
+        "groups": data.groups.tolist(),
+    }
+    write_whole(output / "split.json", json.dumps(split).encode())
+
+
+def on_main(accelerator: Accelerator | PartialState, work: Callable[[], list[str]]) -> list[str]:
+    """Runs `work` on the main process and tells all processes its problems; `accelerator` may be its state alone."""
+    told = [work() if accelerator.is_main_process else None]
+    if accelerator.num_processes > 1:
+        broadcast_object_list(told)
+    return told[0] or []
+
+
+def on_main_first(accelerator: Accelerator | PartialState, work: Callable[[], T]) -> T:
+    """Runs `work` on the main process, then, if it could be done, on all others, which find what it has made.
+
+    Raises:
+        InputError: The main process's, on all.
+    """
+    done: list[T] = []
+
+    def first() -> list[str]:
+        try:
+            done.append(work())
+        except InputError as error:
+            return list(error.problems) or ["the settings do not allow it"]
+        return []
+
+    problems = on_main(accelerator, first)
+    if problems:
+        raise InputError(*problems)
+    return done[0] if done else work()

@@ -1,0 +1,401 @@
+"""A training run: builds every part from a `TrainConfig`, drives the epochs, keeps everything, goes on where it was."""
+
+import json
+import signal
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from matchai.data.dataset import Data
+from matchai.metrics.confusion import Counts, summarise
+from matchai.runs.input_bound import Waiting
+from matchai.runs.setup import (
+    claim_experiment,
+    describe_weights,
+    greet,
+    make_accelerator,
+    make_record,
+    on_main,
+    on_main_first,
+    open_output,
+    read,
+    tell,
+    write_split,
+)
+from matchai.settings.config import FREE, TrainConfig
+from matchai.settings.validation import check, parse_interval
+from matchai.system import machine
+from matchai.system.console import Display, best_line, epoch_line
+from matchai.system.errors import InputError
+from matchai.system.files import write_whole
+from matchai.system.processes import StopSignal, check_agreement, end_with_launcher
+from matchai.training import checkpoint
+from matchai.training.build import build_model_of, build_training, end_workers, step_problems
+from matchai.training.loop import DivergedError, Training, count_step, predict, train_epoch, validate
+from matchai.training.meters import Tally, epoch_row
+from matchai.training.resume import Progress, collect, restore
+
+DRAW_EVERY = 30.0  # seconds between drawings of the figures, a second each
+
+__all__ = ["DivergedError", "OnEpoch", "OnStep", "RunResult", "run"]
+
+OnEpoch = Callable[[dict[str, Any]], None]
+OnStep = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run came to.
+
+    Attributes:
+        output: Its folder.
+        history: One row an epoch, as in history.jsonl.
+        best_epoch: The epoch whose weights were kept; None before the first validation.
+        best_mean_dice: Its mean Dice.
+        is_finished: Whether all epochs are done.
+        stopped_by: The signal that ended it early, or None.
+    """
+
+    output: Path
+    history: list[dict[str, Any]]
+    best_epoch: int | None
+    best_mean_dice: float | None
+    is_finished: bool
+    stopped_by: signal.Signals | None
+
+
+class _StoppedError(Exception):
+    """The processes have agreed to stop, and the state is saved."""
+
+
+def run(
+    config: TrainConfig,
+    on_epoch: OnEpoch | None = None,
+    *,
+    on_step: OnStep | None = None,
+    stop: StopSignal | None = None,
+    display: Display | None = None,
+    draw_every: float = DRAW_EVERY,
+) -> RunResult:
+    """Trains, or goes on with, the run in the output folder.
+
+    Args:
+        config: All settings.
+        on_epoch: Called on every process with the history row of each epoch: after it, once its state is saved, and
+            when a run goes on first for all epochs that it has behind it, so that no row is missed whenever a process
+            was killed. An exception ends the run, which stays resumable.
+        on_step: Called on every process after each step, and each batch of a validation pass, with the steps done and
+            their total.
+        stop: What hears of signals, where the caller listens already.
+        display: Where to say things; without it, the terminal.
+        draw_every: Seconds between drawings of the figures, infinite for none but the last.
+
+    Raises:
+        InputError: For whatever is wrong with settings, data or output folder, before the first step.
+        DivergedError: If the loss stays non-finite; the last good state is kept.
+    """
+    end_with_launcher()
+    machine.keep_heap()
+    if config.run.deterministic and torch.cuda.is_available():
+        machine.prefer_repeatable_kernels()
+    output = config.run.output or Path("runs") / config.run.preset
+    cuda = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=cuda))
+        problems = check(config)
+        accelerator, precision_reason = make_accelerator(config, output, problems)
+        machine.set_threads(machine.num_local_processes(accelerator.num_processes))
+        check_agreement(
+            {name: value for name, value in config.flat().items() if name not in FREE}
+            | {"precision": precision_reason.split()[0], "torch": torch.__version__},
+            "start all of them by the same command, with the same packages.",
+        )
+        display = display or Display(accelerator.is_main_process)
+        stack.callback(display.close)
+        greet(config, display)
+        problems += on_main(accelerator, lambda: open_output(output, config, stack, display))
+        cache = config.input.cache or output.parent / "cache"
+        is_resuming = any((output / checkpoint.LAST).glob("state-*"))
+        data, model = None, None
+        try:
+            data = on_main_first(accelerator, lambda: read(config, cache, display))
+            problems += step_problems(config, len(data.train), accelerator.num_processes, accelerator.device)
+        except InputError as error:
+            problems += error.problems
+        display.close()
+        try:
+            model = on_main_first(accelerator, lambda: build_model_of(config, is_resuming=is_resuming))
+        except InputError as error:
+            problems += error.problems
+        if problems or data is None or model is None:
+            raise InputError(*dict.fromkeys(problems))
+        check_agreement(data.digests, "all of them must read the same slices.")
+        record = make_record(accelerator, data, precision_reason)
+        problems += on_main(accelerator, lambda: claim_experiment(output, config, record))
+        if problems:
+            raise InputError(*problems)
+        if accelerator.is_main_process:
+            write_split(output, config, data)
+        tell(display, accelerator, config, data, precision_reason)
+        listener = stop or StopSignal()
+        training = build_training(config, accelerator, data, model, lambda: listener.received is not None)
+        stack.callback(end_workers, training)
+        hooks = on_epoch, on_step, draw_every
+        return _Run(config, accelerator, display, output, data, training, listener, *hooks).go()
+
+
+class _Run:
+    """A run on its way: what is kept from epoch to epoch."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        accelerator: Accelerator,
+        display: Display,
+        output: Path,
+        data: Data,
+        training: Training,
+        stop: StopSignal,
+        on_epoch: OnEpoch | None,
+        on_step: OnStep | None,
+        draw_every: float,
+    ) -> None:
+        self.config, self.accelerator, self.display, self.output = config, accelerator, display, output
+        self.data, self.training, self.stop = data, training, stop
+        self.on_epoch, self.on_step = on_epoch, on_step
+        self.names = list(config.input.class_names)
+        self.progress = Progress()
+        self.every_seconds, self.every_steps = parse_interval(config.machine.save_every)
+        self.saved_at, self.saved_step = time.monotonic(), 0
+        self.draw_every, self.drawn_at = draw_every, -draw_every
+        self.shown_at = 0.0
+        self.unsaved: str | None = None  # why the newest state, or what is published of it, is not on the disk
+        num_local = machine.num_local_processes(accelerator.num_processes)
+        self.waiting = Waiting(training.loader.num_workers, num_local)
+
+    def go(self) -> RunResult:
+        is_resumed = self._resume()
+        epochs = self.config.optimisation.epochs
+        if self.accelerator.is_main_process:
+            self._publish()
+        if self.on_epoch:
+            for row in self.progress.history:
+                self.on_epoch(row)
+        if len(self.progress.history) >= epochs:
+            self.display.say(f"{self.output} is finished ({epochs} epochs); there is nothing to do.")
+            if self.accelerator.is_main_process and not self._figures_are_final():
+                self._draw(final=True)
+            return self._result()
+        if is_resumed:
+            done = self.progress.tally.consumed
+            self.display.say(
+                f"Going on with {self.output} at epoch {len(self.progress.history) + 1} of {epochs}, draw {done}."
+            )
+        if self.config.machine.tracker:
+            self.accelerator.init_trackers("matchai")
+        try:
+            with self.stop.listening():
+                for epoch in range(len(self.progress.history) + 1, epochs + 1):
+                    self._epoch(epoch)
+                self._check_saved()
+                if self.accelerator.is_main_process:
+                    self._draw(final=True)
+        except _StoppedError:
+            self._check_saved()
+        self.display.close()
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+        self._say_how_it_ended()
+        return self._result()
+
+    def _resume(self) -> bool:
+        """Goes to where the run was; returns whether it had begun."""
+        state = on_main_first(self.accelerator, lambda: checkpoint.load_state(self.output))
+        step = state.record["step"] if state else None
+        check_agreement({"a state of step": step}, f"all hosts must see the same {self.output}.")
+        if state is not None:
+            self.progress = restore(self.training, state)
+            self.saved_step = self.training.step
+        elif self.config.run.init is not None:
+            self._start_from(self.config.run.init)
+        return state is not None
+
+    def _epoch(self, epoch: int) -> None:
+        tally = self.progress.tally
+        train_epoch(self.training, epoch, tally, lambda is_stopping: self._after_step(epoch, is_stopping))
+        began = time.perf_counter()
+        val_loss, confusions = validate(self.training, len(self.data.val), len(self.names), self._after_val_batch)
+        lesions = [self.names.index(name) for name in self.config.input.lesion_classes]
+        metrics = summarise(confusions, lesions, self.config.sampling.batch_size)
+        row = epoch_row(epoch, tally, val_loss, metrics, tally.seconds + time.perf_counter() - began)
+        best = self.progress.best_mean_dice
+        is_best = best is None or (row["mean_dice"] is not None and row["mean_dice"] > best)
+        self.progress.history.append(row)
+        self.progress.tally = Tally()
+        if is_best:
+            self.progress.best_epoch, self.progress.best_mean_dice = epoch, row["mean_dice"]
+            self.progress.best_confusions = torch.from_numpy(confusions)
+            weights = self.training.validated_model.state_dict()
+            self.progress.best = checkpoint.pack_weights(weights, describe_weights(self.config, self.data, row))
+        self.display.close()
+        self.display.say(epoch_line(row, self.config.optimisation.epochs, self.names, is_best))
+        if advice := self.waiting.after_epoch(tally.seconds, tally.waited):
+            self.display.warn(advice)
+        self._save()
+        if self.accelerator.is_main_process:
+            self._publish()
+            if time.monotonic() - self.drawn_at > self.draw_every and epoch < self.config.optimisation.epochs:
+                self._draw(final=False, confusions=confusions)
+        self.accelerator.log({name: value for name, value in row.items() if isinstance(value, int | float)}, step=epoch)
+        if self.on_epoch:
+            self.on_epoch(row)
+
+    def _after_step(self, epoch: int, is_stopping: bool) -> None:
+        tally, training = self.progress.tally, self.training
+        self.waiting.after_step(tally.seconds, tally.waited)
+        if self.on_step:
+            self.on_step(training.step, training.scheduler.total_steps)
+        if time.monotonic() - self.shown_at > 0.1:
+            self.shown_at = time.monotonic()
+            loss = f"loss {tally.loss_sum / tally.num_draws:.3f} · " if tally.num_draws else ""
+            self.display.show(
+                f"epoch {epoch}/{self.config.optimisation.epochs}",
+                training.step,
+                training.scheduler.total_steps,
+                f"{loss}{tally.consumed / max(tally.seconds, 1e-9):.1f} images/s",
+            )
+        is_due = (
+            time.monotonic() - self.saved_at >= self.every_seconds
+            or training.step - self.saved_step >= self.every_steps
+        )
+        if is_stopping or is_due:
+            self._save()
+        if is_stopping:
+            raise _StoppedError
+
+    def _after_val_batch(self, is_stopping: bool) -> None:
+        if self.on_step:
+            self.on_step(self.training.step, self.training.scheduler.total_steps)
+        if is_stopping:
+            self._save()
+            raise _StoppedError
+
+    def _save(self) -> None:
+        count_step(self.training, self.progress.tally, self.training.outcome)
+        if self.accelerator.is_main_process:
+            self.unsaved = None
+            try:
+                checkpoint.save_state(self.output, collect(self.training, self.progress))
+            except OSError as error:
+                self.unsaved = error.strerror
+                self.display.warn(f"the state could not be saved ({error.strerror}); the one before it is kept.")
+        self.saved_at, self.saved_step = time.monotonic(), self.training.step
+
+    def _check_saved(self) -> None:
+        if self.unsaved is not None:
+            raise InputError(
+                f"The training has come to step {self.training.step}, but {self.output} does not hold all of it "
+                f"({self.unsaved}); make room there and give the same command again, which goes on from the last state "
+                "that was saved."
+            )
+
+    def _publish(self) -> None:
+        """Makes history.jsonl and best.safetensors those of the state, whatever a killed process left."""
+        lines = "".join(json.dumps(row) + "\n" for row in self.progress.history)
+        try:
+            write_whole(self.output / "history.jsonl", lines.encode())
+            if self.progress.best is not None:
+                checkpoint.publish_best(self.output, self.progress.best)
+        except OSError as error:
+            self.unsaved = error.strerror
+            self.display.warn(f"the history could not be written ({error.strerror}); the next start makes it anew.")
+
+    def _draw(self, *, final: bool, confusions: Counts | None = None) -> None:
+        """Draws the figures, of the best weights at the end, of the current ones on the way."""
+        # matplotlib takes half a second to import, which the first step need not wait for
+        from matchai.runs.figures import draw_figures  # noqa: PLC0415
+
+        model = self.training.validated_model
+        if final:
+            assert self.progress.best_confusions is not None
+            confusions = self.progress.best_confusions.numpy()
+            model.load_state_dict(checkpoint.load_weights(self.output)[0])
+        assert confusions is not None
+        try:
+            draw_figures(
+                self.output / "figures",
+                self.progress.history,
+                confusions,
+                self.data,
+                self.config,
+                lambda rows: predict(self.training, rows),
+                epoch=self.progress.best_epoch if final else len(self.progress.history),
+            )
+        except OSError as error:
+            self.display.warn(f"the figures could not be written ({error.strerror}).")
+        if final:
+            self._report()
+        self.drawn_at = time.monotonic()
+
+    def _report(self) -> None:
+        """Makes the report and the model card from what the folder holds now."""
+        from matchai.runs.facts import read_facts  # noqa: PLC0415
+        from matchai.runs.model_card import CARD, write_card  # noqa: PLC0415
+        from matchai.runs.report_page import PAGE, write_page  # noqa: PLC0415
+
+        try:
+            facts = read_facts(self.output)
+            write_page(facts, self.output / PAGE, redraw=False)
+            write_card(facts, self.output / CARD)
+        except InputError as error:
+            self.display.warn(str(error))
+        except OSError as error:
+            self.display.warn(f"the report could not be written ({error.strerror}).")
+
+    def _figures_are_final(self) -> bool:
+        """Whether figures and report are younger than the last state; not so if a kill came before they were made."""
+        report = self.output / "report.html"
+        drawn = [path.stat().st_mtime for path in [*(self.output / "figures").glob("*.png"), report] if path.exists()]
+        kept = [path.stat().st_mtime for path in (self.output / checkpoint.LAST).glob("state-*")]
+        return len(drawn) > 1 and report.exists() and min(drawn) >= max(kept)
+
+    def _start_from(self, path: Path) -> None:
+        weights, about = checkpoint.load_weights(path)
+        network = self.config.network
+        mine = {"encoder": network.encoder, "class_names": self.names, "context": network.context}
+        about = {"context": 0, **about}  # files of the time before context do not name it
+        wrong = [f"{name} {about[name]} there, {value} here" for name, value in mine.items() if about[name] != value]
+        if wrong:
+            raise InputError(f"--init {path} is of another model: {'; '.join(wrong)}.")
+        self.training.raw_model.load_state_dict(weights)
+
+    def _say_how_it_ended(self) -> None:
+        history, epochs = self.progress.history, self.config.optimisation.epochs
+        if len(history) < epochs:
+            reason = f"by {self.stop.received.name}" if self.stop.received else "as another process was asked to,"
+            self.display.say(
+                f"Stopped {reason} at step {self.training.step}, all saved in {self.output}; "
+                "the same command goes on from there."
+            )
+            return
+        best = history[(self.progress.best_epoch or 1) - 1]
+        is_phantom = self.config.input.data is None
+        self.display.say(best_line(best, self.names, len(self.data.val), is_phantom=is_phantom))
+        self.display.say(f"Report: {self.output / 'report.html'}. Best weights: {self.output / checkpoint.BEST}.")
+
+    def _result(self) -> RunResult:
+        history = self.progress.history
+        return RunResult(
+            self.output,
+            history,
+            self.progress.best_epoch,
+            self.progress.best_mean_dice,
+            len(history) >= self.config.optimisation.epochs,
+            self.stop.received,
+        )

@@ -1,0 +1,319 @@
+"""Every setting once: a frozen dataclass tree with one name for field, flag, YAML key and study parameter.
+
+The recipe is the default of every setting. `matchai.settings.parsing` reads and writes them.
+"""
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from matchai.system.errors import InputError
+
+
+def _number(default: Any, low: float = -math.inf, high: float = math.inf, *, above: float = -math.inf) -> Any:
+    """A field whose value must satisfy low <= value <= high and value > above."""
+    return field(default=default, metadata={"low": low, "high": high, "above": above})
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """What is run, and where its results go."""
+
+    preset: Literal["recipe", "quick", "study"] = "recipe"
+    """The settings to start from: `recipe` (the published one), `quick` (small, for a first look), `study` (smaller
+    still). Without it: `recipe` where --data is given, else `quick`, or `study` for a study."""
+    config: Path | None = None
+    """A YAML file of settings, as a run's own config.yaml; flags win over it."""
+    output: Path | None = None
+    """The run's folder (default: runs/PRESET), or the study's (studies/NAME). The same command again continues what is
+    there."""
+    restart: bool = False
+    """Begin a run afresh; the old one is moved aside, never deleted. No study takes it."""
+    init: Path | None = None
+    """Start from the best weights of another run: its folder, or a best.safetensors file."""
+    seed: int = _number(0, 0, 2**63 - 1)
+    """Seed of everything random: initial weights, split, order of slices, augmentation, drop path."""
+    deterministic: bool = False
+    """The same bits, more slowly: on CPUs for any number of processes, on CUDA for one and the same number."""
+
+
+@dataclass(frozen=True)
+class InputSettings:
+    """The slices: which files, which classes, which pixels."""
+
+    data: Path | None = None
+    """Folder of the slices: arrays, or `images` and `masks` with NIfTI files or pictures in them. Without it matchai
+    trains on its built-in synthetic phantom."""
+    sets: tuple[str, ...] = ()
+    """The sets to use together (default: medseg and radiopedia, as far as they are there)."""
+    images_name: str = "images_{set}.npy"
+    """File of a set's images: (N, H, W) or (N, H, W, 1), any integer or float type, in HU."""
+    masks_name: str = "masks_{set}.npy"
+    """File of a set's masks: one-hot (N, H, W, C) of any type, or class indices (N, H, W)."""
+    groups_name: str = "groups.npy"
+    """File that names each slice's patient or volume (N,), over all sets in order; of volumes also one name each. Where
+    it is missing, each volume is a group, and among other slices groups are found by likeness."""
+    orientation: Literal["auto", "LP", "LA", "RP", "RA", "PL", "PR", "AL", "AR"] = "auto"
+    """Toward which sides of the patient the rows and columns of a slice run: L left, R right, A front, P back. auto:
+    LP for .npy arrays (as the Kaggle set lies), PL for pictures (upright, as a viewer shows them). NIfTI volumes know
+    theirs, and are turned to LP."""
+    rescale: tuple[float, float] = (1.0, 0.0)
+    """Slope and intercept that make HU of the files' numbers: HU = slope * number + intercept."""
+    label_map: tuple[str, ...] = ()
+    """Which class a number in mask files means, as NUMBER:CLASS. Without it: the class indices in .npy arrays; in
+    NIfTI and picture files 0 for the background and 1, 2, ... for the other classes in order."""
+    class_names: tuple[str, ...] = ("ground glass", "consolidation", "lungs other", "background")
+    """The classes, in channel order."""
+    background_class: str = "background"
+    """The class of pixels that carry none."""
+    lesion_classes: tuple[str, ...] = ("ground glass", "consolidation")
+    """The classes whose mean is the lesion Dice."""
+    hu_window: tuple[float, float] = (-1500.0, 500.0)
+    """Pixel values are clipped to this range, in HU."""
+    image_size: int = _number(384, 32, 4096)
+    """Height and width that slices are resized to, in pixels; a multiple of 32."""
+    val_fraction: float = _number(0.2, above=0.0, high=0.9)
+    """Share of the slices kept for validation, whole groups only."""
+    folds: int = _number(0, 0, 1000)
+    """Grouped K-fold instead of one split: the number of folds (0: one split)."""
+    fold: int = _number(0, 0, 999)
+    """Which fold validates, counted from 0."""
+    cache: Path | None = None
+    """Folder of the prepared slices (default: `cache` beside the run's folder)."""
+    phantom_slices: int = _number(160, 8, 100_000)
+    """Slices of the built-in phantom, used without --data."""
+
+
+@dataclass(frozen=True)
+class AugmentationSettings:
+    """Chances and strengths of the training augmentation, after the resize."""
+
+    horizontal_flip: float = _number(0.5, 0, 1)
+    """Chance of a horizontal flip."""
+    vertical_flip: float = _number(0.3, 0, 1)
+    """Chance of a vertical flip; in the Kaggle arrays, which are stored transposed, the left-right mirror."""
+    rotate90: float = _number(0.3, 0, 1)
+    """Chance of a random number of quarter turns."""
+    affine: float = _number(0.4, 0, 1)
+    """Chance of a random affine map."""
+    affine_scale: float = _number(0.05, 0, 0.9)
+    """Its zoom: 1 ± this."""
+    affine_rotate: float = _number(10.0, 0, 180)
+    """Its rotation: ± this, in degrees."""
+    affine_shear: float = _number(5.0, 0, 60)
+    """Its shear: ± this, in degrees."""
+    affine_translate: float = _number(0.03, 0, 0.9)
+    """Its shift: 0 to this share of the size."""
+    brightness_contrast: float = _number(0.2, 0, 1)
+    """Chance of a change of brightness and contrast."""
+    brightness_contrast_limit: float = _number(0.10, 0, 1)
+    """Its strength: ± this share of the HU window."""
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """Which slices are drawn, and how many make a step."""
+
+    batch_size: int = _number(6, 1, 65536)
+    """Slices of one optimiser step, over all processes and micro-batches."""
+    accumulate: int = _number(1, 1, 65536)
+    """Compute a step's share in this many micro-batches, to save memory."""
+    sampler_weight: float = _number(3.0, above=0.0)
+    """How many times as often a slice with a target class is drawn as another."""
+    target_classes: tuple[str, ...] = ("consolidation",)
+    """The classes that make a slice a target of the sampler."""
+
+
+@dataclass(frozen=True)
+class NetworkSettings:
+    """The UNet++."""
+
+    encoder: str = "timm-efficientnet-b3"
+    """Any encoder of segmentation-models-pytorch, by name."""
+    context: int = _number(0, 0, 16)
+    """How many neighbouring slices of the volume on each side are further input channels."""
+    encoder_weights: str = "imagenet"
+    """Pretrained encoder weights: imagenet, none, or a local file (.safetensors or .pth)."""
+    sync_batch_norm: bool = True
+    """With several processes, batch norm takes its statistics over the whole batch, as one process would."""
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """The loss: ce_weight · cross-entropy + dice_weight · Dice + focal_weight · focal."""
+
+    ce_weight: float = _number(0.25, 0)
+    """Share of the class-weighted cross-entropy."""
+    dice_weight: float = _number(0.5, 0)
+    """Share of the Dice loss."""
+    focal_weight: float = _number(0.25, 0)
+    """Share of the focal loss."""
+    focal_gamma: float = _number(2.5, 0, 100)
+    """Exponent of the focal loss."""
+    soft_boundary: int = _number(0, 0, 64)
+    """Pixels on each side of a border between classes over which training softens the labels (0: none)."""
+
+
+@dataclass(frozen=True)
+class OptimisationSettings:
+    """AdamW under a one-cycle schedule."""
+
+    epochs: int = _number(60, 1, 1_000_000)
+    """Passes of N draws."""
+    max_lr: float = _number(5e-4, above=0.0)
+    """Peak of the one-cycle schedule; it starts at a 25th of it."""
+    weight_decay: float = _number(1e-4, 0)
+    """Weight decay of AdamW."""
+    clip_grad_norm: float = _number(0.0, 0)
+    """Largest norm of the gradient (0: no clipping)."""
+    ema_decay: float = _number(0.0, 0, 0.999999)
+    """Decay of an exponential moving average of the weights, which is then validated and kept (0: none)."""
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
+    """Precision of the forward pass. auto: what the launcher asks for, else bf16 where the device computes it
+    natively, else fp16 on CUDA, else no."""
+
+
+@dataclass(frozen=True)
+class MachineSettings:
+    """What may differ between machines without changing the experiment."""
+
+    num_workers: int | None = _number(None, 0, 1024)
+    """Loader processes of each training process (default: by cores and device)."""
+    save_every: str = "60s"
+    """Between epochs' ends, keep the resumable state this often: seconds (60s), minutes (5min) or steps (200)."""
+    collective_timeout: float = _number(600.0, above=0.0)
+    """Seconds that processes wait for each other before they give one up for lost."""
+    tracker: tuple[str, ...] = ()
+    """Trackers of Accelerate to report to, such as tensorboard."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """All settings of a training run, grouped; leaf names are unique, so flags and YAML keys are the bare leaf names.
+
+    >>> TrainConfig().updated(epochs=3, max_lr=1e-3).optimisation.epochs
+    3
+    """
+
+    run: RunSettings = RunSettings()
+    input: InputSettings = InputSettings()
+    augmentation: AugmentationSettings = AugmentationSettings()
+    sampling: SamplingSettings = SamplingSettings()
+    network: NetworkSettings = NetworkSettings()
+    loss: LossSettings = LossSettings()
+    optimisation: OptimisationSettings = OptimisationSettings()
+    machine: MachineSettings = MachineSettings()
+
+    def flat(self) -> dict[str, Any]:
+        """Every setting under its one name."""
+        return {name: getattr(getattr(self, group), name) for name, (group, _) in LEAVES.items()}
+
+    def updated(self, **settings: Any) -> "TrainConfig":
+        """A copy with some settings changed, each under its one name.
+
+        Raises:
+            InputError: For an unknown name (the nearest right one is told) or a value of the wrong type.
+        """
+        return self.updated_from(settings)
+
+    def updated_from(self, settings: dict[str, Any], where: str = "") -> "TrainConfig":
+        """As `updated`, from a mapping; `where` begins each sentence of an error, such as the name of a file."""
+        problems, changes = [], {}
+        for name, value in settings.items():
+            if name not in LEAVES:
+                near = difflib.get_close_matches(str(name), LEAVES, 1, 0.5)
+                hint = f"did you mean {near[0]}?" if near else "python -m matchai.train --help lists all"
+                problems.append(f"{where}Unknown setting {name!r}: {hint}")
+                continue
+            try:
+                changes[name] = _convert(value, _TYPES[name])
+            except (TypeError, ValueError, OverflowError):
+                problems.append(f"{where}{name} is {value!r}, but must be {_describe(_TYPES[name])}.")
+        if problems:
+            raise InputError(*problems)
+        groups = {
+            group.name: dataclasses.replace(
+                getattr(self, group.name), **{n: v for n, v in changes.items() if LEAVES[n][0] == group.name}
+            )
+            for group in dataclasses.fields(self)
+        }
+        return TrainConfig(**groups)
+
+
+LEAVES: dict[str, tuple[str, dataclasses.Field[Any]]] = {
+    leaf.name: (group.name, leaf)
+    for group in dataclasses.fields(TrainConfig)
+    for leaf in dataclasses.fields(typing.cast(Any, group.type))
+}
+"""Every setting: its one name, the group it stands in, its field."""
+
+_TYPES: dict[str, Any] = {name: leaf.type for name, (_, leaf) in LEAVES.items()}
+
+PLACE = ("config", "output", "restart")
+"""Settings that say where a run goes, not what it is: not saved with it."""
+
+FREE = (*PLACE, "data", "cache", "num_workers", "save_every", "collective_timeout", "tracker", "preset")
+"""Settings that may differ when a run goes on; the content of the data may not."""
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "recipe": {},
+    "quick": {
+        "image_size": 128,
+        "encoder": "resnet18",
+        "encoder_weights": "none",
+        "epochs": 12,
+        "max_lr": 2e-3,
+    },
+    "study": {
+        "image_size": 64,
+        "encoder": "tu-test_resnet",
+        "encoder_weights": "none",
+        "epochs": 6,
+        "max_lr": 2e-3,
+        "phantom_slices": 80,
+    },
+}
+
+
+def _convert(value: Any, kind: Any) -> Any:
+    """Turns what YAML or a caller gave into the field's type; TypeError or ValueError where it is another."""
+    origin, options = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        return None if value is None else _convert(value, next(o for o in options if o is not type(None)))
+    if origin is Literal:
+        value = "no" if value is False and "no" in options else value  # YAML 1.1 reads a bare `no` as False
+        accepted = value in options
+    elif origin is tuple:
+        fits = options[-1] is ... or (isinstance(value, list | tuple) and len(value) == len(options))
+        accepted = isinstance(value, list | tuple) and fits
+        value = tuple(_convert(item, options[0]) for item in value) if accepted else value
+    elif kind is Path:
+        accepted = isinstance(value, str | Path)
+        value = Path(value).expanduser() if accepted else value
+    elif kind in (str, bool):
+        # a bare `save_every: 200` is a number to YAML
+        value = str(value) if kind is str and isinstance(value, int) and not isinstance(value, bool) else value
+        accepted = isinstance(value, kind)
+    else:  # numbers; as text too, since PyYAML reads a bare 3e-4 as text
+        accepted = not isinstance(value, bool) and (kind is float or float(value) == int(float(value)))
+        value = kind(value if isinstance(value, int) else float(value))
+    if not accepted:
+        raise TypeError
+    return value
+
+
+def _describe(kind: Any) -> str:
+    origin, options = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        return _describe(next(option for option in options if option is not type(None)))
+    if origin is Literal:
+        return "one of " + ", ".join(options)
+    if origin is tuple:
+        each = _describe(options[0]).removeprefix("a ").removeprefix("an ")
+        return f"a list of {each} values" if options[-1] is ... else f"a list of {len(options)} {each} values"
+    return {int: "a whole number", float: "a number", str: "a text", bool: "true or false", Path: "a path"}[kind]

@@ -1,0 +1,168 @@
+"""Settings from the command line and YAML files, and back.
+
+Precedence: default < preset < `--config` file < flag; the last of a repeated flag wins. Neither this module nor
+`matchai.settings.config` imports torch or numpy, so that `--help` answers at once.
+"""
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tyro
+import yaml
+
+from matchai.settings.config import LEAVES, PLACE, PRESETS, TrainConfig
+from matchai.system.errors import InputError
+
+Settings = TypeVar("Settings", bound=TrainConfig)
+
+
+def parse(argv: list[str], description: str, prog: str, kind: type[Settings], *, first_look: str = "quick") -> Settings:
+    """Reads a command line; prints and exits with status 0 for --help, with 2 for a wrong flag.
+
+    Args:
+        argv: The words after the command.
+        description: What --help says first.
+        prog: The command.
+        kind: The settings that it takes: `TrainConfig`, or one with more groups.
+        first_look: The preset without --data.
+
+    Raises:
+        InputError: For a --config file that cannot be used, with every problem in it.
+    """
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for name in ("config", "preset", "data"):
+        first.add_argument(f"--{name}", nargs="?")
+    known = (
+        first.parse_known_args(argv)[0]
+        if not {"-h", "--help"} & set(argv)
+        else argparse.Namespace(config=None, preset=None, data=None)
+    )
+    data = None if known.data == "None" else known.data
+    settings = load(Path(known.config)) if known.config else {}
+    base = preset_config(settings, preset=known.preset, data=data, first_look=first_look)
+    kinds: dict[str, Any] = {group.name: group.type for group in dataclasses.fields(kind)}
+    groups = [group.name for group in dataclasses.fields(TrainConfig)]
+    return tyro.cli(
+        tyro.conf.configure(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)(kind),
+        args=argv,
+        default=kind(**{name: kinds[name](**vars(getattr(base, name))) for name in groups}),
+        prog=prog,
+        description=description,
+    )
+
+
+def given(argv: list[str]) -> list[str]:
+    """The settings that a command line which was parsed well gives as flags, by their names."""
+    words = [word[2:].split("=")[0].replace("-", "_") for word in argv if word.startswith("--")]
+    return [name for name in LEAVES if name in words or f"no_{name}" in words]
+
+
+def preset_config(
+    settings: dict[str, Any], *, preset: str | None = None, data: str | None = None, first_look: str = "quick"
+) -> TrainConfig:
+    """The preset that `settings` and the two flags imply, with `settings` over it.
+
+    Args:
+        settings: Settings under their names, as a file holds them.
+        preset: The preset asked for by flag; wins over `settings`.
+        data: The data folder asked for by flag.
+        first_look: The preset without data.
+
+    Raises:
+        InputError: For unknown names and wrong types in `settings`.
+    """
+    has_data = data is not None or settings.get("data") is not None
+    name = preset or settings.get("preset") or ("recipe" if has_data else first_look)
+    # An unknown name is left to the parser, which lists the right ones.
+    base = TrainConfig().updated(**PRESETS.get(name, {}))
+    return base.updated_from({**settings, "preset": name if name in PRESETS else "recipe"}, "")
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice, of which YAML would silently keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise InputError(f"{key} is given twice; keep one.")
+        return super().construct_mapping(node, deep)
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Reads a YAML file of settings under their flat names; what a run recorded of itself is left out.
+
+    Raises:
+        InputError: If the file is missing, no YAML mapping, or holds an unknown name or a value of a wrong type.
+    """
+    content = load_mapping(path, "--config", "settings")
+    content.pop("recorded", None)
+    TrainConfig().updated_from(content, f"{path}: ")
+    return content
+
+
+def load_mapping(path: Path, flag: str, what: str) -> dict[str, Any]:
+    """Reads a YAML file that holds a mapping; {} for an empty one.
+
+    Args:
+        path: The file.
+        flag: The flag that named it, for errors.
+        what: What the file holds, for errors.
+
+    Raises:
+        InputError: If the file is missing or holds anything else.
+    """
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader)
+    except OSError as error:
+        raise InputError(f"{path}: the file of {what} cannot be read ({error.strerror}); check {flag}.") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is not a text file; {flag} takes a YAML file of {what}.") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        reason = getattr(error, "problem", None) or "not readable as YAML"
+        raise InputError(f"{path}{line}: {reason}; write one `name: value` a line, indented with spaces.") from None
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    except (ValueError, RecursionError):
+        raise InputError(f"{path} holds a value that YAML cannot read; write one `name: value` a line.") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds {type(content).__name__}, but {what} are a mapping: one `name: value` a line.")
+    return content
+
+
+def load_recorded(path: Path) -> dict[str, Any]:
+    """What a run recorded of itself in its config.yaml: data, versions, precision."""
+    content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    recorded: dict[str, Any] = content.get("recorded", {})
+    return recorded
+
+
+def dump(config: TrainConfig, recorded: dict[str, Any]) -> str:
+    """The settings as YAML that `load` reads back, grouped, with what the run recorded of itself at the end."""
+    parts = ["# A matchai run. `--config` with this file repeats it; a flag wins over a line here."]
+    for group in dataclasses.fields(TrainConfig):
+        settings = getattr(config, group.name)
+        values = {
+            leaf.name: _plain(getattr(settings, leaf.name))
+            for leaf in dataclasses.fields(settings)
+            if leaf.name not in PLACE
+        }
+        parts.append(f"# {str(type(settings).__doc__).splitlines()[0]}\n{_yaml(values)}")
+    parts.append(f"# What was found when it ran; not read back.\n{_yaml({'recorded': recorded})}")
+    return "\n".join(parts)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return list(value)
+    return str(value) if isinstance(value, Path) else value
+
+
+def _yaml(values: dict[str, Any]) -> str:
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=110, default_flow_style=False)

@@ -1,0 +1,252 @@
+"""The winner by evidence: the best trials and the recipe, trained again on fresh seeds, and what follows from it."""
+
+import contextlib
+import hashlib
+import json
+import math
+import shlex
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from optuna.trial import FrozenTrial
+
+from matchai.settings import parsing
+from matchai.settings.config import TrainConfig
+from matchai.study.leases import decided_anew
+from matchai.study.plan import Plan
+from matchai.study.report_page import write_report
+from matchai.study.significance import Verdict, judge
+from matchai.study.trials import DONE, WAIT, Ledger, Task
+from matchai.system.errors import StoreError
+from matchai.system.files import write_whole
+from matchai.training.checkpoint import LAST
+
+
+class Confirmation:
+    """The confirming runs of a study; no rows of it: their results are attributes of the study.
+
+    Args:
+        ledger: Of the last stage, whose trials are finished.
+    """
+
+    def __init__(self, ledger: Ledger) -> None:
+        self.ledger, self.plan, self.store = ledger, ledger.plan, ledger.store
+        recipe = ledger.recipe()
+        best = ledger.ranking()[: self.plan.settings.confirm]
+        self.contenders: list[FrozenTrial] = [recipe, *best] if recipe and best else []
+
+    @decided_anew
+    def next_task(self) -> Task | str:
+        """Claims a run that is missing; `WAIT` while others run the rest, `DONE` when none is missing."""
+        with self.store.locked(self.plan.name):
+            results = self._results()
+            missing = [
+                (trial, seed)
+                for seed in self.ledger.seeds
+                for trial in self.contenders
+                if (trial.number, seed) not in results
+            ]
+            for trial, seed in missing:
+                key = f"{self.plan.name}-confirm-{trial.number:04d}-{seed}"
+                if self.ledger.claims.take(key):
+                    return Task(
+                        key,
+                        self.ledger.stage.name,
+                        trial.number,
+                        self.ledger.settings_of(trial),
+                        self.ledger.stage.epochs,
+                        seed,
+                        self.plan.confirm_folder(trial.number, seed),
+                        is_confirmation=True,
+                    )
+        return WAIT if missing else DONE
+
+    @decided_anew
+    def finish(self, task: Task, result: dict[str, Any]) -> None:
+        """Keeps what a confirming run came to: its `value`, or None with a `reason`."""
+        with self.store.locked(self.plan.name):
+            self.store.set_attr(self.ledger.study, None, _name(task.number, task.seed), result)
+            self.ledger.claims.drop(task.key)
+            with contextlib.suppress(OSError):
+                shutil.rmtree(task.output / LAST)
+
+    def progress(self) -> tuple[int, int]:
+        """Confirming runs done, and their total."""
+        done = self._results()
+        total = [(trial.number, seed) for trial in self.contenders for seed in self.ledger.seeds]
+        return sum(one in done for one in total), len(total)
+
+    def verdict(self) -> Verdict | None:
+        """What the confirming runs say; None while one is missing, or where there is nothing to confirm."""
+        results = self._results()
+        worst = -math.inf if self.plan.is_maximised else math.inf
+        values = {}
+        for trial in self.contenders:
+            found = [results.get((trial.number, seed)) for seed in self.ledger.seeds]
+            if any(one is None for one in found):
+                return None
+            values[trial.number] = [worst if one["value"] is None else one["value"] for one in found if one]
+        return (
+            None
+            if not values
+            else judge(values, self.contenders[0].number, self.ledger.seeds, is_maximised=self.plan.is_maximised)
+        )
+
+    def _results(self) -> dict[tuple[int, int], dict[str, Any]]:
+        attributes = self.ledger.study.user_attrs
+        pairs = [(trial.number, seed) for trial in self.contenders for seed in self.ledger.seeds]
+        return {pair: attributes[_name(*pair)] for pair in pairs if _name(*pair) in attributes}
+
+
+def _name(number: int, seed: int) -> str:
+    return f"confirm {number} {seed}"
+
+
+@decided_anew
+def conclude(ledgers: Sequence[Ledger], say: Callable[[str], None]) -> dict[str, str | None]:
+    """Writes the answer's settings and the report, unless they are there.
+
+    Args:
+        ledgers: The study's stages; the last one's trials are confirmed.
+        say: Told what takes a while.
+
+    Returns:
+        `text`, the answer in a sentence; `best`, the file of its settings, and `command`, which trains it, or None.
+
+    Raises:
+        StoreError: If they cannot be written.
+    """
+    ledger = ledgers[-1]
+    plan, store = ledger.plan, ledger.store
+    with store.locked(f"{plan.name}-report"):
+        verdict = Confirmation(ledger).verdict()
+        trial, sentence = chosen(ledger, verdict), answer(ledger, verdict)
+        has_answer = trial is not None and (verdict is not None or not plan.settings.confirm)
+        best = best_file(plan, verdict) if has_answer else None
+        command = train_command(best) if best else None
+        table = [(trial.number, trial.state.name, trial.value) for trial in store.trials(ledger.study)]
+        digest = hashlib.sha256(json.dumps([table, sentence]).encode()).hexdigest()
+        done = {"digest": digest, "confirm": plan.settings.confirm}
+        has_files = (plan.folder / "report.html").exists() and (best is None or best.exists())
+        if not has_files or ledger.study.user_attrs.get("concluded") != done:
+            say("drawing the report")
+            try:
+                if best and trial:
+                    _write_best(best, ledger, trial, sentence)
+                draw_report(ledgers, best)
+            except OSError as error:
+                raise StoreError(
+                    f"The report in {plan.folder} cannot be written ({error.strerror}); the study is whole, and the "
+                    "same command draws it."
+                ) from error
+            store.set_attr(ledger.study, None, "concluded", done)
+    return {"text": sentence, "best": str(best) if best else None, "command": command}
+
+
+def draw_report(ledgers: Sequence[Ledger], best: Path | None) -> Path:
+    """Writes report.html and its pictures; `best` is the file of the answer's settings, if there is one."""
+    ledger = ledgers[-1]
+    plan = ledger.plan
+    notes = ["All figures are of the synthetic phantom, not of patients."] if ledger.about["is_synthetic"] else []
+    if plan.settings.confirm:
+        notes.append("Each fresh seed is another split into training and validation slices, too.")
+    return write_report(
+        plan.folder,
+        ledger.study,
+        objective=plan.settings.objective,
+        evidence=Confirmation(ledger).verdict(),
+        is_confirming=bool(plan.settings.confirm),
+        command=train_command(best) if best else "",
+        best=best,
+        notes=notes,
+        screen=ledgers[0].study if len(ledgers) > 1 else None,
+    )
+
+
+def best_file(plan: Plan, verdict: Verdict | None) -> Path:
+    """Where the answer's settings go; best.yaml is for confirmed ones alone."""
+    return plan.folder / ("best.yaml" if verdict else "best-unconfirmed.yaml")
+
+
+def train_command(best: Path) -> str:
+    """The command that trains the answer."""
+    return f"accelerate launch --quiet -m matchai.train --config {shlex.quote(str(best))}"
+
+
+def chosen(ledger: Ledger, verdict: Verdict | None) -> FrozenTrial | None:
+    """The trial whose settings are the answer; without confirmation the best one."""
+    recipe = ledger.recipe()
+    if verdict is not None:
+        found = [trial for trial in Confirmation(ledger).contenders if trial.number == verdict.winner]
+        return found[0]
+    best = ledger.ranking()[:1]
+    if not best or recipe is None or recipe.value is None or recipe.user_attrs.get("reason"):
+        return best[0] if best else recipe
+    sign = 1 if ledger.plan.is_maximised else -1
+    return best[0] if sign * (best[0].value or 0.0) > sign * recipe.value else recipe
+
+
+def answer(ledger: Ledger, verdict: Verdict | None) -> str:
+    """What the study found, in one sentence."""
+    plan = ledger.plan
+    name = plan.settings.objective
+    if verdict is not None:
+        return _say(verdict, name)
+    trial = chosen(ledger, None)
+    if trial is None:
+        return "No trial is finished yet."
+    if not plan.settings.confirm:
+        return (
+            f"Trial {trial.number} has the best {name}, {trial.value:.3f} on one seed, not confirmed: such a figure is "
+            "declared too high, and the best few differ by less than their seeds do."
+        )
+    if not Confirmation(ledger).contenders:
+        return "Only the recipe is finished, so there is nothing to compare it with; give more --trials."
+    done, total = Confirmation(ledger).progress()
+    return (
+        f"The best so far is trial {trial.number} with {name} {trial.value:.3f}; {done} of {total} confirming runs are "
+        "done."
+    )
+
+
+def _say(verdict: Verdict, name: str) -> str:
+    top = verdict.challengers[0]
+    interval = f"{verdict.confidence:.0%} interval {top.low:+.3f} to {top.high:+.3f}, {len(verdict.seeds)} fresh seeds"
+    if verdict.is_difference and not math.isfinite(top.difference):
+        return (
+            f"Trial {top.number} is the answer with {top.mean:.3f} {name} on {len(verdict.seeds)} fresh seeds, as the "
+            "recipe failed on one of them."
+        )
+    if verdict.is_difference:
+        return (
+            f"Trial {top.number} beats the recipe by {top.difference:.3f} {name} ({top.mean:.3f} against "
+            f"{verdict.recipe.mean:.3f}; {interval})."
+        )
+    return (
+        f"No difference: the best challenger, trial {top.number}, comes to {top.mean:.3f} {name}, the recipe to "
+        f"{verdict.recipe.mean:.3f} (difference {top.difference:+.3f}, {interval}), so the recipe is the answer."
+    )
+
+
+def config_of(plan: Plan, settings: dict[str, Any], *, epochs: int, seed: int, output: Path) -> TrainConfig:
+    """The settings of a run of the study."""
+    loaders = {} if plan.num_workers is None else {"num_workers": plan.num_workers}
+    return plan.config.updated(**{**settings, **loaders, "epochs": epochs, "seed": seed, "output": output})
+
+
+def _write_best(path: Path, ledger: Ledger, trial: FrozenTrial, sentence: str) -> None:
+    plan = ledger.plan
+    config = plan.config.updated(**ledger.settings_of(trial))
+    data, cache, init = config.input.data, config.input.cache, config.run.init
+    weights = Path(config.network.encoder_weights)
+    config = config.updated(
+        data=data and data.resolve(),
+        cache=cache and cache.resolve(),
+        init=init and init.resolve(),
+        encoder_weights=str(weights.resolve() if weights.is_file() else weights),
+    )
+    found = {"study": plan.name, "trial": trial.number, "answer": sentence, "store": ledger.store.shown}
+    head = f"# Study {plan.name}: {sentence}\n# Train it: {train_command(path)}\noutput: runs/{plan.name}-best\n\n"
+    write_whole(path, (head + parsing.dump(config, found)).encode())

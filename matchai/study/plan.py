@@ -1,0 +1,245 @@
+"""What a study is, resolved before its first trial: recipe, space and stages, and how all that is recognised again."""
+
+import contextlib
+import dataclasses
+import hashlib
+import itertools
+import json
+import math
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from matchai.data.dataset import Data
+from matchai.settings.config import FREE, TrainConfig
+from matchai.settings.study_settings import OBJECTIVES, StudySettings, TuneConfig, check_study, refuse_restart
+from matchai.settings.validation import check
+from matchai.study.space import Space, default_space, load_space
+from matchai.study.storage_url import parse_storage
+from matchai.system.errors import InputError
+from matchai.system.machine import choose_precision
+from matchai.training.build import build_model_of, step_problems
+
+NUM_SEEDS = 3  # fresh seeds of a confirmation
+MOST_CHECKED = 10_000  # combinations of the sizes of a step
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A study in the store: the search, or what was promoted by a screening.
+
+    Attributes:
+        name: Its name in the store.
+        epochs: Of its trials.
+        folder: Under the study's, where its trials' folders lie.
+        promotes: The screening whose best it trains; None where it searches itself.
+    """
+
+    name: str
+    epochs: int
+    folder: str
+    promotes: "Stage | None" = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A study, resolved.
+
+    Attributes:
+        config: The recipe: what every trial has but for its searched settings.
+        settings: The study's own settings.
+        name: The study's name.
+        folder: Its folder.
+        space: What is searched.
+        direction: `maximize` or `minimize`.
+        stages: One, or a screening and what follows it.
+        num_workers: Loader processes of a worker that shares a host with others; None for the setting's own.
+    """
+
+    config: TrainConfig
+    settings: StudySettings
+    name: str
+    folder: Path
+    space: Space
+    direction: Literal["maximize", "minimize"]
+    stages: tuple[Stage, ...]
+    num_workers: int | None = None
+
+    @property
+    def is_maximised(self) -> bool:
+        """Whether more of the objective is better."""
+        return self.direction == "maximize"
+
+    @property
+    def num_promoted(self) -> int:
+        """How many of a screening are trained at full length, beside the recipe."""
+        return max(self.settings.confirm, math.ceil(self.settings.trials / 5))
+
+    def total(self, stage: Stage) -> int:
+        """The finished trials that a stage shall have."""
+        return 1 + self.num_promoted if stage.promotes else self.settings.trials
+
+    def trial_folder(self, stage: Stage, number: int) -> Path:
+        """The run folder of a trial."""
+        return self.folder / stage.folder / f"{number:04d}"
+
+    def confirm_folder(self, number: int, seed: int) -> Path:
+        """The run folder of a confirming run."""
+        return self.folder / "confirm" / f"trial-{number:04d}-seed-{seed}"
+
+    def best_of(self, history: list[dict[str, Any]]) -> tuple[float, int] | None:
+        """The value of a trial and its epoch: the best epoch's objective; None where no epoch has one."""
+        sign = 1.0 if self.is_maximised else -1.0
+        name = self.settings.objective
+        found = [(row[name], row["epoch"]) for row in history if row[name] is not None]
+        return max(found, key=lambda one: (sign * one[0], -one[1]), default=None)
+
+
+def make_plan(tune: TuneConfig, fixed: Collection[str] = ()) -> Plan:
+    """Resolves the settings of a study.
+
+    Args:
+        tune: All settings.
+        fixed: Settings given by flags, which leave the space.
+
+    Raises:
+        InputError: With every problem found, before anything is written.
+    """
+    settings, space = tune.study, None
+    refuse_restart(tune)
+    config = TrainConfig(**{group.name: getattr(tune, group.name) for group in dataclasses.fields(TrainConfig)})
+    name = settings.study_name or config.run.preset
+    problems = check_study(settings) + check(config)
+    try:
+        parse_storage(settings.storage)
+    except InputError as error:
+        problems += error.problems
+    try:
+        space = load_space(settings.space or default_space(), config, fixed)
+    except InputError as error:
+        problems += error.problems
+    if settings.screen_epochs >= config.optimisation.epochs:
+        problems.append(
+            f"screen_epochs is {settings.screen_epochs}, but must be fewer than the {config.optimisation.epochs} "
+            "epochs of a full run: lower it, or raise --epochs."
+        )
+    if problems or space is None:
+        raise InputError(*problems)
+    folder = config.run.output or Path("studies") / name
+    config = config.updated(cache=config.input.cache or folder.parent / "cache", output=None, config=None)
+    stages: tuple[Stage, ...] = (Stage(name, config.optimisation.epochs, "trials"),)
+    if settings.screen_epochs:
+        screening = Stage(f"{name}-screen", settings.screen_epochs, "screen")
+        stages = (screening, dataclasses.replace(stages[0], promotes=screening))
+    return Plan(config, settings, name, folder, space, OBJECTIVES[settings.objective], stages)
+
+
+def refused_values(plan: Plan, data: Data, num_processes: int, device: torch.device) -> list[str]:
+    """The values of the space, and their combinations, that a run on this data would refuse, one sentence each."""
+    problems: list[str] = []
+
+    def values(name: str) -> list[Any]:
+        entry = plan.space.entries.get(name, {})
+        if "choices" in entry:
+            return list(plan.space.choices[name].values())
+        return list(range(entry["low"], entry["high"] + 1, entry.get("step", 1))) if entry else []
+
+    def hold(names: list[str], combination: tuple[Any, ...], check_it: Callable[[TrainConfig], list[str]]) -> None:
+        config = plan.config.updated(**dict(zip(names, combination, strict=True)))
+        try:
+            found = check_it(config)
+        except InputError as error:
+            found = list(error.problems)
+        shown = ", ".join(f"{name} {value}" for name, value in zip(names, combination, strict=True))
+        problems.extend(f"The space's {shown} would be refused: {problem}" for problem in found)
+
+    sizes = [name for name in ("batch_size", "accumulate", "image_size") if values(name)]
+    for combination in itertools.islice(itertools.product(*map(values, sizes)), MOST_CHECKED if sizes else 0):
+        hold(sizes, combination, lambda config: step_problems(config, len(data.train), num_processes, device))
+    for precision in values("mixed_precision"):
+        hold(["mixed_precision"], (precision,), lambda config: _precision_problems(config, device))
+    networks = [name for name in ("encoder", "encoder_weights") if values(name)]
+    for combination in itertools.product(*map(values, networks)) if networks else ():
+        hold(networks, combination, _model_problems)
+    return problems[:20]
+
+
+def _precision_problems(config: TrainConfig, device: torch.device) -> list[str]:
+    choose_precision(config.optimisation.mixed_precision, device)
+    return []
+
+
+def _model_problems(config: TrainConfig) -> list[str]:
+    build_model_of(config, is_resuming=False)
+    return []
+
+
+def fresh_seeds(plan: Plan, read: Callable[[TrainConfig], Data]) -> list[int]:
+    """The seeds of the confirmation, none of which a trial uses: the next ones whose split the data allows.
+
+    Args:
+        plan: The study.
+        read: Reads the data as settings say, or raises InputError.
+    """
+    seeds: list[int] = []
+    for number in range(1, 1000):
+        seed = (plan.config.run.seed + number) % 2**63
+        with contextlib.suppress(InputError):
+            read(plan.config.updated(seed=seed))
+            seeds.append(seed)
+        if len(seeds) == NUM_SEEDS:
+            break
+    return seeds
+
+
+def describe(plan: Plan, stage: Stage, data: Data, seeds: Sequence[int]) -> dict[str, Any]:
+    """What makes a stage this study and no other, and its fresh seeds; plain JSON values."""
+    recipe = plan.config.updated(epochs=stage.epochs).flat()
+    split = json.dumps([data.train, data.val]).encode()
+    found = {
+        "space": plan.space.entries,
+        "objective": plan.settings.objective,
+        "direction": plan.direction,
+        "screen_epochs": plan.settings.screen_epochs if stage.promotes else 0,
+        "recipe": {name: value for name, value in recipe.items() if name not in FREE},
+        "data": data.digests,
+        "fresh_seeds": list(seeds),
+        "is_synthetic": plan.config.input.data is None,
+        "split": hashlib.sha256(split).hexdigest()[:16],
+    }
+    plain: dict[str, Any] = json.loads(json.dumps(found, default=str))
+    return plain
+
+
+def differences(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """How a study in the store differs from the one asked for, in words."""
+    found = []
+    for name in ("objective", "direction", "screen_epochs"):
+        if was.get(name) != now[name]:
+            found.append(f"{name} was {was.get(name)} and is {now[name]}")
+    for part, words in (("recipe", "the recipe's {}"), ("space", "the space's {}")):
+        old, new = was.get(part, {}), now[part]
+        found += [
+            f"{words.format(name)} was {_shown(old, name)} and is {_shown(new, name)}"
+            for name in dict.fromkeys([*new, *old])
+            if old.get(name) != new.get(name)
+        ]
+    old, new = was.get("data", {}), now["data"]
+    found += [
+        f"the content of {name} is another"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name)
+    ]
+    if was.get("split") != now["split"] and not found:
+        found.append("the split into training and validation slices is another")
+    return found
+
+
+def _shown(entries: dict[str, Any], name: str) -> str:
+    if name not in entries:
+        return "not there"
+    entry = entries[name]
+    return ", ".join(f"{key} {value}" for key, value in entry.items()) if isinstance(entry, dict) else str(entry)

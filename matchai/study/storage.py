@@ -1,0 +1,400 @@
+"""A study's store, opened by any number of processes at once, with the patience and the locks that Optuna lacks.
+
+What is written are ordinary Optuna rows. Optuna's own way to them crashes when several processes open a new SQLite
+file, gives up after five seconds at a lock, and claims a trial in several transactions; so this room, and no other,
+uses what Optuna (5.0) does not publish: `_CachedStorage`, `_create_scoped_session`, the tables in `_rdb.models`,
+`RDBStorage.engine`, `.scoped_session`, `._get_trials`, `._get_best_trial_id` and `._get_prepared_new_trial`,
+`Study._study_id`, `FrozenTrial._trial_id`, and the storage's methods by these ids.
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import optuna
+import sqlalchemy as sql
+from optuna.distributions import BaseDistribution
+from optuna.storages import RDBStorage, _CachedStorage
+from optuna.storages._rdb import models
+from optuna.storages._rdb.storage import _create_scoped_session
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.exc import IntegrityError, SQLAlchemyError
+
+from matchai.study import storage_url
+from matchai.system.errors import InputError, LockLostError, StoppedError, StoreError
+from matchai.system.files import Holds
+
+PATIENCE = 900.0  # seconds that a call waits for a busy store, or for a server that went away
+SAY_AFTER = 5.0  # seconds of waiting that are not worth a word
+T = TypeVar("T")
+
+
+def open_store(storage: str, say: Callable[[str], None] = print, *, may_create: bool = True) -> "Store":
+    """Opens a store of studies, and creates it where there is none, if it may.
+
+    Args:
+        storage: A path that ends in `.db`, or a URL of SQLite, PostgreSQL or MySQL as SQLAlchemy has them.
+        say: Told once per wait that the store is busy.
+        may_create: Whether a file that is not there is made.
+
+    Raises:
+        InputError: If it cannot be a store, or is one that cannot be used; nothing was changed then.
+        StoreError: If it stays busy.
+    """
+    if optuna.logging.get_verbosity() < optuna.logging.WARNING:
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+    store = Store(storage_url.parse_storage(storage), say)
+    if store.path and not may_create and not store.path.exists():
+        raise InputError(f"There is no store {store.path}; see --storage, or run the study first.")
+    store._open()
+    return store
+
+
+class Store:
+    """What `open_store` opens; its calls wait while the store is busy, and may be repeated after any failure.
+
+    A finished trial cannot be altered: Optuna's `UpdateFinishedTrialError` says so. Not for use across a fork.
+
+    Attributes:
+        url: With the password, for processes that shall open it too.
+        shown: Without it, for people.
+        path: The file of SQLite, else None.
+        is_server: Whether other hosts may share it.
+        say: As of `open_store`.
+        should_stop: Asked while the store is waited for.
+    """
+
+    def __init__(self, url: sql.URL, say: Callable[[str], None]) -> None:
+        self.url = url.render_as_string(hide_password=False)
+        self.is_server = url.get_backend_name() != "sqlite"
+        self.say = say
+        self.should_stop: Callable[[], bool] = lambda: False
+        self._url = url
+        self.shown = storage_url.shown_url(url)
+        self.path = None if self.is_server else Path(str(url.database))
+        self._held: dict[tuple[int, str], sql.Connection | None] = {}  # by thread and name
+
+    def __repr__(self) -> str:
+        return f"Store({self.shown})"
+
+    def _open(self) -> None:
+        if self.is_server:
+            arguments = storage_url.connect_args(self._url)
+            self._locks = sql.create_engine(
+                self._url, poolclass=sql.NullPool, isolation_level="AUTOCOMMIT", connect_args=arguments
+            )
+            sql.event.listen(self._locks, "connect", storage_url.set_up)
+            self._patiently(self._check_server)
+        else:
+            file = Path(str(self._url.database))
+            storage_url.check_place(file, self.say)
+            real = file.resolve()
+            self._holds = Holds(real.parent, f"{real.name}.lock")
+            try:
+                if not self._holds.path.exists():
+                    self._patiently(lambda: storage_url.check_file(file, is_sole=True))
+            except InputError:
+                if not self._holds.path.exists():  # else the tables are being made: looked at again under the lock
+                    raise
+            try:
+                real.parent.mkdir(parents=True, exist_ok=True)
+                self._holds.take("a try")
+                self._holds.drop("a try")
+            except OSError as error:
+                raise InputError(
+                    f"{file} cannot be written ({error.strerror}); name another file with --storage."
+                ) from None
+        with self.locked("the tables"):
+            if not self.is_server:
+                self._patiently(lambda: storage_url.check_file(file, is_sole=False))
+            try:
+                self._storage = self._patiently(lambda: _PatientReads(self))
+                if not self.is_server:
+                    self._patiently(self._keep_log)
+            except StoreError as error:
+                raise InputError(f"{error} See that it can be written, or name another with --storage.") from None
+        self._cached = _CachedStorage(self._storage)
+
+    def _keep_log(self) -> None:
+        # the file remembers it; readers and the writer do not wait for each other then
+        with self._storage.engine.connect() as connection:
+            connection.execute(sql.text("PRAGMA journal_mode=WAL"))
+
+    def _check_server(self) -> None:
+        try:
+            with self._locks.connect() as connection:
+                storage_url.check_tables(connection, self.shown, is_file=False)
+        except SQLAlchemyError as error:
+            reason = self._reason(error)
+            if any(words in reason for words in ("too many", "Too many", "starting up", "shutting down")):
+                raise
+            raise InputError(
+                f"The store {self.shown} cannot be opened ({reason}); see that the server runs and can be reached from "
+                "here, and that user, password and database are right."
+            ) from None
+
+    def close(self) -> None:
+        """Closes the connections; locks that are still held stay."""
+        self._storage.remove_session()
+        self._storage.engine.dispose()
+
+    @contextlib.contextmanager
+    def locked(self, name: str) -> Iterator[None]:
+        """Holds a lock of the store's by its name, alone among all threads, processes and, on a server, hosts.
+
+        The system lets go of it when the process dies, the server when the connection does.
+
+        Raises:
+            RuntimeError: If this thread holds it already.
+        """
+        key = threading.get_ident(), name
+        if key in self._held:
+            raise RuntimeError(f"this thread holds the lock {name!r} already")
+        since, pause, is_told = time.monotonic(), 0.01, False
+        waiting: list[sql.Connection] = []
+        try:
+            while not self._patiently(lambda: self._take(name, waiting)):
+                if not is_told and time.monotonic() - since > SAY_AFTER:
+                    is_told = True
+                    self.say(f"another process works at {name} in the store {self.shown}; waiting for it")
+                self._pause(pause)
+                pause = min(2 * pause, 0.2)
+            self._held[key] = waiting[0] if waiting else None
+            yield
+        finally:
+            if self._held.pop(key, self) is None:
+                self._holds.drop(name)
+            for connection in waiting:  # its end is the lock's end
+                with contextlib.suppress(SQLAlchemyError):
+                    connection.close()
+
+    def _take(self, name: str, waiting: list[sql.Connection]) -> bool:
+        if not self.is_server:
+            return self._holds.take(name)
+        if not waiting:
+            waiting.append(self._locks.connect())
+        digest = hashlib.sha256(f"{self._url.database}/{name}".encode())
+        is_postgresql = self._url.get_backend_name() == "postgresql"
+        statement = "SELECT pg_try_advisory_lock(:key)" if is_postgresql else "SELECT GET_LOCK(:key, 0)"
+        key = int.from_bytes(digest.digest()[:8], "big", signed=True) if is_postgresql else digest.hexdigest()[:60]
+        try:
+            return bool(waiting[0].scalar(sql.text(statement), {"key": key}))
+        except SQLAlchemyError:
+            with contextlib.suppress(SQLAlchemyError):
+                waiting.pop().close()
+            raise
+
+    def _check_locks(self) -> None:
+        for (thread, name), connection in list(self._held.items()):
+            if thread == threading.get_ident() and connection is not None:
+                try:
+                    connection.scalar(sql.text("SELECT 1"))
+                except SQLAlchemyError as error:
+                    raise LockLostError(
+                        f"The lock {name} of the store {self.shown} was lost with its connection "
+                        f"({self._reason(error)}); nothing was decided."
+                    ) from error
+
+    def has_study(self, name: str) -> bool:
+        """Whether there is a study of this name."""
+        try:
+            self._storage.get_study_id_from_name(name)
+        except KeyError:
+            return False
+        return True
+
+    def open_study(
+        self, name: str, direction: Literal["maximize", "minimize"], attrs: dict[str, Any]
+    ) -> "optuna.Study":
+        """The study of a name, as it is; created in one transaction with direction and user attributes if absent.
+
+        Its reads, a search sampler's among them, are as patient as the store's.
+        """
+
+        def create() -> None:
+            if self.has_study(name):
+                return
+            with contextlib.suppress(IntegrityError), self._session() as session:  # another process was faster
+                way = models.StudyDirectionModel(objective=0, direction=StudyDirection[direction.upper()])
+                row = models.StudyModel(study_name=name, directions=[way])
+                session.add(row)
+                session.flush()
+                for key, value in attrs.items():
+                    text = json.dumps(value)
+                    session.add(models.StudyUserAttributeModel(study_id=row.study_id, key=key, value_json=text))
+
+        self._patiently(create)
+        return self._patiently(lambda: optuna.load_study(study_name=name, storage=self._cached))
+
+    def trials(self, study: "optuna.Study") -> list[FrozenTrial]:
+        """All trials of a study as they are now, by number; shared with the study, so not to be altered."""
+        return self._cached.get_all_trials(study._study_id, deepcopy=False)
+
+    def add_running(
+        self,
+        study: "optuna.Study",
+        params: dict[str, Any],
+        distributions: dict[str, BaseDistribution],
+        attrs: dict[str, Any],
+    ) -> int:
+        """Adds a RUNNING trial with parameters and user attributes in one transaction, and returns its number.
+
+        To be called under the study's lock. When a commit fails with its outcome unknown, the row is looked for
+        before the commit is repeated.
+
+        Raises:
+            LockLostError: If a lock of this thread's was lost before anything was written.
+        """
+        trial = optuna.trial.create_trial(
+            state=TrialState.RUNNING, params=params, distributions=distributions, user_attrs=attrs
+        )
+        known: list[int] = []
+
+        def add() -> int:
+            rows = self.trials(study)
+            for row in rows[known[0] :] if known else []:
+                if _is_same(row, trial):
+                    return row.number
+            known[:] = known or [len(rows)]
+            self._check_locks()
+            with self._session() as session:
+                models.StudyModel.find_or_raise_by_id(study._study_id, session, for_update=True)
+                row = self._storage._get_prepared_new_trial(study._study_id, trial, session)
+                session.flush()
+                return int(row.number)
+
+        return self._patiently(add)
+
+    def report(self, study: "optuna.Study", number: int, value: float, step: int) -> None:
+        """Writes a trial's objective at a step; one that is there already stays as it is."""
+
+        def write() -> None:
+            trial = self._trial(study, number)
+            if step not in trial.intermediate_values:
+                self._storage.set_trial_intermediate_value(trial._trial_id, step, float(value))
+
+        self._patiently(write)
+
+    def set_attr(self, study: "optuna.Study", number: int | None, key: str, value: Any) -> None:
+        """Writes a user attribute of a trial, or of the study itself if `number` is None; `value` as of JSON.
+
+        Raises:
+            LockLostError: If a lock of this thread's was lost; nothing was written.
+        """
+
+        def write() -> None:
+            self._check_locks()
+            if number is None:
+                self._storage.set_study_user_attr(study._study_id, key, value)
+            else:
+                self._storage.set_trial_user_attr(self._trial(study, number)._trial_id, key, value)
+
+        self._patiently(write)
+
+    def finish(self, study: "optuna.Study", number: int, state: TrialState, value: float | None) -> None:
+        """Ends a trial; done already with the same state and value, it stays as it is.
+
+        Args:
+            study: The study.
+            number: The trial.
+            state: COMPLETE, PRUNED or FAIL.
+            value: Of a COMPLETE trial, not NaN; else None. A PRUNED one takes its last reported value, if not NaN.
+
+        Raises:
+            ValueError: If state and value do not fit each other.
+            StoreError: If it has ended otherwise.
+        """
+        if not state.is_finished() or (value is None or math.isnan(value)) == (state == TrialState.COMPLETE):
+            raise ValueError(f"a trial cannot end {state.name} with the value {value}")
+
+        def write() -> None:
+            trial, last = self._trial(study, number), value
+            if state == TrialState.PRUNED and trial.last_step is not None:
+                last = trial.intermediate_values[trial.last_step]
+            values = None if last is None or math.isnan(last) else [float(last)]
+            if not trial.state.is_finished():
+                self._storage.set_trial_state_values(trial._trial_id, state, values)
+            elif (trial.state, trial.values) != (state, values):
+                raise StoreError(
+                    f"Trial {number} of {study.study_name} in {self.shown} has ended {trial.state.name} with "
+                    f"{trial.values} already, and cannot end {state.name} with {values}."
+                )
+
+        self._patiently(write)
+
+    def _trial(self, study: "optuna.Study", number: int) -> FrozenTrial:
+        return self._storage.get_trial(self._cached.get_trial_id_from_study_id_trial_number(study._study_id, number))
+
+    def _session(self) -> contextlib.AbstractContextManager[Any]:
+        return _create_scoped_session(self._storage.scoped_session)
+
+    def _patiently(self, action: Callable[[], T]) -> T:
+        since, pause, is_told = time.monotonic(), 0.05, False
+        while True:
+            try:
+                return action()
+            except (SQLAlchemyError, sqlite3.Error, optuna.exceptions.StorageInternalError) as error:
+                waited = time.monotonic() - since
+                if not storage_url.is_waiting(error):
+                    raise StoreError(f"The store {self.shown} failed ({self._reason(error)}).") from error
+                if waited > PATIENCE:
+                    raise StoreError(
+                        f"The store {self.shown} has been busy for {waited:.0f} s ({self._reason(error)})."
+                    ) from error
+                if waited > SAY_AFTER and not is_told:
+                    is_told = True
+                    self.say(f"the store {self.shown} is busy ({self._reason(error)}); waiting for it")
+            self._pause(pause)
+            pause = min(2 * pause, 2.0)
+
+    def _pause(self, seconds: float) -> None:
+        if self.should_stop():
+            raise StoppedError(f"Waiting for the store {self.shown} was given up; nothing is lost.")
+        time.sleep(seconds)
+
+    def _reason(self, error: BaseException) -> str:
+        cause = storage_url.cause_of(error)
+        words = cause.args[-1] if cause.args and isinstance(cause.args[0], int) else cause  # MySQL has a number first
+        text = " ".join(str(words).split())
+        for secret in storage_url.secrets_of(self._url):
+            text = text.replace(secret, "***")
+        return text.rstrip(".")
+
+
+class _PatientReads(RDBStorage):
+    """Optuna's storage whose reads wait as the store does, so that what a search sampler reads does too."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        arguments: dict[str, Any] = {"connect_args": storage_url.connect_args(store._url)}
+        if store.is_server:
+            arguments |= {"pool_pre_ping": True}
+        # braces are Optuna's own
+        super().__init__(store.url.replace("{", "{{").replace("}", "}}"), arguments)
+        sql.event.listen(self.engine, "connect", storage_url.set_up)
+        self.engine.dispose()  # the connections made before that
+
+    def __getattribute__(self, name: str) -> Any:
+        found = super().__getattribute__(name)
+        if name.startswith("get_") or name in {"_get_trials", "_get_best_trial_id"}:
+            return lambda *args, **kwargs: self._store._patiently(lambda: found(*args, **kwargs))
+        return found
+
+
+def _is_same(row: FrozenTrial, trial: FrozenTrial) -> bool:
+    """Whether a row is what was to be added; MySQL keeps whole seconds of the time."""
+    assert row.datetime_start is not None
+    assert trial.datetime_start is not None
+    is_same_time = abs(row.datetime_start - trial.datetime_start) < timedelta(seconds=1)
+    # as JSON, in which a tuple comes back as a list
+    told, kept = (json.dumps([one.params, one.user_attrs], sort_keys=True, default=float) for one in (trial, row))
+    return is_same_time and told == kept

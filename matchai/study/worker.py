@@ -1,0 +1,314 @@
+"""A worker of a study: claims a trial, runs it, tells it, until the study has all it shall have and is confirmed."""
+
+import contextlib
+import gc
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from optuna.trial import TrialState
+
+from matchai.runs.setup import on_main_first, read
+from matchai.runs.trainer import run
+from matchai.study.confirmation import Confirmation, conclude, config_of
+from matchai.study.leases import LostClaimError
+from matchai.study.plan import Plan, describe, fresh_seeds, refused_values
+from matchai.study.storage import open_store
+from matchai.study.trials import DONE, Ledger, Task, check_study
+from matchai.system.console import Display
+from matchai.system.errors import InputError, StoppedError, StoreError
+from matchai.system.machine import choose_precision, is_out_of_memory
+from matchai.system.processes import (
+    StopSignal,
+    any_process,
+    check_agreement,
+    check_launch,
+    decide,
+    end_with_launcher,
+    is_lost_process,
+    join_group,
+    lost_process_message,
+    num_processes,
+    share_error,
+)
+from matchai.training.build import build_model_of, step_problems
+from matchai.training.checkpoint import is_free
+from matchai.training.loop import DivergedError
+
+POLL = 0.5  # seconds between two looks at what others are running
+TELL_EVERY = 0.2  # seconds between two words about a trial's steps
+MAX_ERRORS_IN_ROW = 5  # of a worker, without a new epoch in between: the machine is broken, not the trial
+MAX_FAILED_IN_ROW = 2  # trials, without one that ended in between
+MAX_MEMORY_ERRORS_IN_ROW = 3  # then somebody else has the memory, or the recipe needs more than there is
+
+Tell = Callable[[dict[str, Any]], None]
+
+
+class BrokenError(RuntimeError):
+    """The study cannot go on here; everything is resumable."""
+
+
+class _HopelessError(Exception):
+    """The pruner ends the trial, on all processes."""
+
+
+@dataclass(frozen=True)
+class _End:
+    """How a run of the study ended: as what it is told, or left as it is (no state) for the reason in `words`."""
+
+    state: TrialState | None
+    value: float | None = None
+    attributes: dict[str, Any] = field(default_factory=dict)
+    words: str = ""
+
+
+class Worker:
+    """One worker: one process, or all processes of a launch.
+
+    Args:
+        plan: The study.
+        tell: Hears what happens, on the main process alone: dicts with a `kind`.
+        stop: Hears of signals.
+    """
+
+    def __init__(self, plan: Plan, tell: Tell, stop: StopSignal) -> None:
+        self.plan, self.stop, self.tell = plan, stop, tell
+        self.ledgers: list[Ledger] = []
+        self.errors_in_row = self.failed_in_row = self.memory_errors_in_row = 0
+        self.epochs, self.seconds, self.told_at = 0, 0.0, 0.0
+        self.seen: dict[str, int] = {}
+
+    def work(self) -> bool:
+        """Works until the study is done, which is then concluded and true, or until a signal comes.
+
+        Raises:
+            InputError: For what is wrong with the data, the store or the folder.
+            BrokenError: After too many errors in a row, or where one process of several has failed.
+            StoreError: If the store can neither be read nor written any more.
+        """
+        with ExitStack() as stack:
+            self._open(stack)
+            stack.enter_context(self.stop.listening())  # before that, signals end the process, and nothing is lost
+            gc.freeze()  # what was imported stays: a collection after each run then takes 1 ms instead of 260
+            stack.callback(gc.unfreeze)  # else some packages complain of leaks when Python ends
+            with contextlib.suppress(StoppedError):
+                while not any_process(self.stop.received is not None):
+                    task = decide(self._next)
+                    if task == DONE:
+                        self.tell({"kind": "answer", **decide(lambda: conclude(self.ledgers, self._mention))})
+                        return True
+                    if isinstance(task, Task):
+                        self._perform(task)
+                    else:
+                        time.sleep(POLL)
+        return False
+
+    def _open(self, stack: ExitStack) -> None:
+        """Reads the data, sees that recipe and space can be trained on it, and opens every stage in the store."""
+        plan = self.plan
+        end_with_launcher()
+        state = join_group(plan.config.machine.collective_timeout)
+        check_launch(state.num_processes)
+        if not state.is_main_process:
+            self.tell = lambda event: None
+        display = Display(state.is_main_process)
+        stack.callback(display.close)
+        assert plan.config.input.cache is not None
+        cache = plan.config.input.cache
+        data = on_main_first(state, lambda: read(plan.config, cache, display))
+        display.close()
+        on_main_first(state, lambda: build_model_of(plan.config, is_resuming=False))  # fetches pretrained weights once
+        problems = step_problems(plan.config, len(data.train), state.num_processes, state.device)
+        choose_precision(plan.config.optimisation.mixed_precision, state.device)
+        problems += refused_values(plan, data, state.num_processes, state.device)
+        if problems:
+            raise InputError(*problems)
+        check_agreement(data.digests, "all of them must read the same slices.")
+
+        def open_ledgers() -> None:
+            store = open_store(plan.settings.storage, self._mention)
+            stack.callback(store.close)
+            store.should_stop = lambda: self.stop.received is not None
+            # a study that is there has its seeds; to find them reads the data once for each
+            is_new = not all(store.has_study(stage.name) for stage in plan.stages)
+            seeds = fresh_seeds(plan, lambda config: read(config, cache, display)) if is_new else []
+            told = {stage.name: describe(plan, stage, data, seeds) for stage in plan.stages}
+            for stage in plan.stages:  # all, before any is made
+                check_study(plan, stage, store, told[stage.name])
+            self.ledgers = [Ledger(plan, stage, store, told[stage.name]) for stage in plan.stages]
+
+        decide(open_ledgers)
+        self.tell({"kind": "ready"})
+
+    def _next(self) -> Task | str:
+        """What to do now: a trial of the first stage that is not done, a confirming run, `WAIT`, or `DONE`."""
+        for place, ledger in enumerate(self.ledgers):
+            ranking = self.ledgers[place - 1].ranking() if ledger.stage.promotes else None
+            task = ledger.next_task(ranking)
+            if task != DONE:
+                self._tell_counts(ledger)
+                return task
+        self._tell_counts(self.ledgers[-1])
+        return Confirmation(self.ledgers[-1]).next_task()
+
+    def _perform(self, task: Task) -> None:
+        """Runs a trial or a confirming run to its end, whatever that is; leaves it resumable if a signal comes."""
+        if not decide(lambda: is_free(task.output)):
+            # of a process that has lost its claim but not its life: stopped, or on a host that does not answer
+            if self.ledgers:
+                self._ledger(task).claims.avoid(task.key)
+            return
+        self._say(task, "begin", title=_title(task), epochs=task.epochs)
+        self.epochs, self.seconds = 0, 0.0
+        words = "stopped by an error"
+        try:
+            words = self._end(task, self._run(task))
+        except LostClaimError as error:
+            words = f"left to another worker: {error}"
+        finally:
+            if self.ledgers:
+                self._ledger(task).claims.drop(task.key)
+            self._say(task, "end", title=_title(task), outcome=words)
+            gc.collect()  # a run's loader, model and optimiser refer to each other
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+    def _run(self, task: Task) -> _End:
+        """Runs it; how it ended."""
+        config = config_of(self.plan, task.settings, epochs=task.epochs, seed=task.seed, output=task.output)
+        try:
+            with self._log(task) as display:
+                result = run(
+                    config,
+                    lambda row: self._after_epoch(task, row),
+                    on_step=lambda step, total: self._after_step(task, step, total),
+                    stop=self.stop,
+                    display=display,
+                    draw_every=math.inf,
+                )
+        except _HopelessError:
+            return _End(TrialState.PRUNED)
+        except DivergedError as error:
+            return self._failed(f"diverged: {error}")
+        except (LostClaimError, StoreError):
+            raise
+        except Exception as error:
+            # whatever a run may raise: what is wrong with the settings counts, what is wrong with the machine does not
+            return self._survive(task, error)
+        best = self.plan.best_of(result.history)
+        if not result.is_finished:
+            return _End(None, words="stopped, resumable")
+        if best is None:
+            return self._failed(f"{self.plan.settings.objective} was undefined in every epoch")
+        return _End(TrialState.COMPLETE, best[0], {"best_epoch": best[1]})
+
+    def _failed(self, reason: str) -> _End:
+        """A failure of the settings: the worst value there is, with its reason, so that the search learns from it."""
+        return _End(TrialState.COMPLETE, 0.0 if self.plan.is_maximised else math.inf, {"reason": reason})
+
+    def _end(self, task: Task, how: _End) -> str:
+        """Tells how a run of the study ended, unless it is left as it is; returns it in words."""
+        if how.state is None:
+            return how.words
+        attributes = {**how.attributes, "seconds": self.seconds}
+
+        def tell() -> None:
+            if task.is_confirmation:
+                value = None if "reason" in attributes else how.value
+                Confirmation(self.ledgers[-1]).finish(task, {**attributes, "value": value})
+            else:
+                assert how.state is not None
+                self._ledger(task).finish(task, how.state, how.value, attributes)
+            self._tell_counts(self._ledger(task))
+
+        decide(tell)
+        self.errors_in_row = self.failed_in_row = 0
+        if "reason" not in attributes:
+            self.memory_errors_in_row = 0
+        figure = "" if how.value is None else f", {self.plan.settings.objective} {how.value:.4f}"
+        return how.state.name.lower() + figure + (f" ({attributes['reason']})" if "reason" in attributes else "")
+
+    def _survive(self, task: Task, error: Exception) -> _End:
+        """After an error in a run: out of memory is the settings' fault, all else the machine's; a kill is nobody's.
+
+        Raises:
+            BrokenError: After too many in a row, or where several processes have lost each other over it.
+        """
+        is_group, lost = num_processes() > 1, lost_process_message() if is_lost_process(error) else ""
+        cause = share_error(error)
+        if lost and cause is error:
+            raise BrokenError(lost)
+        words = " ".join(str(cause).split())[:600]
+        reason = words if isinstance(cause, InputError) else f"{type(cause).__name__}: {words}"
+        how = _End(None, words=f"stopped by an error, resumable: {reason}")
+        if is_out_of_memory(cause):
+            self.memory_errors_in_row += 1
+            if self.memory_errors_in_row >= MAX_MEMORY_ERRORS_IN_ROW:
+                raise BrokenError(
+                    f"Trial after trial is out of memory, the last {_title(task)} ({reason}): free some, or give a "
+                    "smaller --batch-size, --image-size or --encoder to another --study-name; the same command goes on."
+                )
+            how = self._failed(f"out of memory: {reason}")
+            if is_group and self.ledgers:
+                self._end(task, how)
+        else:
+            self.errors_in_row += 1
+            is_trial = self.ledgers and not task.is_confirmation
+            if is_trial and self._ledger(task).note_error(task, reason, self.epochs):
+                self.failed_in_row += 1
+                how = _End(None, words=f"failed after three errors, to be replaced: {reason}")
+        if is_group:
+            raise BrokenError(f"{_title(task)} ended all processes ({reason}); the same command goes on from there.")
+        if self.errors_in_row >= MAX_ERRORS_IN_ROW or self.failed_in_row >= MAX_FAILED_IN_ROW:
+            raise BrokenError(
+                f"Too many errors in a row, the last in {_title(task)} ({reason}): mend that, and the same command "
+                "goes on."
+            )
+        return how
+
+    def _after_epoch(self, task: Task, row: dict[str, Any]) -> None:
+        value = row[self.plan.settings.objective]
+        self._say(task, "epoch", epoch=row["epoch"], value=value)
+        self.epochs, self.seconds = row["epoch"], self.seconds + row["seconds"]
+        if row["epoch"] > self.seen.get(task.key, 0):  # a run that goes on tells its old epochs again
+            self.seen[task.key], self.errors_in_row = row["epoch"], 0
+        if not task.is_confirmation and decide(lambda: self._ledger(task).report(task, row)):
+            raise _HopelessError
+
+    def _after_step(self, task: Task, step: int, total: int) -> None:
+        if time.monotonic() - self.told_at > TELL_EVERY and self.ledgers:
+            self.told_at = time.monotonic()
+            self._say(task, "step", step=step, total=total)
+            with contextlib.suppress(StoreError):  # the next report says so, on all processes
+                self._ledger(task).claims.renew(task.key, step)
+
+    def _ledger(self, task: Task) -> Ledger:
+        return next(ledger for ledger in self.ledgers if ledger.stage.name == task.stage)
+
+    def _mention(self, text: str) -> None:
+        self.tell({"kind": "say", "text": text})
+
+    def _say(self, task: Task, kind: str, **about: Any) -> None:
+        self.tell({"kind": kind, "key": task.key, **about})
+
+    def _tell_counts(self, ledger: Ledger) -> None:
+        done, total = Confirmation(self.ledgers[-1]).progress()
+        self.tell({"kind": "counts", **ledger.counts(), "confirmed": done, "to_confirm": total})
+
+    @contextlib.contextmanager
+    def _log(self, task: Task) -> Iterator[Display]:
+        """Where a run says what it would say on the terminal: a file beside its folder."""
+        if not self.ledgers:
+            yield Display(False)
+            return
+        task.output.parent.mkdir(parents=True, exist_ok=True)
+        with task.output.with_suffix(".log").open("a", encoding="utf-8") as file:
+            yield Display(True, file)
+
+
+def _title(task: Task) -> str:
+    return f"trial {task.number}, fresh seed {task.seed}" if task.is_confirmation else f"trial {task.number}"

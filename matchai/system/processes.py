@@ -1,0 +1,305 @@
+"""The processes of a run: whether the launcher started what was asked for, and what happens when one is lost."""
+
+import contextlib
+import ctypes
+import gc
+import os
+import pickle
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, parse_flag_from_env
+
+from matchai.system.errors import InputError
+
+T = TypeVar("T")
+
+# what gloo, NCCL and the store say, among other words, where another process does not answer any more
+_LOST = ("gloo", "nccl", "connection", "pair closure", "broken pipe", "socket", "timed out", "timeout")
+
+
+def launcher() -> str | None:
+    """Which launcher started this process: `accelerate launch`, `torchrun`, or None."""
+    if "ACCELERATE_MIXED_PRECISION" in os.environ:
+        return "accelerate launch"
+    return "torchrun" if "TORCHELASTIC_RUN_ID" in os.environ else None
+
+
+def is_set_by_launcher(name: str) -> bool:
+    """Whether an environment variable comes from the launcher, not from the user's own environment."""
+    if launcher() is None or name not in os.environ:
+        return False
+    try:
+        environment = Path(f"/proc/{os.getppid()}/environ").read_bytes()
+    except OSError:  # no Linux: the launchers' value of OMP_NUM_THREADS for "nobody chose" is 1
+        return os.environ[name] == "1"
+    return not any(entry.startswith(f"{name}=".encode()) for entry in environment.split(b"\0"))
+
+
+def check_launch(num_processes: int) -> None:
+    """Refuses a launch that started other processes than the launcher was asked for.
+
+    Args:
+        num_processes: As Accelerate counts them.
+
+    Raises:
+        InputError: If the environment names more processes than have joined.
+    """
+    spec = getattr(sys.modules.get("__main__"), "__spec__", None)
+    program = spec.name if spec and spec.name.startswith("matchai.") else "matchai.train"
+    program = program.replace("__main__", sys.argv[1]) if program == "matchai.__main__" else program
+    command = f"ACCELERATE_USE_CPU=1 accelerate launch --multi_gpu --num_processes {{}} -m {program}"
+    text = os.environ.get("WORLD_SIZE", "1")
+    asked = int(text) if text.isdecimal() else num_processes
+    if asked != num_processes:
+        raise InputError(
+            f"The launcher started {asked} processes, but each believes to be alone; on CPUs start them with "
+            f"`{command.format(asked)}`."
+        )
+    # `accelerate launch --cpu --num_processes 2` tells one process the address of a group that nobody else joins
+    if num_processes == 1 and launcher() == "accelerate launch" and is_set_by_launcher("MASTER_ADDR"):
+        raise InputError(
+            "The launcher was asked for several processes but started one, as it does with --cpu; start them with "
+            f"`{command.format('N')}`, or ask for one with --num_processes 1."
+        )
+
+
+def num_restarts() -> int:
+    """How many times torchrun, or Slurm, has started this very command anew."""
+    return sum(int(os.environ.get(name) or 0) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+
+
+def join_group(timeout: float) -> PartialState:
+    """Joins the process group that the launcher names, if there is one; `timeout` in seconds.
+
+    Raises:
+        InputError: If it cannot be formed.
+    """
+    seconds = timedelta(seconds=timeout if 0 < timeout < 1e9 else 600)  # what is wrong with it is told by the check
+    use_cpu = parse_flag_from_env("ACCELERATE_USE_CPU")
+    if os.environ.get("WORLD_SIZE", "").isdecimal():
+        # where nobody says how many are on this host, Accelerate would say one, and each would take all cores
+        os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"])
+    try:
+        if _is_store_stale():
+            address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            tcp = dist.TCPStore(*address, timeout=seconds)  # type: ignore[attr-defined]
+            store = dist.PrefixStore(f"restart-{num_restarts()}", tcp)  # type: ignore[attr-defined]
+            rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+            backend = "nccl" if torch.cuda.is_available() and not use_cpu else "gloo"
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=seconds)
+        return PartialState(cpu=use_cpu, timeout=seconds)
+    except (ValueError, RuntimeError) as error:
+        PartialState._reset_state()
+        raise InputError(
+            f"The group of {os.environ.get('WORLD_SIZE', '?')} processes could not be formed "
+            f"({str(error).splitlines()[0]}); start all of them with one launcher, such as `ACCELERATE_USE_CPU=1 "
+            "accelerate launch --multi_gpu --num_processes 2 -m matchai.train` or torchrun."
+        ) from error
+
+
+def _is_store_stale() -> bool:
+    """Whether the store that torchrun hands on still holds the addresses of the processes before a restart.
+
+    It does since torch 2.5, and new ones may wait for the old ones for good (pytorch issue 135712; seen in 3 of 9
+    restarts). With agents on several hosts, which count restarts each for itself, TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+    is the remedy; launch/multi_node.sh sets it.
+    """
+    return (
+        os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        and os.environ.get("GROUP_WORLD_SIZE") == "1"
+        and int(os.environ.get("WORLD_SIZE") or 1) > 1
+        and int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0) > 0
+    )
+
+
+def end_with_launcher() -> None:
+    """Asks the kernel for a signal when the launcher dies, so that a killed launcher leaves no process training on.
+
+    SIGTERM, at which all processes save and end. Where other hosts have launchers of their own it is SIGKILL, as theirs
+    are to go on, not to be asked to stop. Linux only; elsewhere nothing happens.
+
+    Raises:
+        InputError: If the launcher is gone already.
+    """
+    if launcher() is None:
+        return
+    has_others = int(os.environ.get("GROUP_WORLD_SIZE") or 1) > 1
+    if end_with_parent(signal.SIGKILL if has_others else signal.SIGTERM):
+        with contextlib.suppress(OSError):
+            # whoever adopts orphans is no Python program; a launcher that is a container's first process is one
+            if os.getppid() == 1 and b"python" not in Path("/proc/1/cmdline").read_bytes():
+                raise InputError("The launcher has ended before this process began; start anew.")
+
+
+def end_with_parent(number: int = signal.SIGTERM) -> bool:
+    """Asks the kernel for a signal when the process that started this one dies; whether it could be asked (Linux)."""
+    prctl = getattr(ctypes.CDLL(None), "prctl", None) if sys.platform.startswith("linux") else None
+    if prctl is None:
+        return False
+    pr_set_pdeathsig = 1
+    return bool(prctl(pr_set_pdeathsig, int(number)) == 0)
+
+
+class StopSignal:
+    """Remembers the first stop signal; a second Ctrl-C acts at once. The handler only sets a field."""
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self._before: dict[int, Any] = {}
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Listens while the block runs; within another such block of its own it changes nothing."""
+        if self._before or threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        wanted = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+        self._before = {number: signal.signal(number, self._handle) for number in wanted}
+        try:
+            yield
+        finally:
+            self._restore()
+
+    def _handle(self, number: int, frame: Any) -> None:
+        self.received = self.received or signal.Signals(number)
+        if number == signal.SIGINT:
+            signal.signal(number, self._before[number])
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+
+def is_main_process() -> bool:
+    """Whether this is the process that writes; the only one outside of a group."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def num_processes() -> int:
+    """Processes of the group; 1 outside of one."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def decide(work: Callable[[], T]) -> T:
+    """Runs `work` on the main process alone; what it returns, or the error that it raises, comes out on all processes.
+
+    Exactly: as an object, not as numbers of some precision. An error that cannot be told as it is becomes a
+    `RuntimeError` of the same words.
+    """
+    if num_processes() == 1:
+        return work()
+    told: list[Any] = [None]
+    if is_main_process():
+        try:
+            told = [(work(), None)]
+        except Exception as error:  # whatever it is, all processes are to raise it
+            told = [(None, error if _is_portable(error) else RuntimeError(f"{type(error).__name__}: {error}"))]
+    broadcast_object_list(told)
+    value, problem = told[0]
+    if problem is not None:
+        raise problem
+    return value  # type: ignore[no-any-return]
+
+
+def _is_portable(error: Exception) -> bool:
+    try:
+        return str(pickle.loads(pickle.dumps(error))) == str(error)
+    except Exception:  # pickling runs what the class of the error says
+        return False
+
+
+def any_process(claim: bool) -> bool:
+    """Whether it holds on any process; all of them must ask together."""
+    if num_processes() == 1:
+        return claim
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, claim)
+    return any(found)
+
+
+def share_error(error: Exception) -> Exception:
+    """What really went wrong, where an error on one process of several leaves the others waiting for it in vain.
+
+    The process that failed leaves its error in the group's store and the group itself, at which the others' exchanges
+    fail at once; they find the error there. The group is left for good: the launch has to end. Alone, nothing happens.
+
+    Returns:
+        The error of the process that failed first, or `error` where none told one.
+    """
+    world = num_processes()
+    if world == 1:
+        return error
+    store = dist.distributed_c10d._get_default_store()
+    key, is_own = "matchai/error", not is_lost_process(error)
+    shared: Exception = error
+    with contextlib.suppress(RuntimeError):  # the store may be gone with the process that held it
+        if is_own and store.compare_set(key, "", "told").decode() in ("", "told"):
+            store.set(f"{key}/words", pickle.dumps(error if _is_portable(error) else RuntimeError(str(error))).hex())
+        leave_group()
+        store.wait([f"{key}/words"], timedelta(seconds=10))
+        shared = pickle.loads(bytes.fromhex(store.get(f"{key}/words").decode()))
+        store.add(f"{key}/heard", 1)
+        until = time.monotonic() + 10
+        while store.add(f"{key}/heard", 0) < world and time.monotonic() < until:
+            time.sleep(0.05)  # one of them may hold the store itself
+    return shared
+
+
+def is_lost_process(error: BaseException) -> bool:
+    """Whether an error means that another process of the group does not answer any more."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return False
+    if isinstance(error, dist.DistError):
+        return True
+    return isinstance(error, RuntimeError) and any(phrase in str(error).lower() for phrase in _LOST)
+
+
+def lost_process_message() -> str:
+    """One sentence for the process that lost another."""
+    return (
+        f"Process {dist.get_rank()} of {dist.get_world_size()} on {socket.gethostname()} lost another: it has ended or "
+        "did not answer within --collective-timeout. Nothing else is lost: the same command goes on from the last "
+        "saved state, on as many processes as you like."
+    )
+
+
+def leave_group() -> None:
+    """Closes the process group, without which the end of a process may abort it."""
+    if dist.is_available() and dist.is_initialized():
+        gc.collect()  # a DistributedDataParallel that outlives its group may abort the process too
+        with contextlib.suppress(RuntimeError):
+            dist.destroy_process_group()
+
+
+def check_agreement(values: dict[str, Any], remedy: str) -> None:
+    """Refuses to go on where processes disagree on what must be one.
+
+    Args:
+        values: What this process has, by name; the same names on all.
+        remedy: What to do about it, the end of the sentence.
+
+    Raises:
+        InputError: On all processes, if one of them has something else than the main one.
+    """
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, (socket.gethostname(), values))
+    for rank, (host, other) in enumerate(found):
+        for name, value in found[0][1].items():
+            if other.get(name) != value:
+                odd, main = f"Process {rank} on {host}", f"process 0 on {found[0][0]}"
+                raise InputError(f"{odd} has {name} {other.get(name)}, {main} {value}: {remedy}")

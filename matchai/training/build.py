@@ -1,0 +1,231 @@
+"""From settings and data to the parts of the training loop."""
+
+import functools
+import math
+import os
+import signal
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.optim.lr_scheduler import OneCycleLR
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader
+
+from matchai.data.augmentation import Augmentation
+from matchai.data.dataset import Data
+from matchai.data.prepared import SliceDataset
+from matchai.model.cpu_layers import quicken
+from matchai.model.dropout import keyed_layers, set_dropout
+from matchai.model.losses import SegmentationLoss, balanced_class_weights
+from matchai.model.normalisation import join_buffers, synchronise_processes
+from matchai.model.unetplusplus import PROBE_SIZE, build_model
+from matchai.sampling.sampler import DistributedWeightedSampler, collate, slice_weights
+from matchai.settings.config import TrainConfig
+from matchai.system.machine import default_workers, num_local_processes
+from matchai.training.deterministic import Lockstep
+from matchai.training.loop import Training
+
+AIR = -1000.0  # HU
+
+
+def build_model_of(config: TrainConfig, *, is_resuming: bool) -> nn.Module:
+    """The model that the settings ask for; with random weights where `init` or a stored state will replace them."""
+    weights = "none" if config.run.init or is_resuming else config.network.encoder_weights
+    return build_model(
+        config.network.encoder,
+        len(config.input.class_names),
+        in_channels=num_channels(config),
+        encoder_weights=weights,
+        seed=config.run.seed,
+    )
+
+
+def num_channels(config: TrainConfig) -> int:
+    """Channels of an image: the slice and its neighbours."""
+    return 2 * config.network.context + 1
+
+
+def dataset_of(
+    config: TrainConfig, data: Data, indices: list[int], augmentation: Augmentation | None = None
+) -> SliceDataset:
+    """Some slices as the model takes them."""
+    context = config.network.context
+    return SliceDataset(data.slices, indices, data.mean, data.std, augmentation, volumes=data.volumes, context=context)
+
+
+def slice_weights_of(config: TrainConfig, data: Data) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """The training slices' weights in the draw."""
+    targets = [config.input.class_names.index(name) for name in config.sampling.target_classes]
+    return slice_weights(data.presence()[data.train], targets, config.sampling.sampler_weight)
+
+
+def step_problems(config: TrainConfig, num_train: int, num_processes: int, device: torch.device) -> list[str]:
+    """What is wrong with the sizes of a step: a share, or a last short batch, that the model cannot take."""
+    batch_size, accumulate = config.sampling.batch_size, config.sampling.accumulate
+    size = config.input.image_size
+    if batch_size < num_processes:
+        return [f"batch_size is {batch_size}, but {num_processes} processes share it: {num_processes} is the least."]
+    if accumulate > batch_size:
+        return [f"accumulate is {accumulate}, but a batch has {batch_size} slices: {batch_size} is the most."]
+    if accumulate > 1 and _in_lockstep(config, device):
+        return [f"accumulate is {accumulate}, but --deterministic computes slice by slice on a CPU: leave it at 1."]
+
+    def smallest(batch: int) -> int:
+        """Slices that the smallest batch norm of an epoch sees."""
+        sizes = {num_train % batch or batch, min(batch, num_train)}
+        least = min(one // min(accumulate, one) for one in sizes)
+        return least if config.network.sync_batch_norm else max(1, least // num_processes)
+
+    # batch norm needs two values a channel, and the deepest map has (size / 32)² of each slice
+    if smallest(batch_size) * (size // 32) ** 2 < 2:
+        fitting = [batch for batch in range(max(2, num_processes, accumulate), num_train + 1) if smallest(batch) > 1]
+        nearest = min(fitting, key=lambda batch: abs(batch - batch_size), default=None)
+        remedy = "--image-size 64" + (f" or --batch-size {nearest}" if nearest else "")
+        return [
+            f"With batch_size {batch_size} and {num_train} training slices a batch of one slice comes up, which batch "
+            f"norm cannot take at image_size {size}: the nearest that work are {remedy}."
+        ]
+    return []
+
+
+def _in_lockstep(config: TrainConfig, device: torch.device) -> bool:
+    return config.run.deterministic and device.type == "cpu"
+
+
+def build_training(
+    config: TrainConfig, accelerator: Accelerator, data: Data, model: nn.Module, is_asked_to_stop: Callable[[], bool]
+) -> Training:
+    """Builds and prepares everything that the loop needs."""
+    names, seed, device = list(config.input.class_names), config.run.seed, accelerator.device
+    batch_size, optimisation = config.sampling.batch_size, config.optimisation
+    model = model.to(device).to(memory_format=torch.channels_last)
+    if device.type == "cpu":
+        quicken(model)
+    ema = None
+    if optimisation.ema_decay:
+        average = get_ema_multi_avg_fn(optimisation.ema_decay)  # type: ignore[no-untyped-call]
+        ema = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad],
+        lr=optimisation.max_lr,
+        weight_decay=optimisation.weight_decay,
+        fused=True,
+    )
+    sampler = DistributedWeightedSampler(
+        slice_weights_of(config, data),
+        batch_size,
+        seed=seed,
+        num_processes=accelerator.num_processes,
+        process_index=accelerator.process_index,
+        accumulate=config.sampling.accumulate,
+    )
+    total_steps = optimisation.epochs * len(sampler)
+    scheduler = OneCycleLR(optimizer, max_lr=optimisation.max_lr, total_steps=total_steps)
+    low, high = config.input.hu_window
+    chances = {name: getattr(config.augmentation, name) for name in vars(config.augmentation)}
+    air = min(max((AIR - low) / (high - low), 0.0), 1.0)
+    augmentation = Augmentation(
+        seed, air, names.index(config.input.background_class), **chances, channels=num_channels(config)
+    )
+    num_local = num_local_processes(accelerator.num_processes)
+    workers = config.machine.num_workers
+    workers = default_workers(device, num_local) if workers is None else workers
+    train_set = dataset_of(config, data, data.train, augmentation)
+    val_set = dataset_of(config, data, data.val)
+
+    def load(dataset: SliceDataset, batches: Any, num_workers: int) -> DataLoader[Any]:
+        return DataLoader(
+            dataset,
+            batch_sampler=batches,
+            num_workers=num_workers,
+            persistent_workers=num_workers > 0,  # else each epoch would begin by forking them
+            collate_fn=functools.partial(collate, like=val_set[0]),
+            pin_memory=device.type == "cuda",
+            worker_init_fn=_init_worker,
+            generator=torch.Generator(),  # else every pass would draw from the global one
+        )
+
+    in_lockstep = _in_lockstep(config, device)
+    if accelerator.num_processes > 1 and not in_lockstep:
+        if config.network.sync_batch_norm:
+            model = synchronise_processes(model)
+        with warnings.catch_warnings():  # Accelerate has no other name yet for what DDP now calls forward_sync_buffers
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+            model = accelerator.prepare(model)
+        _settle_buckets(model, seed, num_channels(config))
+    buffers = join_buffers(model)  # after Accelerate, which puts other tensors in their place
+    lockstep = None
+    if in_lockstep:
+        torch.set_num_threads(1)
+        lockstep = Lockstep(model, batch_size, accelerator.num_processes, accelerator.process_index)
+    # kernels round differently for batches of other sizes, so in lockstep every slice is predicted alone
+    val_batch_size = 1 if lockstep else batch_size
+    mine = range(accelerator.process_index, len(data.val), accelerator.num_processes)
+    val_batches = [list(mine[k : k + val_batch_size]) for k in range(0, len(mine), val_batch_size)]
+    pixels = torch.from_numpy(np.asarray(data.slices.pixels)[data.train].sum(axis=0))
+    shares = {name: getattr(config.loss, name) for name in vars(config.loss)}
+    loss = SegmentationLoss(balanced_class_weights(pixels), **shares).to(device)
+    # judged by the labels as they are
+    val_loss = SegmentationLoss(balanced_class_weights(pixels), **{**shares, "soft_boundary": 0}).to(device)
+    return Training(
+        accelerator=accelerator,
+        model=model,
+        buffers=buffers,
+        keyed_layers=keyed_layers(model),
+        loss=loss,
+        val_loss=val_loss,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        sampler=sampler,
+        loader=load(train_set, sampler, workers),
+        # its own workers, which wait while the others work; half as many, as a slice that is not augmented loads in a
+        # fifth of the time, and a forward pass takes a third of a step
+        val_loader=load(val_set, val_batches, (workers + 1) // 2),
+        num_val_batches=math.ceil(math.ceil(len(data.val) / accelerator.num_processes) / val_batch_size),
+        lockstep=lockstep,
+        ema=ema,
+        seed=seed,
+        clip_grad_norm=optimisation.clip_grad_norm,
+        is_asked_to_stop=is_asked_to_stop,
+    )
+
+
+def end_workers(training: Training) -> None:
+    """Ends the loaders' workers, which would else live as long as anyone keeps a failed run's traceback."""
+    for loader in (training.loader, training.val_loader):
+        if loader._iterator is not None:  # only a loader with persistent workers keeps one
+            loader._iterator._shutdown_workers()  # type: ignore[attr-defined]
+            loader._iterator = None
+
+
+def _settle_buckets(model: nn.Module, seed: int, in_channels: int) -> None:
+    """Two throw-away backward passes, after which DistributedDataParallel has its gradients in their final buckets.
+
+    It reorders them after the first pass. The order of a sum of three or more processes' numbers hangs on their place
+    in a bucket, so a resumed run would else begin with other sums than the uninterrupted one had.
+    """
+    kept = [buffer.clone() for buffer in model.buffers()]
+    blank = next(model.parameters()).new_zeros(2, in_channels, PROBE_SIZE, PROBE_SIZE)
+    model.train()
+    for _ in range(2):
+        set_dropout(keyed_layers(model), seed, 0, [0, 1], blank.device)
+        model(blank).sum().backward()
+        model.zero_grad(set_to_none=True)
+    with torch.no_grad():
+        for buffer, value in zip(model.buffers(), kept, strict=True):
+            buffer.copy_(value)
+
+
+def _init_worker(_: int) -> None:
+    """A loader worker leaves signals to the training process, and its cores to the others."""
+    if hasattr(os, "setpgid"):  # torchrun signals the training process's whole group; a worker's death loses the state
+        os.setpgid(0, 0)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    cv2.setNumThreads(0)

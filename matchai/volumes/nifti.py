@@ -1,0 +1,188 @@
+"""NIfTI files: opened, checked, and read without being held in memory."""
+
+import contextlib
+import gzip
+import logging
+import math
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from matchai.system.errors import InputError
+from matchai.system.optional_packages import need
+from matchai.volumes.grid import FileVoxels, GridVolume, scratch_file
+
+SUFFIXES = (".nii.gz", ".nii")
+"""The ends of NIfTI files' names, in lower case."""
+
+_GZIP = b"\x1f\x8b"
+_PIECE = 2**20
+
+
+def stem(path: Path) -> str:
+    """A file's name without the NIfTI suffix, in whatever case."""
+    return next((path.name[: -len(end)] for end in SUFFIXES if path.name.lower().endswith(end)), path.stem)
+
+
+def open_nifti(
+    path: Path, orientation: str = "LP", rescale: tuple[float, float] = (1.0, 0.0), scratch: Path | None = None
+) -> GridVolume:
+    """Opens a NIfTI-1 or NIfTI-2 file of one volume, packed by gzip or not.
+
+    Args:
+        path: The file.
+        orientation: Toward which sides rows and columns of the slices shall run.
+        rescale: Slope and intercept that make HU of what the file's own scale gives.
+        scratch: Folder for the unpacked voxels of a packed file, which are written at the first read and gone with
+            `close` (default: the system's folder for temporary files).
+
+    Returns:
+        The volume. A packed file's damage may show only when its first slice is read, as an `InputError` too.
+
+    Raises:
+        InputError: If it is missing, damaged, no NIfTI file, or no volume of real numbers with a place in space.
+    """
+    nibabel = need("nibabel", "medical", f"Reading {path}")
+    if not path.is_file():
+        raise InputError(f"{path} {'is a folder, not a NIfTI file' if path.exists() else 'does not exist'}.")
+    try:
+        header, is_packed = _read_header(nibabel, path)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}.") from None
+    shape = header.get_data_shape()
+    dtype = _dtype_of(header, path)
+    if len(shape) < 3 or min(shape) < 1 or math.prod(shape[3:]) != 1:
+        raise InputError(
+            f"{path} has the shape {' x '.join(map(str, shape))}; a volume has three axes"
+            + (": save one of its volumes to a file of its own." if len(shape) > 3 else ", and voxels along each.")
+        )
+    offset = header.get_data_offset()
+    num_bytes = offset + math.prod(shape) * dtype.itemsize
+    size = path.stat().st_size
+    if not is_packed and size < num_bytes:
+        raise InputError(
+            f"{path} is incomplete: {size} of the {num_bytes} bytes that its header promises are there; copy it again."
+        )
+    slope, intercept = _scale_of(nibabel, header, path)
+    try:
+        affine = header.get_best_affine()
+    except (nibabel.spatialimages.HeaderDataError, ValueError) as error:
+        raise InputError(f"{path} has a qform that is no rotation ({error}); write a true affine into it.") from None
+    notes = []
+    if not header["sform_code"] and not header["qform_code"]:
+        notes.append(
+            "It has no orientation (sform and qform codes are 0); it is taken as nibabel takes it: the first "
+            "axis runs to the patient's left, the second to the front, the third to the head. Check that its pictures "
+            "are upright."
+        )
+    unit_name, unit = {1: ("metre", 1000.0), 3: ("micrometre", 0.001)}.get(int(header["xyzt_units"]) % 8, ("mm", 1.0))
+    if unit != 1:
+        notes.append(f"It says that its unit of length is the {unit_name}; spacing and volumes are told in mm.")
+
+    def provide() -> BinaryIO:
+        return _unpack(path, num_bytes, scratch) if is_packed else path.open("rb")
+
+    return GridVolume(
+        path,
+        stem(path),
+        FileVoxels(provide, (shape[0], shape[1], shape[2]), dtype, offset),
+        affine,
+        orientation,
+        scale=None if slope is None else (slope, intercept),
+        rescale=rescale,
+        header=header,
+        unit=unit,
+        notes=notes,
+    )
+
+
+def _read_header(nibabel: Any, path: Path) -> tuple[Any, bool]:
+    """The header, and whether the file is packed by gzip, whatever its name says."""
+    with path.open("rb") as plain:
+        is_packed = plain.read(2) == _GZIP
+        plain.seek(0)
+        file: Any = gzip.GzipFile(fileobj=plain) if is_packed else plain
+        try:
+            start = file.read(540)
+            file.seek(0)
+            for kind in (nibabel.Nifti1Header, nibabel.Nifti2Header):
+                if kind.may_contain_header(start):
+                    if kind(start[: kind.sizeof_hdr], check=False)["magic"].item() == kind.pair_magic:
+                        raise InputError(
+                            f"{path} is the header of a .hdr/.img pair; convert the pair to one .nii file."
+                        )
+                    with _silence("nibabel.global"):  # what it mends in a header it tells without the file's name
+                        return kind.from_fileobj(file), is_packed
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise _damaged(path, error) from None
+        except (nibabel.spatialimages.HeaderDataError, ValueError, KeyError, OverflowError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"{path} has a NIfTI header that makes no sense: {error}.") from None
+    found = "is empty" if not start else f"begins with {start[:12]!r}"
+    raise InputError(f"{path} is no NIfTI file: it {found}; was it downloaded whole?")
+
+
+@contextlib.contextmanager
+def _silence(name: str) -> Iterator[None]:
+    logger = logging.getLogger(name)
+    was_disabled, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = was_disabled
+
+
+def _dtype_of(header: Any, path: Path) -> np.dtype[Any]:
+    dtype: np.dtype[Any] = header.get_data_dtype()
+    if dtype.kind not in "iuf":
+        what = "complex numbers" if dtype.kind == "c" else "colours (RGB)" if dtype.names else f"{dtype}"
+        raise InputError(f"{path} holds {what}; a CT volume, or a mask, holds one real number a voxel.")
+    return dtype
+
+
+def _scale_of(nibabel: Any, header: Any, path: Path) -> tuple[float | None, float]:
+    """None for the slope where the file names none; an identity is none."""
+    try:
+        slope, intercept = header.get_slope_inter()
+    except nibabel.spatialimages.HeaderDataError:
+        raise InputError(
+            f"{path} has the scale slope {header['scl_slope']} but the intercept {header['scl_inter']}; "
+            "write a finite scl_inter into its header."
+        ) from None
+    return (None, 0.0) if (slope, intercept) in ((None, None), (1, 0)) else (slope, intercept)
+
+
+def _unpack(path: Path, num_bytes: int, scratch: Path | None) -> BinaryIO:
+    """Unpacks the first `num_bytes` to a file without a name, and checks the rest."""
+    unpacked = scratch_file(path, num_bytes, scratch)
+    missing = num_bytes
+    try:
+        with gzip.open(path) as packed:
+            while piece := packed.read(_PIECE):  # to its end, where the checksum stands
+                if missing:
+                    unpacked.write(piece[:missing])
+                    missing -= min(missing, len(piece))
+        unpacked.flush()
+        if missing:
+            raise InputError(
+                f"{path} is incomplete: unpacked it has {num_bytes - missing} of the {num_bytes} bytes that its header "
+                "promises; copy it again."
+            )
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        unpacked.close()
+        raise _damaged(path, error) from None
+    except OSError as error:
+        unpacked.close()
+        raise InputError(f"{path} cannot be unpacked: {error.strerror or error}.") from None
+    except BaseException:
+        unpacked.close()
+        raise
+    return unpacked
+
+
+def _damaged(path: Path, error: Exception) -> InputError:
+    return InputError(f"{path} is damaged or incomplete: {error}; copy it again.")

@@ -1,0 +1,72 @@
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+from PIL import Image
+
+from matchai.system.errors import InputError
+from matchai.volumes.open import Usual, kind_of, open_volume
+
+VALUES = np.random.default_rng(0).integers(0, 2000, (2, 40, 50)).astype(np.uint16)
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> dict[str, Path]:
+    """The same numbers as an array, a NIfTI file and a folder of pictures."""
+    np.save(tmp_path / "scan.npy", VALUES)
+    nibabel.save(nibabel.Nifti1Image(np.moveaxis(VALUES, 0, 2), np.diag([-1.0, -1.0, 1.0, 1.0])), tmp_path / "scan.nii")
+    (tmp_path / "pictures").mkdir()
+    for number, one in enumerate(VALUES):
+        Image.fromarray(one).save(tmp_path / "pictures" / f"{number}.png")
+    return {"npy": tmp_path / "scan.npy", "nifti": tmp_path / "scan.nii", "picture": tmp_path / "pictures"}
+
+
+@pytest.mark.parametrize("kind", ["npy", "nifti", "picture"])
+def test_the_rescale_of_training_is_taken_for_files_of_its_kind_alone(files: dict[str, Path], kind: str) -> None:
+    usual = Usual("picture", "LP", (1.0, -1024.0))
+    image = open_volume(files[kind], "LP", usual=usual).read(0)
+    assert np.array_equal(image, VALUES[0] - np.float32(1024 if kind == "picture" else 0))
+
+
+def test_a_rescale_that_the_user_gives_wins(files: dict[str, Path]) -> None:
+    usual = Usual("npy", "LP", (1.0, -1024.0))
+    assert np.array_equal(
+        open_volume(files["npy"], "LP", usual=usual, rescale=(2, 0)).read(1), VALUES[1] * np.float32(2)
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "usual", "expected"),
+    [("npy", "PR", "PR"), ("npy", None, "LP"), ("picture", "PR", "PR"), ("picture", None, "PL"), ("nifti", "PR", "RA")],
+)
+def test_slices_that_cannot_tell_lie_as_those_of_training_did(
+    files: dict[str, Path], kind: str, usual: str | None, expected: str
+) -> None:
+    trained_on = Usual(kind if usual else "dicom", usual or "LP", (1.0, 0.0))
+    assert open_volume(files[kind], "RA", usual=trained_on).orientation == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("a.NPY", "npy"), ("a.nii.GZ", "nifti"), ("a.TIF", "picture"), ("a.csv", "unknown")]
+)
+def test_the_kind_of_a_file_is_told_by_its_suffix_in_any_case(name: str, kind: str) -> None:
+    assert kind_of(Path(name)) == kind
+
+
+def test_a_folder_of_volumes_is_refused_with_the_way_to_name_them(tmp_path: Path) -> None:
+    (tmp_path / "a.nii.gz").touch()
+    with pytest.raises(InputError, match=r"is a folder of volumes; name them: .*/\*"):
+        open_volume(tmp_path, "LP")
+
+
+def test_one_slice_of_a_series_is_refused_with_the_folder_to_give(tmp_path: Path) -> None:
+    (tmp_path / "1.dcm").touch()
+    with pytest.raises(InputError, match=f"give the folder that holds the series, {tmp_path}"):
+        open_volume(tmp_path / "1.dcm", "LP")
+
+
+def test_a_folder_of_jpegs_is_told_what_they_have_lost(tmp_path: Path) -> None:
+    Image.fromarray(np.zeros((40, 50), np.uint8)).save(tmp_path / "a.jpg")
+    with pytest.raises(InputError, match=r"a\.jpg is a JPEG .*it loses the numbers of CT values"):
+        open_volume(tmp_path, "LP")
