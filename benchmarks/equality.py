@@ -30,7 +30,7 @@ from matchai.settings.config import TrainConfig
 from matchai.system.console import Display
 from matchai.system.files import write_whole
 from matchai.system.machine import num_cores
-from matchai.training.meters import Outcome
+from matchai.training.meters import StepOutcome
 
 PACKAGES = ("torch", "segmentation-models-pytorch", "timm", "accelerate", "numpy", "matchai")
 EXACT_STEPS = 5  # before rounding has grown, as it does in any training: by 10 to 100 every ten steps here
@@ -38,7 +38,7 @@ EXACT_STEPS = 5  # before rounding has grown, as it does in any training: by 10 
 
 def without_kernels(stack: ExitStack) -> None:
     """The layers and the loss by torch's operations, as smp and timm make them."""
-    stack.enter_context(mock.patch.object(matchai.training.build, "quicken"))
+    stack.enter_context(mock.patch.object(matchai.training.build, "use_cpu_layers"))
     stack.enter_context(
         mock.patch.object(matchai.native.library, "load", return_value=(None, "the benchmark leaves them out"))
     )
@@ -85,10 +85,10 @@ def train(name: str, seed: int, options: argparse.Namespace, folder: Path) -> Re
         output=folder / f"{name}-{seed}",
         cache=folder / "cache",
     )
-    outcomes: list[Outcome] = []
+    outcomes: list[StepOutcome] = []
     counted = matchai.training.loop.train_step
 
-    def note(*parts: Any) -> Outcome:
+    def note(*parts: Any) -> StepOutcome:
         outcomes.append(counted(*parts))
         return outcomes[-1]
 

@@ -27,7 +27,7 @@ from matchai.system.errors import InputError
 from matchai.system.machine import keep_heap, set_threads
 from matchai.training.build import build_model_of, build_training
 from matchai.training.loop import Training, train_epoch
-from matchai.training.meters import Tally
+from matchai.training.meters import EpochMeter
 
 TINY = ("two convolutions", 64)  # model, size: all that is fixed in a step, and little else
 NUM_PAIRS, NUM_TINY_PAIRS = 4, 400  # of epochs, a round
@@ -61,7 +61,7 @@ def main(path: Path, num_pairs: int) -> None:
             scheduler.step()
 
     def ours(epoch: int) -> None:
-        train_epoch(training, epoch, Tally(), lambda _: None)
+        train_epoch(training, epoch, EpochMeter(), lambda _: None)
 
     clock = Clock(job.device)
     loops = {"matchai": ours, "plain": plain}

@@ -4,8 +4,9 @@
 >>> result = run(TrainConfig().updated(data="slices", epochs=10))  # doctest: +SKIP
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from matchai.system.lazy import lazy_exports
 
 if TYPE_CHECKING:
     from matchai.runs.trainer import RunResult, run
@@ -14,18 +15,4 @@ if TYPE_CHECKING:
 
 __all__ = ["InputError", "RunResult", "TrainConfig", "run"]
 
-_HOMES = {
-    "TrainConfig": "settings.config",
-    "InputError": "system.errors",
-    "run": "runs.trainer",
-    "RunResult": "runs.trainer",
-}
-
-
-def __getattr__(name: str) -> Any:
-    """Imports the public names when they are first used, so that `--help` need not wait for torch."""
-    if name not in _HOMES:
-        raise AttributeError(f"module 'matchai' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"matchai.{_HOMES[name]}"), name)
-    globals()[name] = value
-    return value
+__getattr__ = lazy_exports(__name__)

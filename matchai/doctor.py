@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None, prog: str = "python -m matchai.doctor") 
         return _tell(iter((*check_packages(), fault)))
     try:
         config = parse(sys.argv[1:] if argv is None else argv, DESCRIPTION, prog, DoctorConfig)
-        return _tell(_examine(config))
+        return _tell(_check(config))
     except InputError as error:
         for problem in error.problems:
             print(f"error: {problem}", file=sys.stderr)
@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None, prog: str = "python -m matchai.doctor") 
         return 130
 
 
-def _examine(config: DoctorConfig) -> Iterator[Finding]:
+def _check(config: DoctorConfig) -> Iterator[Finding]:
     yield from check_packages()
     fit = check_torch()
     yield fit
@@ -68,9 +68,9 @@ def _examine(config: DoctorConfig) -> Iterator[Finding]:
         return
     yield loading
     yield check_extras()
-    from matchai.preflight.preflight import examine  # noqa: PLC0415 needs torch, which the checks above may find broken
+    from matchai.preflight.preflight import check_training  # noqa: PLC0415 needs torch, which the checks above may find broken
 
-    yield from examine(config, config.run.output or Path("doctor"))
+    yield from check_training(config, config.run.output or Path("doctor"))
 
 
 def _tell(findings: Iterator[Finding]) -> int:

@@ -102,7 +102,7 @@ def _report(plan: "Plan") -> int:
     from matchai.study.confirmation import Confirmation, best_file, draw_report  # noqa: PLC0415
     from matchai.study.plan import Stage  # noqa: PLC0415
     from matchai.study.storage import open_store  # noqa: PLC0415
-    from matchai.study.trials import Ledger  # noqa: PLC0415
+    from matchai.study.trials import TrialTable  # noqa: PLC0415
 
     try:
         store = open_store(plan.settings.storage, may_create=False)
@@ -111,13 +111,13 @@ def _report(plan: "Plan") -> int:
                 f"{store.shown} holds no study {plan.name}, so there is nothing to report; run it first, or give its "
                 "--study-name."
             )
-        about = Ledger.about_study(store, plan.name)
+        about = TrialTable.about_study(store, plan.name)
         settings = dataclasses.replace(plan.settings, objective=about["objective"])
         plan = dataclasses.replace(plan, settings=settings, direction=about["direction"])
         names = [name for name in (f"{plan.name}-screen", plan.name) if store.has_study(name)]
-        ledgers = [Ledger(plan, Stage(name, 1, ""), store) for name in names]
-        best = best_file(plan, Confirmation(ledgers[-1]).verdict())
-        print(f"Report: {draw_report(ledgers, best if best.exists() else None)}")
+        tables = [TrialTable(plan, Stage(name, 1, ""), store) for name in names]
+        best = best_file(plan, Confirmation(tables[-1]).verdict())
+        print(f"Report: {draw_report(tables, best if best.exists() else None)}")
         store.close()
     except StoreError as error:
         print(f"error: {error}", file=sys.stderr)

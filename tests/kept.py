@@ -12,7 +12,7 @@ from matchai.model.unetplusplus import build_model
 from matchai.settings.config import TrainConfig
 from matchai.settings.parsing import dump
 from matchai.training.checkpoint import BEST, State, pack_weights, save_state
-from matchai.training.meters import Tally, epoch_row
+from matchai.training.meters import EpochMeter, epoch_row
 
 NAMES = ["ground glass", "consolidation", "lungs other", "background"]
 
@@ -80,9 +80,9 @@ def keep_run(
     num = len(groups)
     split = {"seed": 0, "folds": 0, "fold": 0, "train": list(range(num)), "val": list(range(num, 2 * num))}
     (folder / "split.json").write_text(json.dumps(split | {"groups": [-1] * num + list(groups)}))
-    tally = Tally(consumed=8, loss_sum=8.0, num_draws=8, seconds=2.0, waited=0.2, lr=1e-3)
+    meter = EpochMeter(consumed=8, loss_sum=8.0, num_draws=8, seconds=2.0, waited=0.2, lr=1e-3)
     metrics = summarise(confusions, lesions, 6)
-    history = [epoch_row(epoch, tally, 0.5, metrics, 3.0) for epoch in range(1, num_done + 1)]
+    history = [epoch_row(epoch, meter, 0.5, metrics, 3.0) for epoch in range(1, num_done + 1)]
     (folder / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in history))
     if num_done:
         if weights is None:

@@ -1,1 +1,31 @@
-"""data."""
+"""From a folder to prepared slices: reading, checking, caching, splitting by group, augmentation."""
+
+from typing import TYPE_CHECKING
+
+from matchai.system.lazy import lazy_exports
+
+# fmt: off
+if TYPE_CHECKING:
+    from matchai.data.arrays import ArraySet, open_sets
+    from matchai.data.augmentation import Augmentation
+    from matchai.data.context import mirrored
+    from matchai.data.dataset import (
+        OF_VOLUMES, Data, built_in_phantom, digest_sets, group_slices, read_data, read_groups,
+    )
+    from matchai.data.pairs import IMAGES
+    from matchai.data.phantom import phantom_slices, write_phantom
+    from matchai.data.prepared import (
+        STEPS, THUMBNAIL, SliceDataset, Slices, for_each_slice, look_at, prepare, refuse_unfit, resize,
+    )
+    from matchai.data.slice_set import SliceSet, Target
+    from matchai.data.split import FoundGroups, assign_folds, find_groups
+
+__all__ = [
+    "IMAGES", "OF_VOLUMES", "STEPS", "THUMBNAIL", "ArraySet", "Augmentation", "Data", "FoundGroups", "SliceDataset",
+    "SliceSet", "Slices", "Target", "assign_folds", "built_in_phantom", "digest_sets", "find_groups",
+    "for_each_slice", "group_slices", "look_at", "mirrored", "open_sets", "phantom_slices", "prepare", "read_data",
+    "read_groups", "refuse_unfit", "resize", "write_phantom",
+]
+# fmt: on
+
+__getattr__ = lazy_exports(__name__)

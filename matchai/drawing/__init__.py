@@ -1,1 +1,22 @@
-"""drawing."""
+"""Charts and self-contained HTML pages, of no subject of their own."""
+
+from typing import TYPE_CHECKING
+
+from matchai.system.lazy import lazy_exports
+
+# fmt: off
+if TYPE_CHECKING:
+    from matchai.drawing.figures import (
+        DPI, GRID, INK, MUTED, PALETTE, PAPER, TRAIN_COLOR, VAL_COLOR, class_colors, draw_confusion_matrix,
+        draw_dice_per_class, draw_learning_curves, draw_panels, fill_panel,
+    )
+    from matchai.drawing.page import Answer, Code, Picture, Piece, Points, Section, Table, Text, render_page
+
+__all__ = [
+    "DPI", "GRID", "INK", "MUTED", "PALETTE", "PAPER", "TRAIN_COLOR", "VAL_COLOR", "Answer", "Code", "Picture",
+    "Piece", "Points", "Section", "Table", "Text", "class_colors", "draw_confusion_matrix", "draw_dice_per_class",
+    "draw_learning_curves", "draw_panels", "fill_panel", "render_page",
+]
+# fmt: on
+
+__getattr__ = lazy_exports(__name__)

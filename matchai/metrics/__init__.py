@@ -1,1 +1,25 @@
-"""metrics."""
+"""What is counted and what follows: Dice and its relatives from confusion counts, intervals, surface distances."""
+
+from typing import TYPE_CHECKING
+
+from matchai.system.lazy import lazy_exports
+
+# fmt: off
+if TYPE_CHECKING:
+    from matchai.metrics.bootstrap import MAX_UNDEFINED, MIN_GROUPS, NUM_RESAMPLES, Bootstrap, Interval
+    from matchai.metrics.confusion import (
+        Counts, affected_share, collapse, confusion_counts, dice_per_class, iou_per_class, mean_along,
+        mean_defined, notebook_dice, precision_per_class, recall_per_class, summarise,
+    )
+    from matchai.metrics.scores import Distances, ScoredVolume, Scores, as_csv, describe, slice_rows, volume_rows
+    from matchai.metrics.surface_distance import can_measure, surface_distances
+
+__all__ = [
+    "MAX_UNDEFINED", "MIN_GROUPS", "NUM_RESAMPLES", "Bootstrap", "Counts", "Distances", "Interval", "ScoredVolume",
+    "Scores", "affected_share", "as_csv", "can_measure", "collapse", "confusion_counts", "describe",
+    "dice_per_class", "iou_per_class", "mean_along", "mean_defined", "notebook_dice", "precision_per_class",
+    "recall_per_class", "slice_rows", "summarise", "surface_distances", "volume_rows",
+]
+# fmt: on
+
+__getattr__ = lazy_exports(__name__)

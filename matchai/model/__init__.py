@@ -1,1 +1,25 @@
-"""model."""
+"""The network and its loss: a UNet++, batch norm and dropout that do not depend on the number of processes."""
+
+from typing import TYPE_CHECKING
+
+from matchai.system.lazy import lazy_exports
+
+# fmt: off
+if TYPE_CHECKING:
+    from matchai.model.cpu_layers import use_cpu_layers
+    from matchai.model.dropout import KeyedDropPath, KeyedDropout, KeyedLayer, key_dropout, keyed_layers, set_dropout
+    from matchai.model.losses import SegmentationLoss, balanced_class_weights, soften
+    from matchai.model.normalisation import (
+        SyncBatchNorm, gather_processes, join_buffers, synchronise, synchronise_processes,
+    )
+    from matchai.model.unetplusplus import PROBE_SIZE, build_model, encoder_names, weights_place
+
+__all__ = [
+    "PROBE_SIZE", "KeyedDropPath", "KeyedDropout", "KeyedLayer", "SegmentationLoss", "SyncBatchNorm",
+    "balanced_class_weights", "build_model", "encoder_names", "gather_processes", "join_buffers", "key_dropout",
+    "keyed_layers", "set_dropout", "soften", "synchronise", "synchronise_processes", "use_cpu_layers",
+    "weights_place",
+]
+# fmt: on
+
+__getattr__ = lazy_exports(__name__)

@@ -28,7 +28,7 @@ SMALLEST_OF_WINOGRAD = 24 * 24
 LARGEST_PRODUCT = {torch.bfloat16: 16 * 16, torch.float32: 6 * 6}
 
 
-def quicken(model: nn.Module) -> None:
+def use_cpu_layers(model: nn.Module) -> None:
     """Applies every function of this module to a model that is to be trained on a CPU."""
     for change in (join_silu, split_depthwise, use_winograd, multiply_pixels, pool_by_rows, join_skips, join_norms):
         change(model)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from matchai.data.context import mirrored
 from matchai.data.prepared import STEPS, resize
-from matchai.model.cpu_layers import quicken
+from matchai.model.cpu_layers import use_cpu_layers
 from matchai.model.unetplusplus import build_model
 from matchai.system.errors import InputError
 from matchai.system.machine import choose_precision, keep_heap, set_threads
@@ -139,7 +139,7 @@ class Predictor:
         self.abouts.append(about)
         model = model.to(self.device).to(memory_format=torch.channels_last)
         if self.device.type == "cpu":
-            quicken(model)
+            use_cpu_layers(model)
         low, high = about["hu_window"]
         mean, std = (about["mean_hu"] - low) / (high - low), about["std_hu"] / (high - low)
         return _Member(model, (low, high), about["image_size"], mean, std, about["context"])

@@ -19,7 +19,7 @@ from matchai.system.console import Display
 from matchai.system.errors import InputError
 from matchai.system.files import make_folder
 from matchai.training.checkpoint import BEST
-from matchai.volumes.open import Usual, kind_of, open_volume
+from matchai.volumes.open import TrainedOn, kind_of, open_volume
 from matchai.volumes.volume import Volume, file_labels
 
 
@@ -126,12 +126,12 @@ def _open_all(
     series: str | None,
 ) -> list[Volume]:
     """Opens and looks at every input; raises InputError with the problems of all."""
-    usuals = {Usual(one["data_kind"], one["orientation"], tuple(one["rescale"])) for one in predictor.abouts}
+    kinds = {TrainedOn(one["data_kind"], one["orientation"], tuple(one["rescale"])) for one in predictor.abouts}
     volumes: list[Volume] = []
     problems: list[str] = []
     for path in inputs:
         try:
-            mine = [usual for usual in usuals if usual.kind == kind_of(path)]
+            mine = [trained_on for trained_on in kinds if trained_on.kind == kind_of(path)]
             if len(mine) > 1 and rescale is None:
                 raise InputError(
                     f"{path} could be HU by any of {_listed(mine)}, as the runs were trained on such files by "
@@ -142,7 +142,7 @@ def _open_all(
                 predictor.orientation,
                 orientation=orientation,
                 rescale=rescale,
-                usual=mine[0] if mine else None,
+                trained_on=mine[0] if mine else None,
                 scratch=scratch,
                 series=series,
             )
@@ -161,8 +161,8 @@ def _is_run(path: Path) -> bool:
     return path.suffix == ".safetensors" or (path / BEST).is_file()
 
 
-def _listed(usuals: Sequence[Usual]) -> str:
-    return ", ".join(f"{slope:g} {intercept:g}" for slope, intercept in sorted(usual.rescale for usual in usuals))
+def _listed(trained_on: Sequence[TrainedOn]) -> str:
+    return ", ".join(f"{slope:g} {intercept:g}" for slope, intercept in sorted(one.rescale for one in trained_on))
 
 
 def _check_asked(

@@ -1,1 +1,19 @@
-"""preflight."""
+"""What `python -m matchai.doctor` looks at before a training: packages, hardware, data."""
+
+from typing import TYPE_CHECKING
+
+from matchai.system.lazy import lazy_exports
+
+# fmt: off
+if TYPE_CHECKING:
+    from matchai.preflight.preflight import check_training
+    from matchai.preflight.software import (
+        Finding, check_extras, check_launcher, check_loading, check_packages, check_torch,
+    )
+
+__all__ = [
+    "Finding", "check_extras", "check_launcher", "check_loading", "check_packages", "check_torch", "check_training",
+]
+# fmt: on
+
+__getattr__ = lazy_exports(__name__)

@@ -44,7 +44,7 @@ HISTOGRAM, PANELS = "histogram.png", "slices.png"
 PREPARING = ".preparing-"  # what a killed examination leaves behind begins so
 
 
-def examine(config: TrainConfig, pictures: Path) -> Iterator[Finding]:
+def check_training(config: TrainConfig, pictures: Path) -> Iterator[Finding]:
     """Examines what a training by these settings needs, from the settings over the machine to the data.
 
     Args:
@@ -85,7 +85,7 @@ def examine(config: TrainConfig, pictures: Path) -> Iterator[Finding]:
         yield Finding("warning", "The data are not examined", "mend the settings first")
     else:
         try:
-            data = yield from _examine_data(config, device, pictures)
+            data = yield from _check_data(config, device, pictures)
             num_slices = len(data.slices)
         except InputError as error:
             yield from _problems(error.problems)
@@ -94,7 +94,7 @@ def examine(config: TrainConfig, pictures: Path) -> Iterator[Finding]:
     yield check_disk(Path("runs"), "--output")
 
 
-def _examine_data(config: TrainConfig, device: torch.device, pictures: Path) -> Generator[Finding, None, Data]:
+def _check_data(config: TrainConfig, device: torch.device, pictures: Path) -> Generator[Finding, None, Data]:
     """Reads the data as training would; returns them, or raises InputError with its problems."""
     settings, names = config.input, config.input.class_names
     assert settings.data is not None

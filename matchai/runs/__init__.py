@@ -1,1 +1,21 @@
-"""runs."""
+"""A training run from first to last: the trainer, its folder, its report and model card."""
+
+from typing import TYPE_CHECKING
+
+from matchai.system.lazy import lazy_exports
+
+# fmt: off
+if TYPE_CHECKING:
+    from matchai.runs.facts import RunFacts, read_facts
+    from matchai.runs.model_card import CARD, write_card
+    from matchai.runs.report_page import PAGE, write_page
+    from matchai.runs.setup import on_main_first, read, versions
+    from matchai.runs.trainer import DivergedError, RunResult, Trainer, run
+
+__all__ = [
+    "CARD", "PAGE", "DivergedError", "RunFacts", "RunResult", "Trainer", "on_main_first", "read", "read_facts",
+    "run", "versions", "write_card", "write_page",
+]
+# fmt: on
+
+__getattr__ = lazy_exports(__name__)

@@ -7,7 +7,7 @@ from matchai.system.machine import num_cores
 MOST = 0.05  # share of the steps' time; more is worth a word
 
 
-class Waiting:
+class InputBoundMonitor:
     """Watches the epochs of a run, and advises once.
 
     Args:

@@ -199,7 +199,7 @@ def describe_weights(config: TrainConfig, data: Data, row: dict[str, Any]) -> di
     }
 
 
-def claim_experiment(output: Path, config: TrainConfig, record: dict[str, Any]) -> list[str]:
+def check_experiment(output: Path, config: TrainConfig, record: dict[str, Any]) -> list[str]:
     """Writes config.yaml and split.json of a new run, or compares an old one's; returns the differences."""
     path = output / "config.yaml"
     if not path.exists():

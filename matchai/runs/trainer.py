@@ -14,9 +14,9 @@ from accelerate import Accelerator
 
 from matchai.data.dataset import Data
 from matchai.metrics.confusion import Counts, summarise
-from matchai.runs.input_bound import Waiting
+from matchai.runs.input_bound import InputBoundMonitor
 from matchai.runs.setup import (
-    claim_experiment,
+    check_experiment,
     describe_weights,
     greet,
     make_accelerator,
@@ -38,7 +38,7 @@ from matchai.system.processes import StopSignal, check_agreement, end_with_launc
 from matchai.training import checkpoint
 from matchai.training.build import build_model_of, build_training, end_workers, step_problems
 from matchai.training.loop import DivergedError, Training, count_step, predict, train_epoch, validate
-from matchai.training.meters import Tally, epoch_row
+from matchai.training.meters import EpochMeter, epoch_row
 from matchai.training.resume import Progress, collect, restore
 
 DRAW_EVERY = 30.0  # seconds between drawings of the figures, a second each
@@ -137,7 +137,7 @@ def run(
             raise InputError(*dict.fromkeys(problems))
         check_agreement(data.digests, "all of them must read the same slices.")
         record = make_record(accelerator, data, precision_reason)
-        problems += on_main(accelerator, lambda: claim_experiment(output, config, record))
+        problems += on_main(accelerator, lambda: check_experiment(output, config, record))
         if problems:
             raise InputError(*problems)
         if accelerator.is_main_process:
@@ -147,10 +147,10 @@ def run(
         training = build_training(config, accelerator, data, model, lambda: listener.received is not None)
         stack.callback(end_workers, training)
         hooks = on_epoch, on_step, draw_every
-        return _Run(config, accelerator, display, output, data, training, listener, *hooks).go()
+        return Trainer(config, accelerator, display, output, data, training, listener, *hooks).go()
 
 
-class _Run:
+class Trainer:
     """A run on its way: what is kept from epoch to epoch."""
 
     def __init__(
@@ -177,7 +177,7 @@ class _Run:
         self.shown_at = 0.0
         self.unsaved: str | None = None  # why the newest state, or what is published of it, is not on the disk
         num_local = machine.num_local_processes(accelerator.num_processes)
-        self.waiting = Waiting(training.loader.num_workers, num_local)
+        self.input_bound = InputBoundMonitor(training.loader.num_workers, num_local)
 
     def go(self) -> RunResult:
         is_resumed = self._resume()
@@ -193,7 +193,7 @@ class _Run:
                 self._draw(final=True)
             return self._result()
         if is_resumed:
-            done = self.progress.tally.consumed
+            done = self.progress.meter.consumed
             self.display.say(
                 f"Going on with {self.output} at epoch {len(self.progress.history) + 1} of {epochs}, draw {done}."
             )
@@ -227,17 +227,17 @@ class _Run:
         return state is not None
 
     def _epoch(self, epoch: int) -> None:
-        tally = self.progress.tally
-        train_epoch(self.training, epoch, tally, lambda is_stopping: self._after_step(epoch, is_stopping))
+        meter = self.progress.meter
+        train_epoch(self.training, epoch, meter, lambda is_stopping: self._after_step(epoch, is_stopping))
         began = time.perf_counter()
         val_loss, confusions = validate(self.training, len(self.data.val), len(self.names), self._after_val_batch)
         lesions = [self.names.index(name) for name in self.config.input.lesion_classes]
         metrics = summarise(confusions, lesions, self.config.sampling.batch_size)
-        row = epoch_row(epoch, tally, val_loss, metrics, tally.seconds + time.perf_counter() - began)
+        row = epoch_row(epoch, meter, val_loss, metrics, meter.seconds + time.perf_counter() - began)
         best = self.progress.best_mean_dice
         is_best = best is None or (row["mean_dice"] is not None and row["mean_dice"] > best)
         self.progress.history.append(row)
-        self.progress.tally = Tally()
+        self.progress.meter = EpochMeter()
         if is_best:
             self.progress.best_epoch, self.progress.best_mean_dice = epoch, row["mean_dice"]
             self.progress.best_confusions = torch.from_numpy(confusions)
@@ -245,7 +245,7 @@ class _Run:
             self.progress.best = checkpoint.pack_weights(weights, describe_weights(self.config, self.data, row))
         self.display.close()
         self.display.say(epoch_line(row, self.config.optimisation.epochs, self.names, is_best))
-        if advice := self.waiting.after_epoch(tally.seconds, tally.waited):
+        if advice := self.input_bound.after_epoch(meter.seconds, meter.waited):
             self.display.warn(advice)
         self._save()
         if self.accelerator.is_main_process:
@@ -257,18 +257,18 @@ class _Run:
             self.on_epoch(row)
 
     def _after_step(self, epoch: int, is_stopping: bool) -> None:
-        tally, training = self.progress.tally, self.training
-        self.waiting.after_step(tally.seconds, tally.waited)
+        meter, training = self.progress.meter, self.training
+        self.input_bound.after_step(meter.seconds, meter.waited)
         if self.on_step:
             self.on_step(training.step, training.scheduler.total_steps)
         if time.monotonic() - self.shown_at > 0.1:
             self.shown_at = time.monotonic()
-            loss = f"loss {tally.loss_sum / tally.num_draws:.3f} · " if tally.num_draws else ""
+            loss = f"loss {meter.loss_sum / meter.num_draws:.3f} · " if meter.num_draws else ""
             self.display.show(
                 f"epoch {epoch}/{self.config.optimisation.epochs}",
                 training.step,
                 training.scheduler.total_steps,
-                f"{loss}{tally.consumed / max(tally.seconds, 1e-9):.1f} images/s",
+                f"{loss}{meter.consumed / max(meter.seconds, 1e-9):.1f} images/s",
             )
         is_due = (
             time.monotonic() - self.saved_at >= self.every_seconds
@@ -287,7 +287,7 @@ class _Run:
             raise _StoppedError
 
     def _save(self) -> None:
-        count_step(self.training, self.progress.tally, self.training.outcome)
+        count_step(self.training, self.progress.meter, self.training.outcome)
         if self.accelerator.is_main_process:
             self.unsaved = None
             try:

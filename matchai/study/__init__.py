@@ -1,1 +1,26 @@
-"""study."""
+"""The Optuna study: trials on any number of workers, their storage, the confirmation of a winner, the report."""
+
+from typing import TYPE_CHECKING
+
+from matchai.system.lazy import lazy_exports
+
+# fmt: off
+if TYPE_CHECKING:
+    from matchai.study.confirmation import Confirmation, best_file, draw_report
+    from matchai.study.launcher import STOPPED, supervise, work
+    from matchai.study.plan import Plan, Stage, make_plan
+    from matchai.study.samplers import OneCyclePruner
+    from matchai.study.significance import Contender, Verdict, judge
+    from matchai.study.space import Space, default_space, load_space
+    from matchai.study.storage import Store, open_store
+    from matchai.study.trials import TrialTable
+    from matchai.study.worker import Worker
+
+__all__ = [
+    "STOPPED", "Confirmation", "Contender", "OneCyclePruner", "Plan", "Space", "Stage", "Store", "TrialTable",
+    "Verdict", "Worker", "best_file", "default_space", "draw_report", "judge", "load_space", "make_plan",
+    "open_store", "supervise", "work",
+]
+# fmt: on
+
+__getattr__ = lazy_exports(__name__)

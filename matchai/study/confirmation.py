@@ -18,7 +18,7 @@ from matchai.study.leases import decided_anew
 from matchai.study.plan import Plan
 from matchai.study.report_page import write_report
 from matchai.study.significance import Verdict, judge
-from matchai.study.trials import DONE, WAIT, Ledger, Task
+from matchai.study.trials import DONE, WAIT, Task, TrialTable
 from matchai.system.errors import StoreError
 from matchai.system.files import write_whole
 from matchai.training.checkpoint import LAST
@@ -28,35 +28,35 @@ class Confirmation:
     """The confirming runs of a study; no rows of it: their results are attributes of the study.
 
     Args:
-        ledger: Of the last stage, whose trials are finished.
+        table: Of the last stage, whose trials are finished.
     """
 
-    def __init__(self, ledger: Ledger) -> None:
-        self.ledger, self.plan, self.store = ledger, ledger.plan, ledger.store
-        recipe = ledger.recipe()
-        best = ledger.ranking()[: self.plan.settings.confirm]
+    def __init__(self, table: TrialTable) -> None:
+        self.table, self.plan, self.store = table, table.plan, table.store
+        recipe = table.recipe()
+        best = table.ranking()[: self.plan.settings.confirm]
         self.contenders: list[FrozenTrial] = [recipe, *best] if recipe and best else []
 
     @decided_anew
     def next_task(self) -> Task | str:
-        """Claims a run that is missing; `WAIT` while others run the rest, `DONE` when none is missing."""
+        """Takes a run that is missing; `WAIT` while others run the rest, `DONE` when none is missing."""
         with self.store.locked(self.plan.name):
             results = self._results()
             missing = [
                 (trial, seed)
-                for seed in self.ledger.seeds
+                for seed in self.table.seeds
                 for trial in self.contenders
                 if (trial.number, seed) not in results
             ]
             for trial, seed in missing:
                 key = f"{self.plan.name}-confirm-{trial.number:04d}-{seed}"
-                if self.ledger.claims.take(key):
+                if self.table.leases.take(key):
                     return Task(
                         key,
-                        self.ledger.stage.name,
+                        self.table.stage.name,
                         trial.number,
-                        self.ledger.settings_of(trial),
-                        self.ledger.stage.epochs,
+                        self.table.settings_of(trial),
+                        self.table.stage.epochs,
                         seed,
                         self.plan.confirm_folder(trial.number, seed),
                         is_confirmation=True,
@@ -67,15 +67,15 @@ class Confirmation:
     def finish(self, task: Task, result: dict[str, Any]) -> None:
         """Keeps what a confirming run came to: its `value`, or None with a `reason`."""
         with self.store.locked(self.plan.name):
-            self.store.set_attr(self.ledger.study, None, _name(task.number, task.seed), result)
-            self.ledger.claims.drop(task.key)
+            self.store.set_attr(self.table.study, None, _name(task.number, task.seed), result)
+            self.table.leases.drop(task.key)
             with contextlib.suppress(OSError):
                 shutil.rmtree(task.output / LAST)
 
     def progress(self) -> tuple[int, int]:
         """Confirming runs done, and their total."""
         done = self._results()
-        total = [(trial.number, seed) for trial in self.contenders for seed in self.ledger.seeds]
+        total = [(trial.number, seed) for trial in self.contenders for seed in self.table.seeds]
         return sum(one in done for one in total), len(total)
 
     def verdict(self) -> Verdict | None:
@@ -84,19 +84,19 @@ class Confirmation:
         worst = -math.inf if self.plan.is_maximised else math.inf
         values = {}
         for trial in self.contenders:
-            found = [results.get((trial.number, seed)) for seed in self.ledger.seeds]
+            found = [results.get((trial.number, seed)) for seed in self.table.seeds]
             if any(one is None for one in found):
                 return None
             values[trial.number] = [worst if one["value"] is None else one["value"] for one in found if one]
         return (
             None
             if not values
-            else judge(values, self.contenders[0].number, self.ledger.seeds, is_maximised=self.plan.is_maximised)
+            else judge(values, self.contenders[0].number, self.table.seeds, is_maximised=self.plan.is_maximised)
         )
 
     def _results(self) -> dict[tuple[int, int], dict[str, Any]]:
-        attributes = self.ledger.study.user_attrs
-        pairs = [(trial.number, seed) for trial in self.contenders for seed in self.ledger.seeds]
+        attributes = self.table.study.user_attrs
+        pairs = [(trial.number, seed) for trial in self.contenders for seed in self.table.seeds]
         return {pair: attributes[_name(*pair)] for pair in pairs if _name(*pair) in attributes}
 
 
@@ -105,11 +105,11 @@ def _name(number: int, seed: int) -> str:
 
 
 @decided_anew
-def conclude(ledgers: Sequence[Ledger], say: Callable[[str], None]) -> dict[str, str | None]:
+def conclude(tables: Sequence[TrialTable], say: Callable[[str], None]) -> dict[str, str | None]:
     """Writes the answer's settings and the report, unless they are there.
 
     Args:
-        ledgers: The study's stages; the last one's trials are confirmed.
+        tables: The study's stages; the last one's trials are confirmed.
         say: Told what takes a while.
 
     Returns:
@@ -118,50 +118,50 @@ def conclude(ledgers: Sequence[Ledger], say: Callable[[str], None]) -> dict[str,
     Raises:
         StoreError: If they cannot be written.
     """
-    ledger = ledgers[-1]
-    plan, store = ledger.plan, ledger.store
+    table = tables[-1]
+    plan, store = table.plan, table.store
     with store.locked(f"{plan.name}-report"):
-        verdict = Confirmation(ledger).verdict()
-        trial, sentence = chosen(ledger, verdict), answer(ledger, verdict)
+        verdict = Confirmation(table).verdict()
+        trial, sentence = chosen(table, verdict), answer(table, verdict)
         has_answer = trial is not None and (verdict is not None or not plan.settings.confirm)
         best = best_file(plan, verdict) if has_answer else None
         command = train_command(best) if best else None
-        table = [(trial.number, trial.state.name, trial.value) for trial in store.trials(ledger.study)]
-        digest = hashlib.sha256(json.dumps([table, sentence]).encode()).hexdigest()
+        trials = [(trial.number, trial.state.name, trial.value) for trial in store.trials(table.study)]
+        digest = hashlib.sha256(json.dumps([trials, sentence]).encode()).hexdigest()
         done = {"digest": digest, "confirm": plan.settings.confirm}
         has_files = (plan.folder / "report.html").exists() and (best is None or best.exists())
-        if not has_files or ledger.study.user_attrs.get("concluded") != done:
+        if not has_files or table.study.user_attrs.get("concluded") != done:
             say("drawing the report")
             try:
                 if best and trial:
-                    _write_best(best, ledger, trial, sentence)
-                draw_report(ledgers, best)
+                    _write_best(best, table, trial, sentence)
+                draw_report(tables, best)
             except OSError as error:
                 raise StoreError(
                     f"The report in {plan.folder} cannot be written ({error.strerror}); the study is whole, and the "
                     "same command draws it."
                 ) from error
-            store.set_attr(ledger.study, None, "concluded", done)
+            store.set_attr(table.study, None, "concluded", done)
     return {"text": sentence, "best": str(best) if best else None, "command": command}
 
 
-def draw_report(ledgers: Sequence[Ledger], best: Path | None) -> Path:
+def draw_report(tables: Sequence[TrialTable], best: Path | None) -> Path:
     """Writes report.html and its pictures; `best` is the file of the answer's settings, if there is one."""
-    ledger = ledgers[-1]
-    plan = ledger.plan
-    notes = ["All figures are of the synthetic phantom, not of patients."] if ledger.about["is_synthetic"] else []
+    table = tables[-1]
+    plan = table.plan
+    notes = ["All figures are of the synthetic phantom, not of patients."] if table.about["is_synthetic"] else []
     if plan.settings.confirm:
         notes.append("Each fresh seed is another split into training and validation slices, too.")
     return write_report(
         plan.folder,
-        ledger.study,
+        table.study,
         objective=plan.settings.objective,
-        evidence=Confirmation(ledger).verdict(),
+        evidence=Confirmation(table).verdict(),
         is_confirming=bool(plan.settings.confirm),
         command=train_command(best) if best else "",
         best=best,
         notes=notes,
-        screen=ledgers[0].study if len(ledgers) > 1 else None,
+        screen=tables[0].study if len(tables) > 1 else None,
     )
 
 
@@ -175,26 +175,26 @@ def train_command(best: Path) -> str:
     return f"accelerate launch --quiet -m matchai.train --config {shlex.quote(str(best))}"
 
 
-def chosen(ledger: Ledger, verdict: Verdict | None) -> FrozenTrial | None:
+def chosen(table: TrialTable, verdict: Verdict | None) -> FrozenTrial | None:
     """The trial whose settings are the answer; without confirmation the best one."""
-    recipe = ledger.recipe()
+    recipe = table.recipe()
     if verdict is not None:
-        found = [trial for trial in Confirmation(ledger).contenders if trial.number == verdict.winner]
+        found = [trial for trial in Confirmation(table).contenders if trial.number == verdict.winner]
         return found[0]
-    best = ledger.ranking()[:1]
+    best = table.ranking()[:1]
     if not best or recipe is None or recipe.value is None or recipe.user_attrs.get("reason"):
         return best[0] if best else recipe
-    sign = 1 if ledger.plan.is_maximised else -1
+    sign = 1 if table.plan.is_maximised else -1
     return best[0] if sign * (best[0].value or 0.0) > sign * recipe.value else recipe
 
 
-def answer(ledger: Ledger, verdict: Verdict | None) -> str:
+def answer(table: TrialTable, verdict: Verdict | None) -> str:
     """What the study found, in one sentence."""
-    plan = ledger.plan
+    plan = table.plan
     name = plan.settings.objective
     if verdict is not None:
         return _say(verdict, name)
-    trial = chosen(ledger, None)
+    trial = chosen(table, None)
     if trial is None:
         return "No trial is finished yet."
     if not plan.settings.confirm:
@@ -202,9 +202,9 @@ def answer(ledger: Ledger, verdict: Verdict | None) -> str:
             f"Trial {trial.number} has the best {name}, {trial.value:.3f} on one seed, not confirmed: such a figure is "
             "declared too high, and the best few differ by less than their seeds do."
         )
-    if not Confirmation(ledger).contenders:
+    if not Confirmation(table).contenders:
         return "Only the recipe is finished, so there is nothing to compare it with; give more --trials."
-    done, total = Confirmation(ledger).progress()
+    done, total = Confirmation(table).progress()
     return (
         f"The best so far is trial {trial.number} with {name} {trial.value:.3f}; {done} of {total} confirming runs are "
         "done."
@@ -236,9 +236,9 @@ def config_of(plan: Plan, settings: dict[str, Any], *, epochs: int, seed: int, o
     return plan.config.updated(**{**settings, **loaders, "epochs": epochs, "seed": seed, "output": output})
 
 
-def _write_best(path: Path, ledger: Ledger, trial: FrozenTrial, sentence: str) -> None:
-    plan = ledger.plan
-    config = plan.config.updated(**ledger.settings_of(trial))
+def _write_best(path: Path, table: TrialTable, trial: FrozenTrial, sentence: str) -> None:
+    plan = table.plan
+    config = plan.config.updated(**table.settings_of(trial))
     data, cache, init = config.input.data, config.input.cache, config.run.init
     weights = Path(config.network.encoder_weights)
     config = config.updated(
@@ -247,6 +247,6 @@ def _write_best(path: Path, ledger: Ledger, trial: FrozenTrial, sentence: str) -
         init=init and init.resolve(),
         encoder_weights=str(weights.resolve() if weights.is_file() else weights),
     )
-    found = {"study": plan.name, "trial": trial.number, "answer": sentence, "store": ledger.store.shown}
+    found = {"study": plan.name, "trial": trial.number, "answer": sentence, "store": table.store.shown}
     head = f"# Study {plan.name}: {sentence}\n# Train it: {train_command(path)}\noutput: runs/{plan.name}-best\n\n"
     write_whole(path, (head + parsing.dump(config, found)).encode())

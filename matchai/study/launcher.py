@@ -26,7 +26,7 @@ PATIENCE = 60.0  # seconds for a worker that was asked to stop to finish its ste
 
 
 @dataclass
-class _Seat:
+class _Slot:
     """A place for a worker."""
 
     number: int
@@ -78,7 +78,7 @@ def supervise(plan: Plan, display: StudyDisplay, stop: StopSignal) -> int:
     if gpus and plan.config.machine.num_workers is None:
         loaders = max(0, min(8, num_cores() // plan.settings.workers - 1))
         plan = dataclasses.replace(plan, num_workers=loaders)
-    seats = [_Seat(number) for number in range(plan.settings.workers)]
+    seats = [_Slot(number) for number in range(plan.settings.workers)]
     statuses: list[int] = []
     asked_at = None
     try:
@@ -97,12 +97,12 @@ def supervise(plan: Plan, display: StudyDisplay, stop: StopSignal) -> int:
                 if not any(seat.process for seat in seats):
                     return 0 if display.answer else max(statuses, default=0)
                 _listen(seats, display)
-                statuses += [status for seat in seats if (status := _bury(seat, display, asked_at is not None))]
+                statuses += [status for seat in seats if (status := _reap(seat, display, asked_at is not None))]
     finally:
         _signal(seats, signal.SIGKILL)
 
 
-def _start(plan: Plan, seat: _Seat, gpus: list[str]) -> None:
+def _start(plan: Plan, seat: _Slot, gpus: list[str]) -> None:
     context = multiprocessing.get_context("spawn")
     inbox, outbox = context.Pipe(duplex=False)
     seat.process = context.Process(target=_work, args=(plan, seat.number, outbox), name=f"matchai worker {seat.number}")
@@ -112,7 +112,7 @@ def _start(plan: Plan, seat: _Seat, gpus: list[str]) -> None:
     seat.inbox = inbox
 
 
-def _listen(seats: list[_Seat], display: StudyDisplay) -> None:
+def _listen(seats: list[_Slot], display: StudyDisplay) -> None:
     """Hears what workers tell for a moment; a word that a killed one left half said is dropped with its pipe."""
     inboxes = {seat.inbox: seat for seat in seats if seat.inbox}
     for inbox in wait(list(inboxes), timeout=0.2):
@@ -133,7 +133,7 @@ def _listen(seats: list[_Seat], display: StudyDisplay) -> None:
         display.hear(event)
 
 
-def _bury(seat: _Seat, display: StudyDisplay, is_stopping: bool) -> int:
+def _reap(seat: _Slot, display: StudyDisplay, is_stopping: bool) -> int:
     """Takes leave of a worker that has ended; returns the status that the study deserves for it."""
     if seat.process is None or seat.process.is_alive() or seat.inbox is not None:
         return 0
@@ -154,7 +154,7 @@ def _bury(seat: _Seat, display: StudyDisplay, is_stopping: bool) -> int:
     return 0
 
 
-def _signal(seats: list[_Seat], number: int) -> None:
+def _signal(seats: list[_Slot], number: int) -> None:
     for seat in seats:
         if seat.process is not None and seat.process.is_alive():
             with contextlib.suppress(ProcessLookupError):

@@ -19,7 +19,7 @@ import optuna
 
 from matchai.study.storage import Store
 from matchai.system.errors import LockLostError, StoreError
-from matchai.system.files import Holds
+from matchai.system.files import HostLocks
 
 LEASE = 300.0  # seconds without a step or a validation batch; slices are prepared before any claim
 AVOID = 20.0  # seconds until something that could not be worked on is looked at again
@@ -44,11 +44,11 @@ def decided_anew(decide: Callable[Parameters, T]) -> Callable[Parameters, T]:
     return repeat
 
 
-class LostClaimError(RuntimeError):
+class LostLeaseError(RuntimeError):
     """Another worker took over, as this one had seemed to stand still."""
 
 
-class Claims:
+class Leases:
     """The claims of one worker in one study.
 
     `take`, `begin` and `is_mine` are to be called under the study's lock.
@@ -62,7 +62,7 @@ class Claims:
 
     def __init__(self, store: Store, study: optuna.Study, folder: Path, file: str) -> None:
         self.store, self.study = store, study
-        self.holds = Holds(folder, file)
+        self.locks = HostLocks(folder, file)
         at = folder.stat()
         self.place = f"{socket.gethostname()}:{at.st_dev}:{at.st_ino}"
         self.token = uuid.uuid4().hex
@@ -86,13 +86,13 @@ class Claims:
 
     def begin(self, key: str) -> bool:
         """Takes `key`, which nobody on another host holds."""
-        if not self.holds.take(key):
+        if not self.locks.take(key):
             return False
         try:
             with self.store.locked(key):
                 self._write(key, 0)
         except StoreError:
-            self.holds.drop(key)  # else this very process could not take it again
+            self.locks.drop(key)  # else this very process could not take it again
             raise
         return True
 
@@ -119,7 +119,7 @@ class Claims:
 
     def drop(self, key: str) -> None:
         """Lets go of `key`."""
-        self.holds.drop(key)
+        self.locks.drop(key)
 
     def _owner(self, key: str) -> dict[str, Any] | None:
         owner: dict[str, Any] | None = self.study.user_attrs.get(f"owner {key}")

@@ -31,7 +31,7 @@ from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
 from matchai.study import storage_url
 from matchai.system.errors import InputError, LockLostError, StoppedError, StoreError
-from matchai.system.files import Holds
+from matchai.system.files import HostLocks
 
 PATIENCE = 900.0  # seconds that a call waits for a busy store, or for a server that went away
 SAY_AFTER = 5.0  # seconds of waiting that are not worth a word
@@ -98,17 +98,17 @@ class Store:
             file = Path(str(self._url.database))
             storage_url.check_place(file, self.say)
             real = file.resolve()
-            self._holds = Holds(real.parent, f"{real.name}.lock")
+            self._host_locks = HostLocks(real.parent, f"{real.name}.lock")
             try:
-                if not self._holds.path.exists():
+                if not self._host_locks.path.exists():
                     self._patiently(lambda: storage_url.check_file(file, is_sole=True))
             except InputError:
-                if not self._holds.path.exists():  # else the tables are being made: looked at again under the lock
+                if not self._host_locks.path.exists():  # else the tables are being made: looked at again under the lock
                     raise
             try:
                 real.parent.mkdir(parents=True, exist_ok=True)
-                self._holds.take("a try")
-                self._holds.drop("a try")
+                self._host_locks.take("a try")
+                self._host_locks.drop("a try")
             except OSError as error:
                 raise InputError(
                     f"{file} cannot be written ({error.strerror}); name another file with --storage."
@@ -172,14 +172,14 @@ class Store:
             yield
         finally:
             if self._held.pop(key, self) is None:
-                self._holds.drop(name)
+                self._host_locks.drop(name)
             for connection in waiting:  # its end is the lock's end
                 with contextlib.suppress(SQLAlchemyError):
                     connection.close()
 
     def _take(self, name: str, waiting: list[sql.Connection]) -> bool:
         if not self.is_server:
-            return self._holds.take(name)
+            return self._host_locks.take(name)
         if not waiting:
             waiting.append(self._locks.connect())
         digest = hashlib.sha256(f"{self._url.database}/{name}".encode())

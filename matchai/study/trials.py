@@ -1,6 +1,6 @@
 """The table of a study: trials are claimed, adopted, told and tidied up so that a kill at any instant loses nothing.
 
-Only the main process of a worker has a ledger. All that must not happen twice happens under the study's lock; what is
+Only the main process of a worker has a table. All that must not happen twice happens under the study's lock; what is
 written to disk first is the run's state, then the row, so that whatever a killed worker left undone is done again, with
 the same outcome, by the next one that adopts its trial.
 """
@@ -21,7 +21,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from matchai.runs.setup import versions
-from matchai.study.leases import Claims, LostClaimError, decided_anew
+from matchai.study.leases import Leases, LostLeaseError, decided_anew
 from matchai.study.plan import Plan, Stage, differences
 from matchai.study.samplers import make_pruner, propose
 from matchai.study.storage import Store
@@ -63,7 +63,7 @@ WAIT = "wait"  # for what others are running
 DONE = "done"
 
 
-class Ledger:
+class TrialTable:
     """A stage of a study, as one worker sees it.
 
     Args:
@@ -87,12 +87,12 @@ class Ledger:
         self.about = self.about_study(store, stage.name)
         self.seeds: list[int] = self.about["fresh_seeds"]
         if store.path:
-            self.claims = Claims(store, self.study, store.path.parent, f"{store.path.name}.trials")
+            self.leases = Leases(store, self.study, store.path.parent, f"{store.path.name}.trials")
         else:
             user = os.getuid() if hasattr(os, "getuid") else 0
             folder = Path(tempfile.gettempdir()) / f"matchai-{user}-{self.about['id']}"
             folder.mkdir(parents=True, exist_ok=True)
-            self.claims = Claims(store, self.study, folder, "trials")
+            self.leases = Leases(store, self.study, folder, "trials")
         name = plan.settings.pruner if plan.settings.prune and len(plan.stages) == 1 else "none"
         self.pruner = make_pruner(name, stage.epochs)
         if description is not None:
@@ -112,7 +112,7 @@ class Ledger:
 
     @decided_anew
     def next_task(self, ranking: list[FrozenTrial] | None = None) -> Task | str:
-        """Claims a trial: one whose worker is gone, else a new one; else `WAIT`, or `DONE`.
+        """Takes a trial: one whose worker is gone, else a new one; else `WAIT`, or `DONE`.
 
         Args:
             ranking: The best trials of the screening, if these are to be trained.
@@ -121,7 +121,7 @@ class Ledger:
             trials = self.store.trials(self.study)
             running = [trial for trial in trials if trial.state == TrialState.RUNNING]
             for trial in running:
-                if self.claims.take(self._key(trial.number)):
+                if self.leases.take(self._key(trial.number)):
                     return self._task(trial)
             finished = sum(trial.state in FINISHED for trial in trials)
             if finished + len(running) >= self.plan.total(self.stage):
@@ -157,7 +157,7 @@ class Ledger:
                     "versions": {**versions(), "optuna": optuna.__version__},
                 },
             )
-            if not self.claims.begin(self._key(added)):
+            if not self.leases.begin(self._key(added)):
                 return WAIT
             return self._task(self.store.trials(self.study)[added])
 
@@ -165,10 +165,10 @@ class Ledger:
         """Tells the row of an epoch, whose state is saved; returns whether the trial is hopeless.
 
         Raises:
-            LostClaimError: If another worker has taken it over.
+            LostLeaseError: If another worker has taken it over.
         """
-        if not self.claims.is_mine(task.key):
-            raise LostClaimError(f"trial {task.number} was taken over by another worker.")
+        if not self.leases.is_mine(task.key):
+            raise LostLeaseError(f"trial {task.number} was taken over by another worker.")
         value = row[self.plan.settings.objective]
         if value is not None:
             self.store.report(self.study, task.number, value, row["epoch"])
@@ -180,16 +180,16 @@ class Ledger:
         """Tells how a trial ended, and lets go of it.
 
         Raises:
-            LostClaimError: If another worker has taken it over.
+            LostLeaseError: If another worker has taken it over.
         """
         with self.store.locked(self.stage.name):
-            if not self.claims.is_mine(task.key):
-                raise LostClaimError(f"trial {task.number} was taken over by another worker.")
+            if not self.leases.is_mine(task.key):
+                raise LostLeaseError(f"trial {task.number} was taken over by another worker.")
             stale = {"reason": None} if self.store.trials(self.study)[task.number].user_attrs.get("reason") else {}
             for name, attribute in (stale | attributes).items():
                 self.store.set_attr(self.study, task.number, name, attribute)
             self.store.finish(self.study, task.number, state, value)
-            self.claims.drop(task.key)
+            self.leases.drop(task.key)
             self.tidy()
 
     @decided_anew
@@ -200,7 +200,7 @@ class Ledger:
             Whether it has failed.
         """
         with self.store.locked(self.stage.name):
-            if not self.claims.is_mine(task.key):
+            if not self.leases.is_mine(task.key):
                 return False
             trial = self.store.trials(self.study)[task.number]
             errors = [*trial.user_attrs.get("errors", []), [epochs, message]][-MAX_ERRORS:]
@@ -208,7 +208,7 @@ class Ledger:
             has_failed = len(errors) == MAX_ERRORS and len({epoch for epoch, _ in errors}) == 1
             if has_failed:
                 self.store.finish(self.study, task.number, TrialState.FAIL, None)
-            self.claims.drop(task.key)
+            self.leases.drop(task.key)
             return has_failed
 
     def counts(self) -> dict[str, Any]:
@@ -299,7 +299,7 @@ def check_study(plan: Plan, stage: Stage, store: Store, description: dict[str, A
     """
     if not store.has_study(stage.name):
         return
-    found = Ledger.about_study(store, stage.name)
+    found = TrialTable.about_study(store, stage.name)
     direction = store.open_study(stage.name, plan.direction, {}).direction.name.lower()
     wrong = differences({**found, "direction": direction}, description)
     if wrong:

@@ -15,10 +15,10 @@ from optuna.trial import TrialState
 from matchai.runs.setup import on_main_first, read
 from matchai.runs.trainer import run
 from matchai.study.confirmation import Confirmation, conclude, config_of
-from matchai.study.leases import LostClaimError
+from matchai.study.leases import LostLeaseError
 from matchai.study.plan import Plan, describe, fresh_seeds, refused_values
 from matchai.study.storage import open_store
-from matchai.study.trials import DONE, Ledger, Task, check_study
+from matchai.study.trials import DONE, Task, TrialTable, check_study
 from matchai.system.console import Display
 from matchai.system.errors import InputError, StoppedError, StoreError
 from matchai.system.machine import choose_precision, is_out_of_memory
@@ -77,7 +77,7 @@ class Worker:
 
     def __init__(self, plan: Plan, tell: Tell, stop: StopSignal) -> None:
         self.plan, self.stop, self.tell = plan, stop, tell
-        self.ledgers: list[Ledger] = []
+        self.tables: list[TrialTable] = []
         self.errors_in_row = self.failed_in_row = self.memory_errors_in_row = 0
         self.epochs, self.seconds, self.told_at = 0, 0.0, 0.0
         self.seen: dict[str, int] = {}
@@ -99,7 +99,7 @@ class Worker:
                 while not any_process(self.stop.received is not None):
                     task = decide(self._next)
                     if task == DONE:
-                        self.tell({"kind": "answer", **decide(lambda: conclude(self.ledgers, self._mention))})
+                        self.tell({"kind": "answer", **decide(lambda: conclude(self.tables, self._mention))})
                         return True
                     if isinstance(task, Task):
                         self._perform(task)
@@ -129,7 +129,7 @@ class Worker:
             raise InputError(*problems)
         check_agreement(data.digests, "all of them must read the same slices.")
 
-        def open_ledgers() -> None:
+        def open_tables() -> None:
             store = open_store(plan.settings.storage, self._mention)
             stack.callback(store.close)
             store.should_stop = lambda: self.stop.received is not None
@@ -139,39 +139,39 @@ class Worker:
             told = {stage.name: describe(plan, stage, data, seeds) for stage in plan.stages}
             for stage in plan.stages:  # all, before any is made
                 check_study(plan, stage, store, told[stage.name])
-            self.ledgers = [Ledger(plan, stage, store, told[stage.name]) for stage in plan.stages]
+            self.tables = [TrialTable(plan, stage, store, told[stage.name]) for stage in plan.stages]
 
-        decide(open_ledgers)
+        decide(open_tables)
         self.tell({"kind": "ready"})
 
     def _next(self) -> Task | str:
         """What to do now: a trial of the first stage that is not done, a confirming run, `WAIT`, or `DONE`."""
-        for place, ledger in enumerate(self.ledgers):
-            ranking = self.ledgers[place - 1].ranking() if ledger.stage.promotes else None
-            task = ledger.next_task(ranking)
+        for place, table in enumerate(self.tables):
+            ranking = self.tables[place - 1].ranking() if table.stage.promotes else None
+            task = table.next_task(ranking)
             if task != DONE:
-                self._tell_counts(ledger)
+                self._tell_counts(table)
                 return task
-        self._tell_counts(self.ledgers[-1])
-        return Confirmation(self.ledgers[-1]).next_task()
+        self._tell_counts(self.tables[-1])
+        return Confirmation(self.tables[-1]).next_task()
 
     def _perform(self, task: Task) -> None:
         """Runs a trial or a confirming run to its end, whatever that is; leaves it resumable if a signal comes."""
         if not decide(lambda: is_free(task.output)):
             # of a process that has lost its claim but not its life: stopped, or on a host that does not answer
-            if self.ledgers:
-                self._ledger(task).claims.avoid(task.key)
+            if self.tables:
+                self._table(task).leases.avoid(task.key)
             return
         self._say(task, "begin", title=_title(task), epochs=task.epochs)
         self.epochs, self.seconds = 0, 0.0
         words = "stopped by an error"
         try:
             words = self._end(task, self._run(task))
-        except LostClaimError as error:
+        except LostLeaseError as error:
             words = f"left to another worker: {error}"
         finally:
-            if self.ledgers:
-                self._ledger(task).claims.drop(task.key)
+            if self.tables:
+                self._table(task).leases.drop(task.key)
             self._say(task, "end", title=_title(task), outcome=words)
             gc.collect()  # a run's loader, model and optimiser refer to each other
             if torch.cuda.is_available():
@@ -194,7 +194,7 @@ class Worker:
             return _End(TrialState.PRUNED)
         except DivergedError as error:
             return self._failed(f"diverged: {error}")
-        except (LostClaimError, StoreError):
+        except (LostLeaseError, StoreError):
             raise
         except Exception as error:
             # whatever a run may raise: what is wrong with the settings counts, what is wrong with the machine does not
@@ -219,11 +219,11 @@ class Worker:
         def tell() -> None:
             if task.is_confirmation:
                 value = None if "reason" in attributes else how.value
-                Confirmation(self.ledgers[-1]).finish(task, {**attributes, "value": value})
+                Confirmation(self.tables[-1]).finish(task, {**attributes, "value": value})
             else:
                 assert how.state is not None
-                self._ledger(task).finish(task, how.state, how.value, attributes)
-            self._tell_counts(self._ledger(task))
+                self._table(task).finish(task, how.state, how.value, attributes)
+            self._tell_counts(self._table(task))
 
         decide(tell)
         self.errors_in_row = self.failed_in_row = 0
@@ -253,12 +253,12 @@ class Worker:
                     "smaller --batch-size, --image-size or --encoder to another --study-name; the same command goes on."
                 )
             how = self._failed(f"out of memory: {reason}")
-            if is_group and self.ledgers:
+            if is_group and self.tables:
                 self._end(task, how)
         else:
             self.errors_in_row += 1
-            is_trial = self.ledgers and not task.is_confirmation
-            if is_trial and self._ledger(task).note_error(task, reason, self.epochs):
+            is_trial = self.tables and not task.is_confirmation
+            if is_trial and self._table(task).note_error(task, reason, self.epochs):
                 self.failed_in_row += 1
                 how = _End(None, words=f"failed after three errors, to be replaced: {reason}")
         if is_group:
@@ -276,18 +276,18 @@ class Worker:
         self.epochs, self.seconds = row["epoch"], self.seconds + row["seconds"]
         if row["epoch"] > self.seen.get(task.key, 0):  # a run that goes on tells its old epochs again
             self.seen[task.key], self.errors_in_row = row["epoch"], 0
-        if not task.is_confirmation and decide(lambda: self._ledger(task).report(task, row)):
+        if not task.is_confirmation and decide(lambda: self._table(task).report(task, row)):
             raise _HopelessError
 
     def _after_step(self, task: Task, step: int, total: int) -> None:
-        if time.monotonic() - self.told_at > TELL_EVERY and self.ledgers:
+        if time.monotonic() - self.told_at > TELL_EVERY and self.tables:
             self.told_at = time.monotonic()
             self._say(task, "step", step=step, total=total)
             with contextlib.suppress(StoreError):  # the next report says so, on all processes
-                self._ledger(task).claims.renew(task.key, step)
+                self._table(task).leases.renew(task.key, step)
 
-    def _ledger(self, task: Task) -> Ledger:
-        return next(ledger for ledger in self.ledgers if ledger.stage.name == task.stage)
+    def _table(self, task: Task) -> TrialTable:
+        return next(table for table in self.tables if table.stage.name == task.stage)
 
     def _mention(self, text: str) -> None:
         self.tell({"kind": "say", "text": text})
@@ -295,14 +295,14 @@ class Worker:
     def _say(self, task: Task, kind: str, **about: Any) -> None:
         self.tell({"kind": kind, "key": task.key, **about})
 
-    def _tell_counts(self, ledger: Ledger) -> None:
-        done, total = Confirmation(self.ledgers[-1]).progress()
-        self.tell({"kind": "counts", **ledger.counts(), "confirmed": done, "to_confirm": total})
+    def _tell_counts(self, table: TrialTable) -> None:
+        done, total = Confirmation(self.tables[-1]).progress()
+        self.tell({"kind": "counts", **table.counts(), "confirmed": done, "to_confirm": total})
 
     @contextlib.contextmanager
     def _log(self, task: Task) -> Iterator[Display]:
         """Where a run says what it would say on the terminal: a file beside its folder."""
-        if not self.ledgers:
+        if not self.tables:
             yield Display(False)
             return
         task.output.parent.mkdir(parents=True, exist_ok=True)

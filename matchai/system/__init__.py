@@ -1,1 +1,39 @@
-"""system."""
+"""The machine below: errors, files that are whole or absent, the terminal, processes, memory and threads."""
+
+from typing import TYPE_CHECKING
+
+from matchai.system.lazy import lazy_exports
+
+# fmt: off
+if TYPE_CHECKING:
+    from matchai.system import machine
+    from matchai.system.console import Display, StudyDisplay, best_line, epoch_line, show_evaluation
+    from matchai.system.errors import InputError, LockLostError, StoppedError, StoreError
+    from matchai.system.files import HostLocks, alone, lock_bytes, make_folder, sync_file, sync_folder, write_whole
+    from matchai.system.lazy import lazy_exports
+    from matchai.system.machine import (
+        choose_precision, cpu_has_bf16, default_workers, is_out_of_memory, keep_heap, num_cores,
+        num_local_processes, preparing_threads, set_threads,
+    )
+    from matchai.system.optional_packages import need
+    from matchai.system.processes import (
+        StopSignal, any_process, check_agreement, check_launch, decide, end_with_launcher, end_with_parent,
+        is_lost_process, is_set_by_launcher, join_group, launcher, leave_group, lost_process_message,
+        num_processes, num_restarts, share_error,
+    )
+    from matchai.system.random_keys import seed_sequence
+    from matchai.system.thread_waits import choose_waiting, refuse_launch
+
+__all__ = [
+    "Display", "HostLocks", "InputError", "LockLostError", "StopSignal", "StoppedError", "StoreError",
+    "StudyDisplay", "alone", "any_process", "best_line", "check_agreement", "check_launch", "choose_precision",
+    "choose_waiting", "cpu_has_bf16", "decide", "default_workers", "end_with_launcher", "end_with_parent",
+    "epoch_line", "is_lost_process", "is_out_of_memory", "is_set_by_launcher", "join_group", "keep_heap",
+    "launcher", "lazy_exports", "leave_group", "lock_bytes", "lost_process_message", "machine", "make_folder",
+    "need", "num_cores", "num_local_processes", "num_processes", "num_restarts", "preparing_threads",
+    "refuse_launch", "seed_sequence", "set_threads", "share_error", "show_evaluation", "sync_file", "sync_folder",
+    "write_whole",
+]
+# fmt: on
+
+__getattr__ = lazy_exports(__name__)

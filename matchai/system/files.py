@@ -77,7 +77,7 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-class Holds:
+class HostLocks:
     """Things of this host that one process at a time may hold, by name; the system lets go when the process ends.
 
     One file serves all names, a byte of it each. A hold is a record lock, which children of a fork do not inherit,
@@ -137,11 +137,11 @@ def alone(folder: Path, on_wait: Callable[[], None] | None = None) -> Iterator[N
         folder: Made if it is not there.
         on_wait: Called once after `PATIENCE` seconds of waiting for another process.
     """
-    holds = Holds(folder, "folder.lock")
+    locks = HostLocks(folder, "folder.lock")
     with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
         began = time.monotonic()
-        while not holds.take("work"):
+        while not locks.take("work"):
             if on_wait is not None and time.monotonic() - began >= PATIENCE:
                 on_wait()
                 on_wait = None
@@ -150,7 +150,7 @@ def alone(folder: Path, on_wait: Callable[[], None] | None = None) -> Iterator[N
         yield
     finally:
         with contextlib.suppress(OSError):
-            holds.drop("work")
+            locks.drop("work")
 
 
 def _place_of(name: str) -> int:

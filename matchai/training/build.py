@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from matchai.data.augmentation import Augmentation
 from matchai.data.dataset import Data
 from matchai.data.prepared import SliceDataset
-from matchai.model.cpu_layers import quicken
+from matchai.model.cpu_layers import use_cpu_layers
 from matchai.model.dropout import keyed_layers, set_dropout
 from matchai.model.losses import SegmentationLoss, balanced_class_weights
 from matchai.model.normalisation import join_buffers, synchronise_processes
@@ -28,7 +28,7 @@ from matchai.model.unetplusplus import PROBE_SIZE, build_model
 from matchai.sampling.sampler import DistributedWeightedSampler, collate, slice_weights
 from matchai.settings.config import TrainConfig
 from matchai.system.machine import default_workers, num_local_processes
-from matchai.training.deterministic import Lockstep
+from matchai.training.deterministic import DeterministicGradient
 from matchai.training.loop import Training
 
 AIR = -1000.0  # HU
@@ -73,7 +73,7 @@ def step_problems(config: TrainConfig, num_train: int, num_processes: int, devic
         return [f"batch_size is {batch_size}, but {num_processes} processes share it: {num_processes} is the least."]
     if accumulate > batch_size:
         return [f"accumulate is {accumulate}, but a batch has {batch_size} slices: {batch_size} is the most."]
-    if accumulate > 1 and _in_lockstep(config, device):
+    if accumulate > 1 and _is_deterministic(config, device):
         return [f"accumulate is {accumulate}, but --deterministic computes slice by slice on a CPU: leave it at 1."]
 
     def smallest(batch: int) -> int:
@@ -94,7 +94,7 @@ def step_problems(config: TrainConfig, num_train: int, num_processes: int, devic
     return []
 
 
-def _in_lockstep(config: TrainConfig, device: torch.device) -> bool:
+def _is_deterministic(config: TrainConfig, device: torch.device) -> bool:
     return config.run.deterministic and device.type == "cpu"
 
 
@@ -106,7 +106,7 @@ def build_training(
     batch_size, optimisation = config.sampling.batch_size, config.optimisation
     model = model.to(device).to(memory_format=torch.channels_last)
     if device.type == "cpu":
-        quicken(model)
+        use_cpu_layers(model)
     ema = None
     if optimisation.ema_decay:
         average = get_ema_multi_avg_fn(optimisation.ema_decay)  # type: ignore[no-untyped-call]
@@ -151,8 +151,8 @@ def build_training(
             generator=torch.Generator(),  # else every pass would draw from the global one
         )
 
-    in_lockstep = _in_lockstep(config, device)
-    if accelerator.num_processes > 1 and not in_lockstep:
+    is_deterministic = _is_deterministic(config, device)
+    if accelerator.num_processes > 1 and not is_deterministic:
         if config.network.sync_batch_norm:
             model = synchronise_processes(model)
         with warnings.catch_warnings():  # Accelerate has no other name yet for what DDP now calls forward_sync_buffers
@@ -160,12 +160,12 @@ def build_training(
             model = accelerator.prepare(model)
         _settle_buckets(model, seed, num_channels(config))
     buffers = join_buffers(model)  # after Accelerate, which puts other tensors in their place
-    lockstep = None
-    if in_lockstep:
+    deterministic = None
+    if is_deterministic:
         torch.set_num_threads(1)
-        lockstep = Lockstep(model, batch_size, accelerator.num_processes, accelerator.process_index)
-    # kernels round differently for batches of other sizes, so in lockstep every slice is predicted alone
-    val_batch_size = 1 if lockstep else batch_size
+        deterministic = DeterministicGradient(model, batch_size, accelerator.num_processes, accelerator.process_index)
+    # kernels round differently for batches of other sizes, so here every slice is predicted alone
+    val_batch_size = 1 if deterministic else batch_size
     mine = range(accelerator.process_index, len(data.val), accelerator.num_processes)
     val_batches = [list(mine[k : k + val_batch_size]) for k in range(0, len(mine), val_batch_size)]
     pixels = torch.from_numpy(np.asarray(data.slices.pixels)[data.train].sum(axis=0))
@@ -188,7 +188,7 @@ def build_training(
         # fifth of the time, and a forward pass takes a third of a step
         val_loader=load(val_set, val_batches, (workers + 1) // 2),
         num_val_batches=math.ceil(math.ceil(len(data.val) / accelerator.num_processes) / val_batch_size),
-        lockstep=lockstep,
+        deterministic=deterministic,
         ema=ema,
         seed=seed,
         clip_grad_norm=optimisation.clip_grad_norm,

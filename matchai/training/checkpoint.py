@@ -217,7 +217,7 @@ def _names(last: Path) -> list[str]:
 
 @contextlib.contextmanager
 def lock_folder(folder: Path, say: Callable[[str], None] = print) -> Iterator[None]:
-    """Holds a run's folder for this process; the system lets go of it when the process ends, however it ends.
+    """HostLocks a run's folder for this process; the system lets go of it when the process ends, however it ends.
 
     A holder whose launcher was killed is saving and about to end, so it is waited for.
 

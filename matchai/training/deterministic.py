@@ -22,7 +22,7 @@ from matchai.model.normalisation import gather_processes, synchronise
 from matchai.sampling.sampler import share
 
 
-class Lockstep:
+class DeterministicGradient:
     """Computes the gradient of a global batch, bit for bit the same on any number of processes of like CPUs.
 
     It needs `torch.set_num_threads(1)`; parallel are the slices.
@@ -37,13 +37,13 @@ class Lockstep:
     def __init__(self, model: nn.Module, batch_size: int, num_processes: int, process_index: int) -> None:
         self.num_processes, self.process_index = num_processes, process_index
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.meeting = _Meeting(num_processes)
+        self.exchange = _Exchange(num_processes)
         largest = max(1, share(batch_size, num_processes, 0)[1])
         self.copies = []
         for number in range(largest):
             shared: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
             one = copy.deepcopy(model, shared)
-            synchronise(one, self.meeting.gather_of(number), is_updating=number == 0)
+            synchronise(one, self.exchange.gather_of(number), is_updating=number == 0)
             self.copies.append(one)
         self.keyed = [keyed_layers(one) for one in self.copies]
         # told to each thread, as some kernels ask OpenMP before torch has passed its own number on
@@ -79,7 +79,7 @@ class Lockstep:
         bounds = [share(num_draws, self.num_processes, process) for process in range(self.num_processes)]
         # a process without a share takes part with a batch of no slices, as its batch norms must meet the others
         num_parts = max(1, len(images))
-        self.meeting.open([stop - start for start, stop in bounds], num_parts)
+        self.exchange.open([stop - start for start, stop in bounds], num_parts)
 
         def compute(number: int) -> tuple[Tensor, Tensor]:
             try:
@@ -89,12 +89,12 @@ class Lockstep:
                 with autocast():
                     logits = model(images[part])
                 sums = loss.sums(logits, target[part])
-                total = self.meeting.gather_of(number)(sums.detach().double()).sum(0)
+                total = self.exchange.gather_of(number)(sums.detach().double()).sum(0)
                 value, slopes = loss.value_and_slopes(total.to(sums.dtype))
                 grads = torch.autograd.grad((slopes * sums).sum(), self.parameters)
                 return value, torch.cat([grad.flatten() for grad in grads])
             except BaseException as error:
-                self.meeting.fail(error)
+                self.exchange.fail(error)
                 raise
 
         results = list(self.pool.map(compute, range(num_parts)))
@@ -121,7 +121,7 @@ class Lockstep:
         return total
 
 
-class _Meeting:
+class _Exchange:
     """Where the slices of a batch exchange vectors: each waits until all have come, and gets all in their order."""
 
     def __init__(self, num_processes: int) -> None:

@@ -23,8 +23,8 @@ from matchai.metrics.confusion import Counts, confusion_counts
 from matchai.model.dropout import KeyedLayer, set_dropout
 from matchai.model.losses import SegmentationLoss
 from matchai.sampling.sampler import DistributedWeightedSampler, micro_shares
-from matchai.training.deterministic import Lockstep
-from matchai.training.meters import Outcome, Tally
+from matchai.training.deterministic import DeterministicGradient
+from matchai.training.meters import EpochMeter, StepOutcome
 
 MAX_SKIPPED = 10  # steps in a row without a finite gradient before the run ends
 _STREAM = 0xD20  # keeps these random numbers apart from all others
@@ -52,7 +52,7 @@ class Training:
         loader: Loads them, a process's share of a step at a time.
         val_loader: This process's validation slices.
         num_val_batches: Batches of the process that has most of them.
-        lockstep: Computes gradients slice by slice where their bits must not depend on the processes, else None.
+        deterministic: Computes gradients slice by slice where their bits must not depend on the processes, else None.
         ema: Moving average of the weights, or None.
         seed: Seed of the run.
         clip_grad_norm: Largest gradient norm; 0 for none.
@@ -74,14 +74,14 @@ class Training:
     loader: DataLoader[Any]
     val_loader: DataLoader[Any]
     num_val_batches: int
-    lockstep: Lockstep | None
+    deterministic: DeterministicGradient | None
     ema: AveragedModel | None
     seed: int
     clip_grad_norm: float
     is_asked_to_stop: Callable[[], bool]
     step: int = 0
     skipped_in_row: int = 0
-    outcome: Outcome | None = None
+    outcome: StepOutcome | None = None
     parameters: list[nn.Parameter] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -99,46 +99,46 @@ class Training:
         return self.ema.module if self.ema else self.raw_model
 
 
-def train_epoch(training: Training, epoch: int, tally: Tally, after_step: Callable[[bool], None]) -> None:
-    """Runs the steps of an epoch that `tally` does not count yet.
+def train_epoch(training: Training, epoch: int, meter: EpochMeter, after_step: Callable[[bool], None]) -> None:
+    """Runs the steps of an epoch that `meter` does not count yet.
 
     Args:
         training: The parts.
         epoch: From 1.
-        tally: Updated after every step; the loss of the last one comes with the next, or with `count_step`.
+        meter: Updated after every step; the loss of the last one comes with the next, or with `count_step`.
         after_step: Called after every step, with whether all processes have agreed to stop; may raise to leave.
 
     Raises:
         DivergedError: After `MAX_SKIPPED` skipped steps in a row.
     """
     sampler = training.sampler
-    if tally.consumed >= sampler.num_samples:
+    if meter.consumed >= sampler.num_samples:
         return
-    sampler.load_state_dict({"seed": training.seed, "epoch": epoch, "consumed": tally.consumed})
+    sampler.load_state_dict({"seed": training.seed, "epoch": epoch, "consumed": meter.consumed})
     training.model.train()
     last = time.perf_counter()
     for images, target, positions in training.loader:
         waited = time.perf_counter() - last
-        num_draws = min(sampler.batch_size, sampler.num_samples - tally.consumed)
-        tally.lr = float(training.scheduler.get_last_lr()[0])
+        num_draws = min(sampler.batch_size, sampler.num_samples - meter.consumed)
+        meter.lr = float(training.scheduler.get_last_lr()[0])
         outcome = train_step(training, epoch, num_draws, images, target, positions.tolist())
         training.scheduler.step()
         training.step += 1
-        tally.consumed += num_draws
-        is_stopping = count_step(training, tally, training.outcome)  # of the step before
+        meter.consumed += num_draws
+        is_stopping = count_step(training, meter, training.outcome)  # of the step before
         training.outcome = outcome
         now = time.perf_counter()
-        tally.seconds += now - last
-        tally.waited += waited
+        meter.seconds += now - last
+        meter.waited += waited
         last = now
         # several processes must leave after the same step, so what they agreed on counts a step later on all of them
         alone = training.accelerator.num_processes == 1
         after_step(training.is_asked_to_stop() if alone else is_stopping)
-    count_step(training, tally, training.outcome)
+    count_step(training, meter, training.outcome)
     training.outcome = None
 
 
-def count_step(training: Training, tally: Tally, outcome: Outcome | None) -> bool:
+def count_step(training: Training, meter: EpochMeter, outcome: StepOutcome | None) -> bool:
     """Adds what a step came to, once, and waits for it where it is under way; returns whether all agreed to stop.
 
     Raises:
@@ -151,10 +151,10 @@ def count_step(training: Training, tally: Tally, outcome: Outcome | None) -> boo
         outcome.is_counted = True
         training.skipped_in_row = 0 if is_done else training.skipped_in_row + 1
         if is_done:
-            tally.loss_sum += loss * outcome.num_draws
-            tally.num_draws += outcome.num_draws
+            meter.loss_sum += loss * outcome.num_draws
+            meter.num_draws += outcome.num_draws
         else:
-            tally.skipped += 1
+            meter.skipped += 1
     if training.skipped_in_row >= MAX_SKIPPED:
         raise DivergedError(
             f"The loss or its gradient was not finite in {MAX_SKIPPED} steps in a row, up to step {training.step}; no "
@@ -165,7 +165,7 @@ def count_step(training: Training, tally: Tally, outcome: Outcome | None) -> boo
 
 def train_step(
     training: Training, epoch: int, num_draws: int, images: Tensor, target: Tensor, positions: list[int]
-) -> Outcome:
+) -> StepOutcome:
     """One optimiser step on this process's share of a global batch; a non-finite one is skipped on all processes.
 
     Args:
@@ -180,8 +180,8 @@ def train_step(
     kept_buffers = [buffer.clone() for buffer in training.buffers]
     _seed_torch(training.seed, epoch, positions, accelerator.device)
     images, target = _to_device(images, accelerator.device), target.to(accelerator.device, non_blocking=True)
-    if training.lockstep:
-        value = training.lockstep.gradient(
+    if training.deterministic:
+        value = training.deterministic.gradient(
             training.loss,
             images,
             target,
@@ -204,7 +204,7 @@ def train_step(
     if training.ema:
         training.ema.update_parameters(training.raw_model)
     optimizer.zero_grad(set_to_none=True)
-    return Outcome(torch.stack((value.double(), is_finite.double(), num_asked.double())), num_draws)
+    return StepOutcome(torch.stack((value.double(), is_finite.double(), num_asked.double())), num_draws)
 
 
 def _update(training: Training, is_finite: Tensor, kept_buffers: list[Tensor]) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 @dataclass
-class Tally:
+class EpochMeter:
     """What an epoch has added up so far; stored with the state, so that an interrupted epoch's figures are whole.
 
     Attributes:
@@ -31,7 +31,7 @@ class Tally:
     lr: float = 0.0
 
 
-class Outcome:
+class StepOutcome:
     """What a step came to, on its way from the device.
 
     Args:
@@ -58,17 +58,19 @@ class Outcome:
         return loss, bool(is_done), num_asked > 0
 
 
-def epoch_row(epoch: int, tally: Tally, val_loss: float, metrics: dict[str, Any], seconds: float) -> dict[str, Any]:
+def epoch_row(
+    epoch: int, meter: EpochMeter, val_loss: float, metrics: dict[str, Any], seconds: float
+) -> dict[str, Any]:
     """One row of the history, in plain JSON values; NaN becomes None."""
     row = {
         "epoch": epoch,
-        "train_loss": tally.loss_sum / tally.num_draws if tally.num_draws else math.nan,
+        "train_loss": meter.loss_sum / meter.num_draws if meter.num_draws else math.nan,
         "val_loss": val_loss,
         **metrics,
-        "lr": tally.lr,
-        "skipped_steps": tally.skipped,
-        "images_per_second": tally.consumed / tally.seconds if tally.seconds else math.nan,
-        "data_wait_share": tally.waited / tally.seconds if tally.seconds else math.nan,
+        "lr": meter.lr,
+        "skipped_steps": meter.skipped,
+        "images_per_second": meter.consumed / meter.seconds if meter.seconds else math.nan,
+        "data_wait_share": meter.waited / meter.seconds if meter.seconds else math.nan,
         "seconds": seconds,
     }
     return {name: _plain(value) for name, value in row.items()}

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from matchai.training.checkpoint import State
 from matchai.training.loop import Training
-from matchai.training.meters import Tally
+from matchai.training.meters import EpochMeter
 
 
 @dataclass
@@ -17,7 +17,7 @@ class Progress:
 
     Attributes:
         history: One row for every finished epoch.
-        tally: The figures of the epoch under way.
+        meter: The figures of the epoch under way.
         best_epoch: The epoch of the best mean Dice.
         best_mean_dice: The best mean Dice.
         best: Its weights, a safetensors file.
@@ -25,7 +25,7 @@ class Progress:
     """
 
     history: list[dict[str, Any]] = field(default_factory=list)
-    tally: Tally = field(default_factory=Tally)
+    meter: EpochMeter = field(default_factory=EpochMeter)
     best_epoch: int | None = None
     best_mean_dice: float | None = None
     best: bytes | None = None
@@ -49,7 +49,7 @@ def collect(training: Training, progress: Progress) -> State:
         "step": training.step,
         "skipped_in_row": training.skipped_in_row,
         "history": progress.history,
-        "tally": asdict(progress.tally),
+        "tally": asdict(progress.meter),
         "best_epoch": progress.best_epoch,
         "best_mean_dice": progress.best_mean_dice,
         "lr": float(group["lr"]),
@@ -89,7 +89,7 @@ def restore(training: Training, state: State) -> Progress:
     training.step, training.skipped_in_row = record["step"], record["skipped_in_row"]
     return Progress(
         history=record["history"],
-        tally=Tally(**record["tally"]),
+        meter=EpochMeter(**record["tally"]),
         best_epoch=record["best_epoch"],
         best_mean_dice=record["best_mean_dice"],
         best=state.best,

@@ -20,7 +20,7 @@ NO_CT = {
 
 
 @dataclass(frozen=True)
-class Usual:
+class TrainedOn:
     """The files that a network was trained on.
 
     Attributes:
@@ -52,7 +52,7 @@ def open_volume(
     *,
     orientation: str | None = None,
     rescale: tuple[float, float] | None = None,
-    usual: Usual | None = None,
+    trained_on: TrainedOn | None = None,
     scratch: Path | None = None,
     series: str | None = None,
 ) -> Volume:
@@ -61,11 +61,11 @@ def open_volume(
     Args:
         path: The file or folder.
         wanted: The orientation to turn volumes to that know theirs (`matchai.settings.config`).
-        orientation: How slices lie that cannot tell; None for that of `usual` in files of its kind, else `LP` in arrays
-            and upright in pictures.
-        rescale: Slope and intercept that make HU of the file's numbers; None for those of `usual` in files of its kind,
-            else none.
-        usual: The files that the networks were trained on.
+        orientation: How slices lie that cannot tell; None for that of `trained_on` in files of its kind, else `LP` in
+            arrays and upright in pictures.
+        rescale: Slope and intercept that make HU of the file's numbers; None for those of `trained_on` in files of its
+            kind, else none.
+        trained_on: The files that the networks were trained on.
         scratch: Folder for temporary files; None for the system's.
         series: Number of the DICOM series to take from a folder of several.
 
@@ -77,8 +77,8 @@ def open_volume(
             f"{path} does not exist; give a .npy array, a .nii or .nii.gz file, or a folder of DICOM or picture files."
         )
     kind = kind_of(path)
-    if usual is not None and kind == usual.kind:
-        orientation, rescale = orientation or usual.orientation, rescale or usual.rescale
+    if trained_on is not None and kind == trained_on.kind:
+        orientation, rescale = orientation or trained_on.orientation, rescale or trained_on.rescale
     rescale = rescale or (1.0, 0.0)
     # each kind needs libraries of its own, which the others do without
     if kind == "npy":

@@ -26,7 +26,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def examine(data: Path, *more: str) -> int:
+def check_training(data: Path, *more: str) -> int:
     return main([*FLAGS, "--data", str(data), "--output", "doctor", *more])
 
 
@@ -37,7 +37,7 @@ def lines_of(text: str, status: str) -> str:
 def test_sound_data_are_told_and_drawn_and_nothing_else_is_written(
     phantom: Path, elsewhere: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert examine(phantom) == 0
+    assert check_training(phantom) == 0
     said = capsys.readouterr().out
     for part in ("32 slices of 64 x 64 pixels", "float32", "4 groups, from groups.npy", "Precision: ", "Sampler: "):
         assert part in said
@@ -50,7 +50,7 @@ def test_data_that_training_refuses_are_problems_in_its_words(data: Path, capsys
     images = np.load(data / "images_medseg.npy")
     images[3, 5, 5] = np.nan
     np.save(data / "images_medseg.npy", images)
-    assert examine(data) == 1
+    assert check_training(data) == 1
     assert "slice 3 has 1, the first at row 5, column 5" in lines_of(capsys.readouterr().out, "problem")
 
 
@@ -58,7 +58,7 @@ def test_a_slice_on_both_sides_of_the_split_is_a_warning(data: Path, capsys: pyt
     images = np.load(data / "images_medseg.npy")
     images[:] = images[0]
     np.save(data / "images_medseg.npy", images)
-    assert examine(data) == 0
+    assert check_training(data) == 0
     assert "are identical to training slices" in lines_of(capsys.readouterr().out, "warning")
 
 
@@ -66,12 +66,12 @@ def test_neighbours_in_several_groups_are_a_warning(data: Path, capsys: pytest.C
     images = np.load(data / "images_medseg.npy")
     noise = np.random.default_rng(1).normal(0, 5, images.shape)
     np.save(data / "images_medseg.npy", (images[0] + noise).astype(np.float32))
-    assert examine(data) == 0
+    assert check_training(data) == 0
     assert "Look-alikes: 16 slices" in lines_of(capsys.readouterr().out, "warning")
 
 
 def test_wrong_settings_are_problems_and_the_data_wait(phantom: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert examine(phantom, "--max-lr", "-1") == 1
+    assert check_training(phantom, "--max-lr", "-1") == 1
     said = capsys.readouterr().out
     assert "max_lr is -1.0, but must be above 0" in lines_of(said, "problem")
     assert "The data are not examined" in lines_of(said, "warning")
@@ -81,7 +81,7 @@ def test_a_folder_that_holds_other_things_gets_no_pictures(phantom: Path, tmp_pa
     run = tmp_path / "run"
     run.mkdir()
     (run / "config.yaml").touch()
-    assert examine(phantom, "--output", str(run)) == 1
+    assert check_training(phantom, "--output", str(run)) == 1
     assert [path.name for path in run.iterdir()] == ["config.yaml"]
 
 
@@ -120,9 +120,9 @@ def test_problems_give_status_1_and_warnings_0(
     def examined(*_: object) -> Iterator[Finding]:
         yield Finding("warning", "slow", "mend it")
 
-    monkeypatch.setattr(doctor, "_examine", examined)
+    monkeypatch.setattr(doctor, "_check", examined)
     assert main([]) == 0
-    monkeypatch.setattr(doctor, "_examine", lambda _: iter([Finding("problem", "broken", "mend it")]))
+    monkeypatch.setattr(doctor, "_check", lambda _: iter([Finding("problem", "broken", "mend it")]))
     assert main([]) == 1
 
 

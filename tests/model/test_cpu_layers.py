@@ -447,7 +447,7 @@ def exact_plain_and_changed() -> tuple[nn.Module, nn.Module, nn.Module]:
     """One model in float64, as it was built, and quickened."""
     plain = build_model(ENCODER, 4, seed=3).to(memory_format=torch.channels_last)
     changed = copy.deepcopy(plain)
-    cpu_layers.quicken(changed)
+    cpu_layers.use_cpu_layers(changed)
     return copy.deepcopy(plain).double(), plain, changed
 
 
@@ -487,7 +487,7 @@ def test_under_autocast_a_quickened_model_is_as_near_to_the_exact_gradient_as_th
 def test_a_quickened_model_keeps_the_names_and_the_values_of_its_state() -> None:
     plain = build_model(ENCODER, 4)
     state = copy.deepcopy(plain.state_dict())
-    cpu_layers.quicken(plain)
+    cpu_layers.use_cpu_layers(plain)
     assert list(plain.state_dict()) == list(state)
     assert all(torch.equal(value, state[name]) for name, value in plain.state_dict().items())
 
@@ -495,7 +495,7 @@ def test_a_quickened_model_keeps_the_names_and_the_values_of_its_state() -> None
 @pytest.mark.usefixtures("way")
 def test_a_copy_of_a_quickened_model_has_layers_of_its_own() -> None:
     model = build_model(ENCODER, 4)
-    cpu_layers.quicken(model)
+    cpu_layers.use_cpu_layers(model)
     other = copy.deepcopy(model)
     with torch.no_grad():
         for parameter in other.parameters():
@@ -510,7 +510,7 @@ def test_a_copy_of_a_quickened_model_has_layers_of_its_own() -> None:
 def test_a_quickened_model_s_gradients_lie_as_its_weights_do(is_mixed: bool) -> None:
     """DistributedDataParallel warns where they do not, and copies them."""
     model = build_model(ENCODER, 4).to(memory_format=torch.channels_last)
-    cpu_layers.quicken(model)
+    cpu_layers.use_cpu_layers(model)
     set_dropout(keyed_layers(model), 0, 0, [0, 1])
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with torch.autocast("cpu", torch.bfloat16, enabled=is_mixed):
@@ -605,7 +605,7 @@ def test_a_layer_that_a_sequence_repeats_stays_between_norm_and_activation() -> 
 @pytest.mark.parametrize("trace", ["jit", "export"])
 def test_what_was_traced_of_a_quickened_model_is_the_model(trace: str) -> None:
     model = build_model(ENCODER, 4).to(memory_format=torch.channels_last).eval()
-    cpu_layers.quicken(model)
+    cpu_layers.use_cpu_layers(model)
     x, other = channels_last(1, 1, 64, 64), channels_last(1, 1, 64, 64, seed=1)
     with torch.no_grad():
         if trace == "jit":

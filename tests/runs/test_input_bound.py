@@ -3,7 +3,7 @@
 import pytest
 
 from matchai.runs import input_bound
-from matchai.runs.input_bound import Waiting, loading_advice
+from matchai.runs.input_bound import InputBoundMonitor, loading_advice
 
 
 @pytest.fixture(autouse=True)
@@ -41,21 +41,21 @@ def test_without_a_free_core_no_more_workers_are_advised(num_workers: int, proce
 
 
 def test_a_run_is_advised_once() -> None:
-    run = Waiting(0, 1)
+    run = InputBoundMonitor(0, 1)
     run.after_step(1.0, 0.5)
     assert run.after_epoch(2.0, 1.0)
     assert run.after_epoch(2.0, 1.0) is None
 
 
 def test_the_first_step_of_all_may_wait() -> None:
-    run = Waiting(0, 1)
+    run = InputBoundMonitor(0, 1)
     run.after_step(1.0, 0.9)
     run.after_step(2.0, 0.9)
     assert run.after_epoch(10.0, 0.9) is None
 
 
 def test_the_first_steps_of_later_epochs_count() -> None:
-    run = Waiting(0, 1)
+    run = InputBoundMonitor(0, 1)
     run.after_step(1.0, 0.0)
     run.after_epoch(10.0, 0.0)
     run.after_step(1.0, 0.9)

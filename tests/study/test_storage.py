@@ -30,7 +30,7 @@ from matchai.study import storage_url
 from matchai.study.storage import Store, open_store
 from matchai.study.storage_url import filesystem_of, parse_storage, secrets_of, shown_url
 from matchai.system.errors import InputError, LockLostError, StoreError
-from matchai.system.files import Holds
+from matchai.system.files import HostLocks
 from tests.conftest import PASSWORD, connect_admin
 
 SPACE: dict[str, optuna.distributions.BaseDistribution] = {"x": FloatDistribution(0, 1)}
@@ -743,8 +743,8 @@ def test_no_password_survives_in_what_is_shown_and_none_is_lost(password: str) -
 HOLDER = """
 import sys, time
 from pathlib import Path
-from matchai.system.files import Holds
-assert Holds(Path(sys.argv[1])).take("3")
+from matchai.system.files import HostLocks
+assert HostLocks(Path(sys.argv[1])).take("3")
 print("held", flush=True)
 time.sleep(60)
 """
@@ -752,7 +752,7 @@ time.sleep(60)
 
 @pytest.mark.timeout(60)
 def test_a_hold_is_seen_by_others_and_ends_with_a_killed_process(tmp_path: Path) -> None:
-    holds = Holds(tmp_path)
+    holds = HostLocks(tmp_path)
     with subprocess.Popen([sys.executable, "-c", HOLDER, tmp_path], stdout=subprocess.PIPE) as holder:
         assert holder.stdout is not None
         holder.stdout.readline()
@@ -763,15 +763,15 @@ def test_a_hold_is_seen_by_others_and_ends_with_a_killed_process(tmp_path: Path)
 
 
 def test_a_hold_is_taken_once_in_a_process_until_it_is_dropped(tmp_path: Path) -> None:
-    assert Holds(tmp_path).take("3")
-    assert not Holds(tmp_path).take("3")
-    Holds(tmp_path).drop("3")
-    assert Holds(tmp_path).take("3")
+    assert HostLocks(tmp_path).take("3")
+    assert not HostLocks(tmp_path).take("3")
+    HostLocks(tmp_path).drop("3")
+    assert HostLocks(tmp_path).take("3")
 
 
 @pytest.mark.timeout(60)
 def test_dropping_one_hold_keeps_the_others(tmp_path: Path) -> None:
-    holds = Holds(tmp_path)
+    holds = HostLocks(tmp_path)
     assert holds.take("3")
     assert holds.take("4")
     holds.drop("4")
@@ -785,8 +785,8 @@ def test_a_forked_child_neither_holds_nor_ends_what_its_parent_holds(tmp_path: P
     script = """
 import os, sys
 from pathlib import Path
-from matchai.system.files import Holds
-holds = Holds(Path(sys.argv[1]))
+from matchai.system.files import HostLocks
+holds = HostLocks(Path(sys.argv[1]))
 assert holds.take("3")
 for _ in range(2):
     child = os.fork()
@@ -798,7 +798,7 @@ for _ in range(2):
 
 
 def test_a_hold_on_a_file_that_was_deleted_counts_no_more(tmp_path: Path) -> None:
-    holds = Holds(tmp_path)
+    holds = HostLocks(tmp_path)
     assert holds.take("3")
     holds.path.unlink()
     assert holds.take("3")

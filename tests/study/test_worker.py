@@ -246,7 +246,7 @@ def test_a_kill_after_the_last_report_of_a_trial_changes_no_verdict(
 
 
 def hold(file: Path, seconds: float) -> Any:
-    """Holds the write lock of a store for a while, from another process."""
+    """HostLocks the write lock of a store for a while, from another process."""
     code = (
         f"import sqlite3, time; c = sqlite3.connect({str(file)!r}, isolation_level=None, timeout=60); "
         f"c.execute('BEGIN EXCLUSIVE'); print('held', flush=True); time.sleep({seconds}); c.execute('ROLLBACK')"

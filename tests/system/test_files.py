@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 
 from matchai.system import files
-from matchai.system.files import Holds, alone
+from matchai.system.files import HostLocks, alone
 
 
 def test_whoever_waits_for_a_folder_is_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "PATIENCE", 0.0)
-    other = Holds(tmp_path, "folder.lock")
+    other = HostLocks(tmp_path, "folder.lock")
     assert other.take("work")
     told: list[None] = []
 

@@ -28,16 +28,21 @@ CASES: dict[int, dict[str, dict[str, Any]]] = {
         "soft boundary": {"model": SMALLEST, "soft_boundary": 2, "batch_size": 7, "accumulate": 2},
         "NaN": {"model": "normed", "poison": True},
         "validation": {"batch_size": 5},
-        "lockstep": {"model": "normed", "deterministic": True},
-        "lockstep with context": {"model": "normed", "deterministic": True, "context": 1, "soft_boundary": 2},
-        "lockstep recipe": {"model": RECIPE, "deterministic": True, "batch_size": 5},
+        "deterministic": {"model": "normed", "deterministic": True},
+        "deterministic with context": {"model": "normed", "deterministic": True, "context": 1, "soft_boundary": 2},
+        "deterministic recipe": {"model": RECIPE, "deterministic": True, "batch_size": 5},
     },
     3: {
         "2+2+2": {"model": SMALLEST},
         "4+1+1": {"model": "normed", "split": [4, 1, 1]},
         "validation": {"batch_size": 3},
-        "lockstep": {"model": "normed", "deterministic": True, "batch_size": 4},
-        "lockstep with an empty share": {"model": "normed", "deterministic": True, "batch_size": 2, "split": [1, 1, 0]},
+        "deterministic": {"model": "normed", "deterministic": True, "batch_size": 4},
+        "deterministic with an empty share": {
+            "model": "normed",
+            "deterministic": True,
+            "batch_size": 2,
+            "split": [1, 1, 0],
+        },
     },
 }
 EXACT = [(2, name) for name in ("3+3", "4+2", "5+1", "6+0", "recipe", "dropout", "micro-batches", "tiny micro-batches")]
@@ -120,11 +125,11 @@ def test_a_nan_on_one_process_skips_the_step_on_all(together: dict[int, list[dic
 @pytest.mark.parametrize(
     ("world", "name"),
     [
-        (2, "lockstep"),
-        (2, "lockstep with context"),
-        (2, "lockstep recipe"),
-        (3, "lockstep"),
-        (3, "lockstep with an empty share"),
+        (2, "deterministic"),
+        (2, "deterministic with context"),
+        (2, "deterministic recipe"),
+        (3, "deterministic"),
+        (3, "deterministic with an empty share"),
     ],
 )
 def test_in_deterministic_mode_every_bit_is_that_of_one_process(

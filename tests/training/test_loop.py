@@ -8,7 +8,7 @@ import torch
 
 from matchai.data.dataset import Data
 from matchai.training.loop import MAX_SKIPPED, DivergedError, count_step, train_epoch, train_step, validate
-from matchai.training.meters import Tally
+from matchai.training.meters import EpochMeter
 from tests.steps import NormedNet, TinyNet, first_batch, model_of, read_small, step, training_of
 
 
@@ -29,13 +29,13 @@ def test_micro_batches_give_the_loss_and_gradient_of_the_whole_batch(accumulate:
 def test_neither_steps_nor_learning_rates_depend_on_the_micro_batches(data: Data) -> None:
     paths = []
     for accumulate in (1, 4):
-        training, tally = training_of(TinyNet(), data, accumulate=accumulate), Tally()
+        training, meter = training_of(TinyNet(), data, accumulate=accumulate), EpochMeter()
         rates: list[float] = []
 
-        def note(is_stopping: bool, tally: Tally = tally, rates: list[float] = rates) -> None:
-            rates.append(tally.lr)
+        def note(is_stopping: bool, meter: EpochMeter = meter, rates: list[float] = rates) -> None:
+            rates.append(meter.lr)
 
-        train_epoch(training, 1, tally, note)
+        train_epoch(training, 1, meter, note)
         paths.append(rates)
     assert paths[0] == paths[1]
     assert len(paths[0]) == 4
@@ -63,21 +63,21 @@ def test_the_validation_is_judged_by_the_labels_as_they_are(data: Data) -> None:
 
 
 def test_an_epoch_ends_with_the_losses_of_all_its_steps(data: Data) -> None:
-    training, tally = training_of(TinyNet(), data), Tally()
+    training, meter = training_of(TinyNet(), data), EpochMeter()
     seen: list[int] = []
-    train_epoch(training, 1, tally, lambda is_stopping: seen.append(tally.num_draws))
+    train_epoch(training, 1, meter, lambda is_stopping: seen.append(meter.num_draws))
     assert seen[0] == 0  # the loss of a step is read when the next is under way
-    assert tally.num_draws == tally.consumed == training.sampler.num_samples
+    assert meter.num_draws == meter.consumed == training.sampler.num_samples
 
 
 def test_a_step_is_counted_once(data: Data) -> None:
-    training, tally = training_of(TinyNet(), data), Tally()
+    training, meter = training_of(TinyNet(), data), EpochMeter()
     images, target, positions = first_batch(training)
     outcome = train_step(training, 1, 6, images, target, positions)
     for _ in range(2):
-        count_step(training, tally, outcome)
-    assert tally.num_draws == 6
-    assert tally.loss_sum == pytest.approx(6 * outcome.read()[0])
+        count_step(training, meter, outcome)
+    assert meter.num_draws == 6
+    assert meter.loss_sum == pytest.approx(6 * outcome.read()[0])
 
 
 def test_a_fused_optimiser_told_of_a_non_finite_step_changes_nothing(data: Data) -> None:
@@ -100,10 +100,10 @@ def test_skipped_steps_are_counted_and_end_the_run_after_ten_in_a_row(
 ) -> None:
     training = training_of(TinyNet(), data, batch_size=1)
     monkeypatch.setattr(training.loss, "sums", lambda logits, target: logits.sum() * torch.full((16,), torch.nan))
-    tally = Tally()
+    meter = EpochMeter()
     with pytest.raises(DivergedError, match="max-lr"):
-        train_epoch(training, 1, tally, lambda is_stopping: None)
-    assert tally.skipped == MAX_SKIPPED
+        train_epoch(training, 1, meter, lambda is_stopping: None)
+    assert meter.skipped == MAX_SKIPPED
 
 
 def test_the_gradient_norm_is_clipped_where_asked(data: Data) -> None:

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from matchai.system.errors import InputError
-from matchai.volumes.open import Usual, kind_of, open_volume
+from matchai.volumes.open import TrainedOn, kind_of, open_volume
 
 VALUES = np.random.default_rng(0).integers(0, 2000, (2, 40, 50)).astype(np.uint16)
 
@@ -24,27 +24,27 @@ def files(tmp_path: Path) -> dict[str, Path]:
 
 @pytest.mark.parametrize("kind", ["npy", "nifti", "picture"])
 def test_the_rescale_of_training_is_taken_for_files_of_its_kind_alone(files: dict[str, Path], kind: str) -> None:
-    usual = Usual("picture", "LP", (1.0, -1024.0))
-    image = open_volume(files[kind], "LP", usual=usual).read(0)
+    trained_on = TrainedOn("picture", "LP", (1.0, -1024.0))
+    image = open_volume(files[kind], "LP", trained_on=trained_on).read(0)
     assert np.array_equal(image, VALUES[0] - np.float32(1024 if kind == "picture" else 0))
 
 
 def test_a_rescale_that_the_user_gives_wins(files: dict[str, Path]) -> None:
-    usual = Usual("npy", "LP", (1.0, -1024.0))
+    trained_on = TrainedOn("npy", "LP", (1.0, -1024.0))
     assert np.array_equal(
-        open_volume(files["npy"], "LP", usual=usual, rescale=(2, 0)).read(1), VALUES[1] * np.float32(2)
+        open_volume(files["npy"], "LP", trained_on=trained_on, rescale=(2, 0)).read(1), VALUES[1] * np.float32(2)
     )
 
 
 @pytest.mark.parametrize(
-    ("kind", "usual", "expected"),
+    ("kind", "lies", "expected"),
     [("npy", "PR", "PR"), ("npy", None, "LP"), ("picture", "PR", "PR"), ("picture", None, "PL"), ("nifti", "PR", "RA")],
 )
 def test_slices_that_cannot_tell_lie_as_those_of_training_did(
-    files: dict[str, Path], kind: str, usual: str | None, expected: str
+    files: dict[str, Path], kind: str, lies: str | None, expected: str
 ) -> None:
-    trained_on = Usual(kind if usual else "dicom", usual or "LP", (1.0, 0.0))
-    assert open_volume(files[kind], "RA", usual=trained_on).orientation == expected
+    trained_on = TrainedOn(kind if lies else "dicom", lies or "LP", (1.0, 0.0))
+    assert open_volume(files[kind], "RA", trained_on=trained_on).orientation == expected
 
 
 @pytest.mark.parametrize(
