@@ -265,23 +265,8 @@ def work(rank: int, cases: Sequence[Case], folder: Path, environment: dict[str, 
 
 
 def read(folder: Path, size: int) -> Data:
-    settings = TrainConfig().input
-    return read_data(
-        folder / "data",
-        folder / "cache",
-        sets=("medseg",),
-        images_name=settings.images_name,
-        masks_name=settings.masks_name,
-        groups_name=settings.groups_name,
-        class_names=settings.class_names,
-        background_class=settings.class_names.index(settings.background_class),
-        hu_window=settings.hu_window,
-        image_size=size,
-        val_fraction=VAL_FRACTION,
-        folds=0,
-        fold=0,
-        seed=0,
-    )
+    settings = dataclasses.replace(TrainConfig().input, sets=("medseg",), image_size=size, val_fraction=VAL_FRACTION)
+    return read_data(folder / "data", folder / "cache", settings, seed=0)
 
 
 def build(case: Case, folder: Path) -> Training:

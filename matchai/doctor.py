@@ -14,7 +14,7 @@ from matchai.preflight.software import (
     check_torch,
 )
 from matchai.settings.config import RunSettings, TrainConfig
-from matchai.system.errors import InputError
+from matchai.system.command import run_command
 
 DESCRIPTION = (
     "Says whether a training with these flags would start on this machine and these data, line by line, and what to "
@@ -39,21 +39,16 @@ class DoctorConfig(TrainConfig):
 
 
 def main(argv: list[str] | None = None, prog: str = "python -m matchai.doctor") -> int:
-    """Examines; returns the exit status: 0 training would start, 1 it would not, 2 wrong flags, 130 Ctrl-C."""
+    """Checks; returns the exit status: 0 training would start, 1 it would not, 2 wrong flags, 130 Ctrl-C."""
     try:
         from matchai.settings.parsing import parse  # noqa: PLC0415 what it imports may be missing
     except ImportError as error:
         fault = Finding("problem", f"Flags cannot be read: {error}", "`pip install --force-reinstall tyro pyyaml`")
         return _tell(iter((*check_packages(), fault)))
-    try:
-        config = parse(sys.argv[1:] if argv is None else argv, DESCRIPTION, prog, DoctorConfig)
-        return _tell(_check(config))
-    except InputError as error:
-        for problem in error.problems:
-            print(f"error: {problem}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    words = sys.argv[1:] if argv is None else argv
+    return run_command(
+        lambda: _tell(_check(parse(words, DESCRIPTION, prog, DoctorConfig))), left="Nothing but pictures was written."
+    )
 
 
 def _check(config: DoctorConfig) -> Iterator[Finding]:

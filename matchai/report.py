@@ -1,12 +1,11 @@
-"""`python -m matchai.report`: makes a run's report and model card, or makes them anew."""
+"""`python -m matchai.report`: makes a run's report and model card, or makes them again."""
 
 import sys
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
-import tyro
-
+from matchai.settings.command_settings import ReportSettings
+from matchai.settings.parsing import parse_settings
+from matchai.system.command import run_command
 from matchai.system.errors import InputError
 
 DESCRIPTION = (
@@ -15,42 +14,30 @@ DESCRIPTION = (
 )
 
 
-@dataclass(frozen=True)
-class ReportSettings:
-    """What is reported, and where to."""
-
-    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
-    """The run's folder."""
-    output: Path | None = None
-    """Another file for the page; the model card then goes beside it. A file that is there is not overwritten."""
-
-
 def main(argv: list[str] | None = None, prog: str = "python -m matchai.report") -> int:
-    """Reports as the command line says; returns the exit status: 0, or 2 for the user's mistake."""
-    settings = tyro.cli(ReportSettings, args=argv, prog=prog, description=DESCRIPTION)
+    """Reports as the command line says; returns the exit status: 0, 2 the user's mistake, 130 Ctrl-C."""
+    return run_command(lambda: _report(parse_settings(argv, DESCRIPTION, prog, ReportSettings)))
+
+
+def _report(settings: ReportSettings) -> int:
     # seconds of imports that --help does not need
     from matchai.runs.facts import read_facts  # noqa: PLC0415
     from matchai.runs.model_card import CARD, write_card  # noqa: PLC0415
     from matchai.runs.report_page import PAGE, write_page  # noqa: PLC0415
 
+    facts = read_facts(settings.run)
+    page = settings.output or settings.run / PAGE
+    if settings.output is not None:
+        _check_free(page)
     try:
-        facts = read_facts(settings.run)
-        page = settings.output or settings.run / PAGE
-        if settings.output is not None:
-            _check_free(page)
-        try:
-            write_page(facts, page)
-            print(f"Report: {page}")
-            write_card(facts, page.with_name(CARD))
-            print(f"Model card: {page.with_name(CARD)}")
-        except OSError as error:
-            raise InputError(
-                f"{page.parent} cannot be written ({error.strerror}); name another file with --output."
-            ) from None
-    except InputError as error:
-        for problem in error.problems:
-            print(f"error: {problem}", file=sys.stderr)
-        return 2
+        write_page(facts, page)
+        print(f"Report: {page}")
+        write_card(facts, page.with_name(CARD))
+        print(f"Model card: {page.with_name(CARD)}")
+    except OSError as error:
+        raise InputError(
+            f"{page.parent} cannot be written ({error.strerror}); name another file with --output."
+        ) from None
     return 0
 
 

@@ -1,4 +1,4 @@
-"""`python -m matchai.tune`: searches better settings, or goes on with a study. `--help` lists every setting."""
+"""`python -m matchai.tune`: searches better settings, or resumes a study. `--help` lists every setting."""
 
 import dataclasses
 import os
@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from matchai.settings.parsing import given, parse
 from matchai.settings.study_settings import TuneConfig
-from matchai.system.errors import InputError, StoreError
+from matchai.system.command import INTERRUPTED, run_command
+from matchai.system.errors import InputError
 from matchai.system.thread_waits import choose_waiting
 
 if TYPE_CHECKING:
@@ -17,53 +18,48 @@ if TYPE_CHECKING:
 
 DESCRIPTION = (
     "Searches the settings with the best validation Dice, and names a winner only against fresh seeds. The same "
-    "command again goes on with the study, to exactly --trials finished trials. Without --data it studies a built-in "
+    "command again resumes the study, to exactly --trials finished trials. Without --data it studies a built-in "
     "synthetic phantom. A setting given by its flag is fixed for all trials."
 )
-MISTAKE = 2  # exit status
 
 
 def main(argv: list[str] | None = None, prog: str = "python -m matchai.tune") -> int:
     """Studies as the command line says; returns the exit status: 0, 1 broken, 2 the user's mistake, 130 Ctrl-C."""
-    argv = sys.argv[1:] if argv is None else argv
-    try:
-        tune = parse(argv, DESCRIPTION, prog, TuneConfig, first_look="study")
-        choose_waiting()
-        # seconds of imports that --help does not need
-        from matchai.study.launcher import STOPPED, supervise, work  # noqa: PLC0415
-        from matchai.study.plan import make_plan  # noqa: PLC0415
-        from matchai.system.console import StudyDisplay  # noqa: PLC0415
-        from matchai.system.processes import StopSignal, launcher  # noqa: PLC0415
+    words = sys.argv[1:] if argv is None else argv
+    return run_command(lambda: _tune(words, prog), left="The same command resumes from the last saved state.")
 
-        plan = make_plan(tune, given(argv))
-        if plan.settings.workers > 1 and (launcher() or int(os.environ.get("WORLD_SIZE") or 1) > 1):
-            raise InputError(
-                f"--workers {plan.settings.workers} was given to launched processes, which train each trial together: "
-                "drop --workers, or start without the launcher."
-            )
-        display = StudyDisplay(plan.settings.objective, plan.settings.workers)
-        is_main = os.environ.get("RANK", "0") == "0"
-        if plan.settings.report:
-            return _report(plan) if is_main else 0
-        if is_main:
-            _greet(plan, display.say)
-        stop = StopSignal()
-        try:
-            status = supervise(plan, display, stop) if plan.settings.workers > 1 else work(plan, display.hear, stop)
-        finally:
-            display.close()
-        if is_main:
-            _say_how_it_ended(plan, display, stop.received)
-        if stop.received is not None:
-            return 130 if stop.received == signal.SIGINT else 0
-        return 0 if status == STOPPED else status
-    except InputError as error:
-        for problem in error.problems:
-            print(f"error: {problem}", file=sys.stderr)
-        return MISTAKE
-    except KeyboardInterrupt:
-        print("Stopped by Ctrl-C; the same command goes on from the last saved state.", file=sys.stderr)
-        return 130
+
+def _tune(argv: list[str], prog: str) -> int:
+    tune = parse(argv, DESCRIPTION, prog, TuneConfig, first_look="study")
+    choose_waiting()
+    # seconds of imports that --help does not need
+    from matchai.study.launcher import STOPPED, supervise, work  # noqa: PLC0415
+    from matchai.study.plan import make_plan  # noqa: PLC0415
+    from matchai.system.console import StudyDisplay  # noqa: PLC0415
+    from matchai.system.processes import StopSignal, launcher  # noqa: PLC0415
+
+    plan = make_plan(tune, given(argv))
+    if plan.settings.workers > 1 and (launcher() or int(os.environ.get("WORLD_SIZE") or 1) > 1):
+        raise InputError(
+            f"--workers {plan.settings.workers} was given to launched processes, which train each trial together: "
+            "drop --workers, or start without the launcher."
+        )
+    display = StudyDisplay(plan.settings.objective, plan.settings.workers)
+    is_main = os.environ.get("RANK", "0") == "0"
+    if plan.settings.report:
+        return _report(plan) if is_main else 0
+    if is_main:
+        _greet(plan, display.say)
+    stop = StopSignal()
+    try:
+        status = supervise(plan, display, stop) if plan.settings.workers > 1 else work(plan, display.hear, stop)
+    finally:
+        display.close()
+    if is_main:
+        _say_how_it_ended(plan, display, stop.received)
+    if stop.received is not None:
+        return INTERRUPTED if stop.received == signal.SIGINT else 0
+    return 0 if status == STOPPED else status
 
 
 def _greet(plan: "Plan", say: Callable[[str], None]) -> None:
@@ -104,24 +100,20 @@ def _report(plan: "Plan") -> int:
     from matchai.study.storage import open_store  # noqa: PLC0415
     from matchai.study.trials import TrialTable  # noqa: PLC0415
 
-    try:
-        store = open_store(plan.settings.storage, may_create=False)
-        if not store.has_study(plan.name):
-            raise InputError(
-                f"{store.shown} holds no study {plan.name}, so there is nothing to report; run it first, or give its "
-                "--study-name."
-            )
-        about = TrialTable.about_study(store, plan.name)
-        settings = dataclasses.replace(plan.settings, objective=about["objective"])
-        plan = dataclasses.replace(plan, settings=settings, direction=about["direction"])
-        names = [name for name in (f"{plan.name}-screen", plan.name) if store.has_study(name)]
-        tables = [TrialTable(plan, Stage(name, 1, ""), store) for name in names]
-        best = best_file(plan, Confirmation(tables[-1]).verdict())
-        print(f"Report: {draw_report(tables, best if best.exists() else None)}")
-        store.close()
-    except StoreError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    store = open_store(plan.settings.storage, may_create=False)
+    if not store.has_study(plan.name):
+        raise InputError(
+            f"{store.shown} holds no study {plan.name}, so there is nothing to report; run it first, or give its "
+            "--study-name."
+        )
+    about = TrialTable.about_study(store, plan.name)
+    settings = dataclasses.replace(plan.settings, objective=about["objective"])
+    plan = dataclasses.replace(plan, settings=settings, direction=about["direction"])
+    names = [name for name in (f"{plan.name}-screen", plan.name) if store.has_study(name)]
+    tables = [TrialTable(plan, Stage(name, 1, ""), store) for name in names]
+    best = best_file(plan, Confirmation(tables[-1]).verdict())
+    print(f"Report: {draw_report(tables, best if best.exists() else None)}")
+    store.close()
     return 0
 
 

@@ -1,6 +1,7 @@
 """Single training steps on small models, in this process or, run as a program, in one of several."""
 
 import copy
+import dataclasses
 import itertools
 import os
 import socket
@@ -68,23 +69,8 @@ def model_of(name: str, context: int = 0) -> nn.Module:
 
 
 def read_small(folder: Path, cache: Path) -> Data:
-    settings = SMALL.input
-    return read_data(
-        folder,
-        cache,
-        sets=(),
-        images_name=settings.images_name,
-        masks_name=settings.masks_name,
-        groups_name=settings.groups_name,
-        class_names=settings.class_names,
-        background_class=3,
-        hu_window=settings.hu_window,
-        image_size=64,
-        val_fraction=0.25,
-        folds=0,
-        fold=0,
-        seed=0,
-    )
+    settings = dataclasses.replace(SMALL.input, image_size=64, val_fraction=0.25)
+    return read_data(folder, cache, settings, seed=0)
 
 
 def training_of(model: nn.Module, data: Data, **settings: Any) -> Training:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from matchai.data.pairs import IMAGES, MASKS, holds_pairs, open_pairs
 from matchai.data.slice_set import SliceSet, Target, expected_numbers, read_numbers
+from matchai.settings.config import InputSettings
 from matchai.settings.label_map import parse_label_map
 from matchai.system.errors import InputError
 from matchai.volumes.npy import open_array
@@ -98,60 +99,37 @@ class ArraySet:
         return {c: c for c in range(num_classes)} if self.numbers is None else self.numbers
 
 
-def open_sets(
-    folder: Path,
-    sets: Sequence[str],
-    images_name: str,
-    masks_name: str,
-    class_names: Sequence[str],
-    *,
-    orientation: str = "auto",
-    rescale: tuple[float, float] = (1.0, 0.0),
-    label_map: Sequence[str] = (),
-    scratch: Path | None = None,
-) -> Sequence[SliceSet]:
+def open_sets(folder: Path, settings: InputSettings, scratch: Path | None = None) -> Sequence[SliceSet]:
     """Opens the arrays of every set or, where there are none, the pairs of files in `images/` and `masks/`.
 
     Args:
-        folder: Where the files lie.
-        sets: The sets' names; empty for those of `KNOWN_SETS` that are there.
-        images_name: File name with `{set}` in it, or one name for a single set.
-        masks_name: Likewise.
-        class_names: (C,) the classes, in channel order.
-        orientation: How arrays and pictures lie, and volumes are turned; auto: LP, for pictures PL.
-        rescale: Slope and intercept that make HU of the files' numbers.
-        label_map: Which class a number in index masks means, as NUMBER:CLASS; empty for the kind's own numbers.
+        folder: Where the files lie, whatever `settings.data` says.
+        settings: Which files, how they lie, which numbers mean which class.
         scratch: Folder for volumes while they are decompressed (default: the system's).
 
     Raises:
         InputError: With every problem found.
     """
+    images_name, masks_name = settings.images_name, settings.masks_name
     if not folder.is_dir():
         what, example = "is a file" if folder.exists() else "does not exist", images_name.format(set=KNOWN_SETS[0])
         raise InputError(
             f"The data folder {folder} {what}; --data takes the folder that holds {example}, or that of {IMAGES}/ and "
             f"{MASKS}/."
         )
-    numbers = parse_label_map(label_map, class_names) if label_map else None
-    names = list(sets) or (["medseg"] if "{set}" not in images_name + masks_name else list(KNOWN_SETS))
+    numbers = parse_label_map(settings.label_map, settings.class_names) if settings.label_map else None
+    names = list(settings.sets) or (["medseg"] if "{set}" not in images_name + masks_name else list(KNOWN_SETS))
     pairs = [(name, folder / images_name.format(set=name), folder / masks_name.format(set=name)) for name in names]
     has_arrays = any(path.exists() for _, *paths in pairs for path in paths)
-    if not sets and not has_arrays and holds_pairs(folder):
-        return open_pairs(folder, orientation, rescale, numbers, scratch)
-    if not sets and "{set}" in images_name:
+    if not settings.sets and not has_arrays and holds_pairs(folder):
+        return open_pairs(folder, settings.orientation, settings.rescale, numbers, scratch)
+    if not settings.sets and "{set}" in images_name:
         pairs = [pair for pair in pairs if pair[1].exists() or pair[2].exists()] or pairs[:1]
     opened: list[ArraySet] = []
     problems: list[str] = []
-    for name, image_path, mask_path in pairs:
+    for pair in pairs:
         try:
-            images, masks = _open_pair(image_path, mask_path, class_names)
-            if masks.ndim == 4 and numbers is not None:
-                raise InputError(
-                    f"{mask_path} is one-hot, so its channels say the classes: leave out --label-map, which tells what "
-                    "numbers mean, or save class numbers (N, H, W)."
-                )
-            lies = "LP" if orientation == "auto" else orientation
-            opened.append(ArraySet(name, image_path, mask_path, images, masks, lies, rescale, numbers))
+            opened.append(_open_set(*pair, settings, numbers))
         except InputError as error:
             problems += error.problems
     if problems and not has_arrays:
@@ -159,6 +137,19 @@ def open_sets(
     if problems:
         raise InputError(*problems)
     return opened
+
+
+def _open_set(
+    name: str, image_path: Path, mask_path: Path, settings: InputSettings, numbers: Mapping[int, int] | None
+) -> ArraySet:
+    images, masks = _open_pair(image_path, mask_path, settings.class_names)
+    if masks.ndim == 4 and numbers is not None:
+        raise InputError(
+            f"{mask_path} is one-hot, so its channels say the classes: leave out --label-map, which tells what numbers "
+            "mean, or save class numbers (N, H, W)."
+        )
+    lies = "LP" if settings.orientation == "auto" else settings.orientation
+    return ArraySet(name, image_path, mask_path, images, masks, lies, settings.rescale, numbers)
 
 
 def _open_pair(image_path: Path, mask_path: Path, class_names: Sequence[str]) -> tuple[NDArray[Any], NDArray[Any]]:

@@ -14,6 +14,7 @@ from matchai.data.phantom import write_phantom
 from matchai.data.prepared import Progress, Slices, prepare
 from matchai.data.slice_set import SliceSet
 from matchai.data.split import assign_folds, check_groups_array, find_groups, volume_numbers
+from matchai.settings.config import InputSettings
 from matchai.system.errors import InputError
 from matchai.volumes.open import kind_of
 
@@ -71,98 +72,72 @@ def built_in_phantom(cache: Path, num_slices: int) -> Path:
 def read_data(
     folder: Path,
     cache: Path,
+    settings: InputSettings,
     *,
-    sets: Sequence[str],
-    images_name: str,
-    masks_name: str,
-    groups_name: str,
-    orientation: str = "auto",
-    rescale: tuple[float, float] = (1.0, 0.0),
-    label_map: Sequence[str] = (),
-    class_names: Sequence[str],
-    background_class: int,
-    hu_window: tuple[float, float],
-    image_size: int,
-    val_fraction: float,
-    folds: int,
-    fold: int,
     seed: int,
     context: int = 0,
     progress: Progress | None = None,
 ) -> Data:
-    """Opens, checks, prepares and splits a data set; the settings are those of `matchai.settings.config.InputSettings`.
+    """Opens, checks, prepares and splits a data set.
 
     With `context`, volumes of one known group are told apart by their images, too: half a second for 1,000 slices.
+
+    Args:
+        folder: Where the files lie, whatever `settings.data` says.
+        cache: Folder of prepared slices.
+        settings: Which files, which classes, which pixels, which split.
+        seed: Of the split.
+        context: Neighbours on each side that the model will see.
+        progress: Told (slices prepared, slices in all).
 
     Raises:
         InputError: With every problem found.
     """
-    opened = open_sets(
-        folder,
-        sets,
-        images_name,
-        masks_name,
-        class_names,
-        orientation=orientation,
-        rescale=rescale,
-        label_map=label_map,
-        scratch=cache,
-    )
-    known = read_groups(folder / groups_name, opened)
+    opened = open_sets(folder, settings, cache)
+    known = read_groups(folder / settings.groups_name, opened)
     digests = digest_sets(folder, opened, cache)
-    reading = {"orientation": opened[0].orientation, "rescale": rescale, "label_map": list(label_map)}
-    usual = {"orientation": "LP", "rescale": (1, 0), "label_map": []}
-    slices = prepare(
-        opened,
-        digests,
-        cache,
-        hu_window=hu_window,
-        image_size=image_size,
-        class_names=class_names,
-        background_class=background_class,
-        reading={name: value for name, value in reading.items() if value != usual[name]},
-        progress=progress,
-    )
-    notes = [*slices.notes, *_notes(opened)]
+    slices = prepare(opened, digests, cache, settings, progress)
     if known is not None:
-        digests = digests | fingerprint([folder / groups_name], cache / "digests.json")
-    groups, volumes, description = group_slices(slices.thumbnails, opened, known, groups_name, context)
-    notes.append(description)
-    if context:
-        num_alone = int((np.bincount(volumes) == 1).sum())
-        notes.append(
-            f"Neighbours within {volumes.max() + 1 - num_alone} volumes are further channels; {num_alone} of "
-            f"{len(slices)} slices lie in no volume and are their own neighbours."
-        )
+        digests = digests | fingerprint([folder / settings.groups_name], cache / "digests.json")
+    groups, volumes, description = group_slices(slices.thumbnails, opened, known, settings.groups_name, context)
     presence = np.asarray(slices.pixels) > 0
-    shares = [1.0] * folds if folds else [val_fraction, 1 - val_fraction]
-    is_val = assign_folds(groups, presence, shares, seed) == (fold if folds else 0)
-    train, val = np.flatnonzero(~is_val), np.flatnonzero(is_val)
-    problems = [
-        f"No training slice has a pixel of {class_names[c]}, so it cannot be learnt: add such slices, choose another "
-        "--seed or --fold, or leave the class out of --class-names."
-        for c in np.flatnonzero(~presence[train].any(axis=0)).tolist()
-    ]
-    if problems:
-        raise InputError(*problems)
-    for c in np.flatnonzero(~presence[val].any(axis=0)).tolist():
-        notes.append(
-            f"No validation slice has a pixel of {class_names[c]}: its Dice is undefined and left out of every mean."
-        )
-    mean, std = slices.mean_std(train.tolist())
-    return Data(
-        slices,
-        digests,
-        groups,
-        volumes,
-        train.tolist(),
-        val.tolist(),
-        mean,
-        std,
-        notes,
-        opened[0].orientation,
-        kind_of(opened[0].files[0]),
+    shares = [1.0] * settings.folds if settings.folds else [settings.val_fraction, 1 - settings.val_fraction]
+    is_val = assign_folds(groups, presence, shares, seed) == (settings.fold if settings.folds else 0)
+    train, val = np.flatnonzero(~is_val).tolist(), np.flatnonzero(is_val).tolist()
+    notes = [*slices.notes, *_notes(opened), description, *([_context_note(volumes)] if context else [])]
+    notes += _check_classes(settings.class_names, presence[train], presence[val])
+    mean, std = slices.mean_std(train)
+    orientation, kind = opened[0].orientation, kind_of(opened[0].files[0])
+    return Data(slices, digests, groups, volumes, train, val, mean, std, notes, orientation, kind)
+
+
+def _context_note(volumes: NDArray[np.int64]) -> str:
+    num_alone = int((np.bincount(volumes) == 1).sum())
+    return (
+        f"Neighbours within {volumes.max() + 1 - num_alone} volumes are further channels; {num_alone} of "
+        f"{len(volumes)} slices lie in no volume and are their own neighbours."
     )
+
+
+def _check_classes(names: Sequence[str], in_train: NDArray[np.bool_], in_val: NDArray[np.bool_]) -> list[str]:
+    """Notes of the classes (of (N, C) presence) that no validation slice has.
+
+    Raises:
+        InputError: If no training slice has one of them.
+    """
+    missing = [names[c] for c in np.flatnonzero(~in_train.any(axis=0)).tolist()]
+    if missing:
+        raise InputError(
+            *(
+                f"No training slice has a pixel of {name}, so it cannot be learnt: add such slices, choose another "
+                "--seed or --fold, or leave the class out of --class-names."
+                for name in missing
+            )
+        )
+    return [
+        f"No validation slice has a pixel of {names[c]}: its Dice is undefined and left out of every mean."
+        for c in np.flatnonzero(~in_val.any(axis=0)).tolist()
+    ]
 
 
 def digest_sets(folder: Path, opened: Sequence[SliceSet], cache: Path) -> dict[str, str]:

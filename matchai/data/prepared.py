@@ -5,7 +5,7 @@ import json
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ from matchai.data.augmentation import Augmentation
 from matchai.data.context import neighbours
 from matchai.data.digests import fingerprint
 from matchai.data.slice_set import SliceSet
+from matchai.settings.config import InputSettings
 from matchai.system.errors import InputError
 from matchai.system.files import sync_folder, write_whole
 from matchai.system.machine import preparing_threads
@@ -123,12 +124,7 @@ def prepare(
     sets: Sequence[SliceSet],
     digests: dict[str, str],
     cache: Path,
-    *,
-    hu_window: tuple[float, float],
-    image_size: int,
-    class_names: Sequence[str],
-    background_class: int,
-    reading: Mapping[str, Any] | None = None,
+    settings: InputSettings,
     progress: Progress | None = None,
 ) -> Slices:
     """Opens the cache entry of these slices and settings, or checks every slice and makes it.
@@ -139,27 +135,17 @@ def prepare(
         sets: Where the slices lie.
         digests: The `fingerprint` of their files.
         cache: Folder of cache entries; an entry that is damaged is made anew.
-        hu_window: Pixel values are clipped to this range.
-        image_size: S.
-        class_names: (C,) names, in channel order.
-        background_class: Index of the class of pixels that carry none.
-        reading: Settings under which the sets were opened that change what they give: part of the entry's key.
+        settings: Those that the sets were opened with; they say classes, window and size.
         progress: Told (slices done, slices in all).
 
     Raises:
         InputError: With every problem found in the slices, or if the cache cannot be written.
     """
-    settings = [FORMAT, sorted(digests.items()), [s.name for s in sets], hu_window, image_size]
-    settings += [len(class_names), background_class]
-    if reading:
-        settings.append(sorted(reading.items()))
-    key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:24]
-    folder = cache / key
-    found = _open(folder, hu_window)
+    folder = cache / _key_of(sets, digests, settings)
+    found = _open(folder, settings.hu_window)
     if found is not None:
         return found
-    num_slices = sum(map(len, sets))
-    need = num_slices * (image_size**2 * 3 + THUMBNAIL**2 * 4)
+    need = sum(map(len, sets)) * (settings.image_size**2 * 3 + THUMBNAIL**2 * 4)
     try:
         cache.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(cache).free
@@ -171,7 +157,7 @@ def prepare(
         with tempfile.TemporaryDirectory(dir=cache, prefix=".making-") as name:
             beside = Path(name) / "entry"
             beside.mkdir()
-            _make(sets, beside, hu_window, image_size, class_names, background_class, progress)
+            _make(sets, beside, settings, progress)
             if folder.exists():  # damaged: what stands there failed its check
                 folder.rename(Path(name) / "damaged")
             beside.rename(folder)
@@ -180,9 +166,21 @@ def prepare(
         raise InputError(
             f"The cache folder {cache} cannot be written ({error.strerror or error}); name another with --cache."
         ) from None
-    made = _open(folder, hu_window)
+    made = _open(folder, settings.hu_window)
     assert made is not None, "a cache entry was changed while it was made"
     return made
+
+
+def _key_of(sets: Sequence[SliceSet], digests: dict[str, str], settings: InputSettings) -> str:
+    """A hash of all that decides what an entry holds; settings of how files are read count where they are not usual."""
+    orientation, rescale, label_map = sets[0].orientation, settings.rescale, list(settings.label_map)
+    reading = {"orientation": orientation, "rescale": rescale, "label_map": label_map}
+    usual = {"orientation": "LP", "rescale": (1, 0), "label_map": []}
+    parts = [FORMAT, sorted(digests.items()), [s.name for s in sets], settings.hu_window, settings.image_size]
+    parts += [len(settings.class_names), settings.background_index]
+    if unusual := sorted((name, value) for name, value in reading.items() if value != usual[name]):
+        parts.append(unusual)
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
 
 
 ARRAYS = ("images", "targets", "thumbnails", "sums", "pixels", "sets")
@@ -204,13 +202,10 @@ def _open(folder: Path, hu_window: tuple[float, float]) -> Slices | None:
 def _make(
     sets: Sequence[SliceSet],
     folder: Path,
-    hu_window: tuple[float, float],
-    image_size: int,
-    class_names: Sequence[str],
-    background_class: int,
+    settings: InputSettings,
     progress: Progress | None,
 ) -> None:
-    num_slices, num_classes = sum(map(len, sets)), len(class_names)
+    num_slices, num_classes, image_size = sum(map(len, sets)), len(settings.class_names), settings.image_size
     shapes: dict[str, tuple[Any, tuple[int, ...]]] = {
         "images": (np.uint16, (image_size, image_size)),
         "targets": (np.uint8, (image_size, image_size)),
@@ -223,10 +218,10 @@ def _make(
         name: open_memmap(folder / f"{name}.npy", mode="w+", dtype=dtype, shape=(num_slices, *shape))
         for name, (dtype, shape) in shapes.items()
     }
-    low, high = hu_window
+    low, high = settings.hu_window
 
     def prepare_slice(row: int, number: int, index: int) -> dict[str, Any]:
-        looked = look_at(sets[number], index, num_classes, background_class)
+        looked = look_at(sets[number], index, num_classes, settings.background_index)
         if looked.image is None:
             return looked.found
         windowed = np.clip((looked.image - np.float32(low)) / np.float32(high - low), 0, 1)
@@ -241,10 +236,10 @@ def _make(
         return looked.found
 
     found = for_each_slice(sets, prepare_slice, progress)
-    refuse_unfit(sets, found, hu_window, class_names, background_class)
+    refuse_unfit(sets, found, settings.hu_window, settings.class_names, settings.background_index)
     for array in out.values():
         array.flush()
-    meta = {"notes": _notes(sets, found, out["pixels"], class_names, background_class)}
+    meta = {"notes": _notes(sets, found, out["pixels"], settings.class_names, settings.background_index)}
     meta["digests"] = fingerprint([folder / f"{name}.npy" for name in ARRAYS])  # type: ignore[assignment]
     write_whole(folder / "meta.json", json.dumps(meta).encode())
 

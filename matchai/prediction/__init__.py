@@ -7,14 +7,14 @@ from matchai.system.lazy import lazy_exports
 # fmt: off
 if TYPE_CHECKING:
     from matchai.prediction.evaluation import evaluate
-    from matchai.prediction.export_formats import ExportError, pack_onnx, pack_safetensors
+    from matchai.prediction.export_formats import pack_onnx, pack_safetensors
     from matchai.prediction.inference import Predictor, load_model, uncertainty
     from matchai.prediction.pipeline import predict
     from matchai.prediction.volume_prediction import SliceResult, VolumeResult, predict_volume
 
 __all__ = [
-    "ExportError", "Predictor", "SliceResult", "VolumeResult", "evaluate", "load_model", "pack_onnx",
-    "pack_safetensors", "predict", "predict_volume", "uncertainty",
+    "Predictor", "SliceResult", "VolumeResult", "evaluate", "load_model", "pack_onnx", "pack_safetensors",
+    "predict", "predict_volume", "uncertainty",
 ]
 # fmt: on
 

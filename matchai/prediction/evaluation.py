@@ -22,14 +22,16 @@ from matchai.drawing.figures import draw_confusion_matrix
 from matchai.metrics.bootstrap import MIN_GROUPS
 from matchai.metrics.confusion import Counts, confusion_counts
 from matchai.metrics.scores import Distances, ScoredVolume, Scores, as_csv, describe, slice_rows, volume_rows
-from matchai.metrics.surface_distance import surface_distances
+from matchai.metrics.surface_distance import can_measure, surface_distances
 from matchai.prediction.holdout import Choice, choose_slices
 from matchai.prediction.inference import Predictor
 from matchai.settings import parsing
+from matchai.settings.command_settings import EvaluateSettings
 from matchai.settings.config import InputSettings, TrainConfig
 from matchai.system.console import Display
 from matchai.system.errors import InputError
 from matchai.system.files import make_folder, sync_folder, write_whole
+from matchai.system.optional_packages import need
 from matchai.volumes.open import kind_of
 from matchai.volumes.volume import turn
 
@@ -55,31 +57,11 @@ def read_settings(run: Path) -> TrainConfig:
     return TrainConfig().updated(**parsing.load(path))
 
 
-def evaluate(
-    runs: Sequence[Path],
-    data: Path | None = None,
-    output: Path | None = None,
-    *,
-    wanted: str = "auto",
-    is_mirrored: bool = False,
-    tolerance: float | None = 2.0,
-    settings: dict[str, Any] | None = None,
-    batch_size: int | None = None,
-    mixed_precision: str = "auto",
-    display: Display | None = None,
-) -> dict[str, Any]:
+def evaluate(settings: EvaluateSettings, display: Display | None = None) -> dict[str, Any]:
     """Judges what runs predict of a data set by its masks, and writes the result into a folder, replaced whole.
 
     Args:
-        runs: Folders of runs; several predict together.
-        data: Folder of the data set; None for the first run's own.
-        output: The folder; None for `evaluation` in the first run's.
-        wanted: Which slices, see `matchai.prediction.holdout.choose_slices`.
-        is_mirrored: Predict each slice mirrored left to right, too.
-        tolerance: Of the normalised surface Dice, in mm, in pixels without a spacing; None measures no distances.
-        settings: Settings of the data that differ from the first run's, by name.
-        batch_size: Slices of one forward pass.
-        mixed_precision: As in `matchai.prediction.inference.Predictor`.
+        settings: Which runs and data, and what is measured.
         display: Where to say things; without it, the terminal.
 
     Returns:
@@ -89,53 +71,75 @@ def evaluate(
         InputError: With every problem found, before anything is predicted or written.
     """
     display = display or Display(is_main_process=True)
+    settings.check()
+    tolerance = settings.surface_tolerance if _measures_surfaces(settings, display) else None
+    runs, output = settings.runs, settings.folder
     configs = [read_settings(run) for run in runs]
-    config = configs[0].updated(**(settings or {}))
-    output = output or runs[0] / "evaluation"
+    config = configs[0].updated(**settings.of_the_data())
     check_output(output)
-    predictor = Predictor(runs, is_mirrored=is_mirrored, mixed_precision=mixed_precision, batch_size=batch_size)
-    cache = config.input.cache or runs[0].parent / "cache"
-    folder = data or config.input.data or built_in_phantom(cache, config.input.phantom_slices)
+    predictor = Predictor(
+        runs, is_mirrored=settings.tta, mixed_precision=settings.mixed_precision, batch_size=settings.batch_size
+    )
     if predictor.class_names != list(config.input.class_names):
         raise InputError(
             f"The weights of {runs[0]} know the classes {', '.join(predictor.class_names)}, but its config.yaml names "
             f"{', '.join(config.input.class_names)}; undo the change there."
         )
     make_folder(output.parent)
-    if data is not None:
-        config = _for_the_files(
-            folder, config, settings or {}, predictor.abouts[0]["data_kind"], output.parent, display
-        )
+    cache = config.input.cache or runs[0].parent / "cache"
+    folder = settings.data or config.input.data or built_in_phantom(cache, config.input.phantom_slices)
+    if settings.data is not None:
+        config = _for_the_files(folder, config, settings, predictor.abouts[0]["data_kind"], display)
     sets, digests = _open(folder, config.input, cache, output.parent)
     num_slices = sum(map(len, sets))
-    choice = choose_slices(runs, digests, num_slices, wanted)
+    choice = choose_slices(runs, digests, num_slices, settings.slices)
     display.say(f"slices: {choice.statement}")
     groups, volumes, note = _find_groups(folder, config.input, sets, choice, predictor, display.show)
     num_groups = len(np.unique(groups[choice.rows]))
-    counted = f"{num_groups} group{'' if num_groups == 1 else 's'}"
     display.say(f"groups: {note}")
-    display.say(f"evaluated: {len(choice.rows)} of {num_slices} slices, in {counted}")
+    display.say(
+        f"evaluated: {len(choice.rows)} of {num_slices} slices, in {num_groups} group{'' if num_groups == 1 else 's'}"
+    )
     if num_groups < MIN_GROUPS:
         display.warn("no interval can be told, as all slices are of one group.")
     scores = _score(predictor, sets, choice, groups, volumes, tolerance, output.parent, display.show)
     display.close()
-    result: dict[str, Any] = {
+    result = {
         "runs": [
             {"name": run.name, "epoch": about["epoch"]} for run, about in zip(runs, predictor.abouts, strict=True)
         ],
-        "is_synthetic": data is None and config.input.data is None,
+        "is_synthetic": settings.data is None and config.input.data is None,
         "data": folder.name,
         "data_digests": digests,
-        "slices": choice.name,
-        "slices_in_words": choice.statement,
         "groups": note,
-        "forward_passes": predictor.num_passes,
-        "precision": predictor.precision,
-        "matchai": metadata.version("matchai"),
+        **_describe(choice, predictor),
         **describe(scores),
     }
     _write(output, result, scores)
     return result
+
+
+def _describe(choice: Choice, predictor: Predictor) -> dict[str, Any]:
+    return {
+        "slices": choice.name,
+        "slices_in_words": choice.statement,
+        "forward_passes": predictor.num_passes,
+        "precision": predictor.precision,
+        "matchai": metadata.version("matchai"),
+    }
+
+
+def _measures_surfaces(settings: EvaluateSettings, display: Display) -> bool:
+    """Whether surface distances are measured; says so where they are left out for want of MONAI.
+
+    Raises:
+        InputError: If they were asked for and cannot be measured.
+    """
+    if settings.surface == "yes":
+        need("monai.metrics", "evaluate", "Measuring surface distances")
+    elif settings.surface == "auto" and not can_measure():
+        display.say('surface distances are left out, as they need MONAI: `pip install "matchai[evaluate]"`')
+    return settings.surface == "yes" or (settings.surface == "auto" and can_measure())
 
 
 def check_output(output: Path) -> None:
@@ -158,32 +162,18 @@ def _open(
     folder: Path, settings: InputSettings, cache: Path, scratch: Path
 ) -> tuple[Sequence[SliceSet], dict[str, str]]:
     """The sets, and the hashes of their images under the names that runs record."""
-    sets = _open_sets(folder, settings, scratch)
+    sets = open_sets(folder, settings, scratch)
     names = {one.image_path.name for one in sets}
     digests = digest_sets(folder, sets, cache).items()
     return sets, {name: digest for name, digest in digests if name in names or name.startswith(f"{IMAGES}/")}
 
 
-def _open_sets(folder: Path, settings: InputSettings, scratch: Path) -> Sequence[SliceSet]:
-    return open_sets(
-        folder,
-        settings.sets,
-        settings.images_name,
-        settings.masks_name,
-        settings.class_names,
-        orientation=settings.orientation,
-        rescale=settings.rescale,
-        label_map=settings.label_map,
-        scratch=scratch,
-    )
-
-
 def _for_the_files(
-    folder: Path, config: TrainConfig, given: dict[str, Any], kind: str, scratch: Path, display: Display
+    folder: Path, config: TrainConfig, settings: EvaluateSettings, kind: str, display: Display
 ) -> TrainConfig:
     """The settings without what they say of how the run's own kind of files is read, where these are of another."""
-    plain = config.updated(**(OF_A_KIND | given))
-    if plain == config or kind_of(_open_sets(folder, plain.input, scratch)[0].files[0]) == kind:
+    plain = config.updated(**(OF_A_KIND | settings.of_the_data()))
+    if plain == config or kind_of(open_sets(folder, plain.input, settings.folder.parent)[0].files[0]) == kind:
         return config
     display.say(f"the run's settings of how its files are read ({kind}) are not taken for files of another kind.")
     return plain
@@ -270,11 +260,6 @@ def _score(
                 of_volumes.append(measure(labels[0], labels[1], spacing) if is_whole else undefined)
         one.close()
 
-    def distances(values: list[list[tuple[float, float]]], unit: str) -> Distances | None:
-        if tolerance is None or not values:
-            return None
-        return Distances(np.array(values)[..., 0], np.array(values)[..., 1], unit, tolerance)
-
     return Scores(
         class_names=predictor.class_names,
         lesion_classes=lesions,
@@ -284,10 +269,16 @@ def _score(
         groups=groups[choice.rows],
         sides=[choice.sides[row] for row in choice.rows],
         confusions=np.stack(confusions),
-        distances=distances(of_slices, "px"),
+        distances=_distances(of_slices, "px", tolerance),
         volumes=scored,
-        volume_distances=distances(of_volumes, "mm"),
+        volume_distances=_distances(of_volumes, "mm", tolerance),
     )
+
+
+def _distances(values: list[list[tuple[float, float]]], unit: str, tolerance: float | None) -> Distances | None:
+    if tolerance is None or not values:
+        return None
+    return Distances(np.array(values)[..., 0], np.array(values)[..., 1], unit, tolerance)
 
 
 def _mask(labels: Labels, classes: Sequence[int]) -> NDArray[np.bool_]:

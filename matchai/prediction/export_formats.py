@@ -15,7 +15,7 @@ from torch import nn
 from matchai.data.context import mirrored
 from matchai.data.phantom import phantom_slices
 from matchai.model.unetplusplus import smp
-from matchai.system.errors import InputError
+from matchai.system.errors import FailedError, InputError
 from matchai.system.optional_packages import need
 from matchai.training.checkpoint import pack_weights
 
@@ -28,7 +28,7 @@ _Floats = NDArray[np.float32]
 _SIDES = {"L": "left", "R": "right", "A": "front", "P": "back"}
 
 
-class ExportError(RuntimeError):
+class ExportError(FailedError):
     """The exported model is not the run's."""
 
 

@@ -15,6 +15,7 @@ from matchai.prediction.summaries import (
     write_summaries,
 )
 from matchai.prediction.volume_prediction import VolumeResult, check_volume, predict_volume
+from matchai.settings.command_settings import PredictSettings
 from matchai.system.console import Display
 from matchai.system.errors import InputError
 from matchai.system.files import make_folder
@@ -23,35 +24,11 @@ from matchai.volumes.open import TrainedOn, kind_of, open_volume
 from matchai.volumes.volume import Volume, file_labels
 
 
-def predict(
-    paths: Sequence[Path],
-    output: Path,
-    *,
-    with_probabilities: bool = False,
-    is_mirrored: bool = False,
-    with_uncertainty: bool = False,
-    submission: Path | None = None,
-    rescale: tuple[float, float] | None = None,
-    orientation: str | None = None,
-    series: str | None = None,
-    batch_size: int | None = None,
-    mixed_precision: str = "auto",
-    display: Display | None = None,
-) -> list[str]:
+def predict(settings: PredictSettings, display: Display | None = None) -> list[str]:
     """Predicts inputs with the mean of runs and writes everything into a folder.
 
     Args:
-        paths: Runs and inputs; a run is a folder with best weights, or a file of them.
-        output: The folder, new or empty.
-        with_probabilities: Also write a map of every class's probability.
-        is_mirrored: Predict each slice mirrored left to right, too.
-        with_uncertainty: Also write a map of the uncertainty.
-        submission: File of the Kaggle competition's CSV; None for none.
-        rescale: Slope and intercept that make HU of the inputs' numbers, where the user gives them.
-        orientation: How the slices of arrays and pictures lie, where the user gives it.
-        series: Number of the DICOM series to take.
-        batch_size: Slices of one forward pass.
-        mixed_precision: As in `Predictor`.
+        settings: What is predicted, and how; a run among its paths is a folder with best weights, or a file of them.
         display: Where to say things; without it, the terminal.
 
     Returns:
@@ -61,14 +38,32 @@ def predict(
         InputError: For what is wrong at the start, before anything is predicted.
     """
     display = display or Display(is_main_process=True)
-    runs = [path for number, path in enumerate(paths) if number == 0 or _is_run(path)]
-    inputs = [path for number, path in enumerate(paths) if number > 0 and not _is_run(path)]
-    _check_asked(inputs, output, submission, rescale, batch_size)
-    predictor = Predictor(runs, is_mirrored=is_mirrored, mixed_precision=mixed_precision, batch_size=batch_size)
-    make_folder(output)
-    volumes = _open_all(inputs, predictor, orientation=orientation, rescale=rescale, scratch=output, series=series)
-    problems: list[str] = []
-    kaggle = Submission(volumes, predictor.lesion_classes) if submission else None
+    runs = [path for number, path in enumerate(settings.paths) if number == 0 or _is_run(path)]
+    inputs = [path for number, path in enumerate(settings.paths) if number > 0 and not _is_run(path)]
+    _check_settings(settings, inputs)
+    predictor = Predictor(
+        runs,
+        is_mirrored=settings.tta or settings.uncertainty,
+        mixed_precision=settings.mixed_precision,
+        batch_size=settings.batch_size,
+    )
+    make_folder(settings.output)
+    volumes = _open_all(inputs, predictor, settings)
+    _announce(volumes, runs, predictor, display)
+    kaggle = Submission(volumes, predictor.lesion_classes) if settings.submission else None
+    try:
+        results, problems = _predict_all(volumes, predictor, settings, kaggle, display)
+    finally:
+        display.close()  # gives the terminal its cursor back, however this ends
+    _write(settings.output, predictor, runs, results)
+    if kaggle and settings.submission and not problems:
+        kaggle.write(settings.submission)
+    _say(display, predictor, results, settings.output)
+    return problems
+
+
+def _announce(volumes: Sequence[Volume], runs: Sequence[Path], predictor: Predictor, display: Display) -> None:
+    """Says what will be predicted, with what, and what should be known of it."""
     for volume in volumes:
         for note in volume.notes:
             display.say(f"{volume.name}: {note}")
@@ -80,51 +75,45 @@ def predict(
         f"{'s' if len(volumes) > 1 else ''} by {predictor.num_passes} pass{'es' if predictor.num_passes > 1 else ''}; "
         f"{predictor.device}, precision {predictor.precision}"
     )
-    results = []
-    total = sum(volume.shape[0] for volume in volumes)
-    begun = 0
+
+
+def _predict_all(
+    volumes: Sequence[Volume],
+    predictor: Predictor,
+    settings: PredictSettings,
+    kaggle: Submission | None,
+    display: Display,
+) -> tuple[list[VolumeResult], list[str]]:
+    """The results, and what kept the other volumes from having one."""
+    results: list[VolumeResult] = []
+    problems: list[str] = []
+    total, begun = sum(volume.shape[0] for volume in volumes), 0
 
     def show(done: int, _: int) -> None:
         display.show("predicting", begun + done, total)
 
-    try:
-        for volume in volumes:
-            folder = _folder_of(volume, volumes, output)
-            try:
-                results.append(
-                    predict_volume(
-                        volume,
-                        predictor,
-                        folder,
-                        with_probabilities=with_probabilities,
-                        with_uncertainty=with_uncertainty,
-                        each=kaggle.add if kaggle else None,
-                        progress=show,
-                    )
+    for volume in volumes:
+        try:
+            results.append(
+                predict_volume(
+                    volume,
+                    predictor,
+                    _folder_of(volume, volumes, settings.output),
+                    with_probabilities=settings.probabilities,
+                    with_uncertainty=settings.uncertainty,
+                    each=kaggle.add if kaggle else None,
+                    progress=show,
                 )
-            except InputError as error:
-                problems += error.problems
-            finally:
-                volume.close()
-            begun += volume.shape[0]
-    finally:
-        display.close()  # gives the terminal its cursor back, however this ends
-    _write(output, predictor, runs, results)
-    if kaggle and submission and not problems:
-        kaggle.write(submission)
-    _say(display, predictor, results, output)
-    return problems
+            )
+        except InputError as error:
+            problems += error.problems
+        finally:
+            volume.close()
+        begun += volume.shape[0]
+    return results, problems
 
 
-def _open_all(
-    inputs: Sequence[Path],
-    predictor: Predictor,
-    *,
-    orientation: str | None,
-    rescale: tuple[float, float] | None,
-    scratch: Path,
-    series: str | None,
-) -> list[Volume]:
+def _open_all(inputs: Sequence[Path], predictor: Predictor, settings: PredictSettings) -> list[Volume]:
     """Opens and looks at every input; raises InputError with the problems of all."""
     kinds = {TrainedOn(one["data_kind"], one["orientation"], tuple(one["rescale"])) for one in predictor.abouts}
     volumes: list[Volume] = []
@@ -132,7 +121,7 @@ def _open_all(
     for path in inputs:
         try:
             mine = [trained_on for trained_on in kinds if trained_on.kind == kind_of(path)]
-            if len(mine) > 1 and rescale is None:
+            if len(mine) > 1 and settings.rescale is None:
                 raise InputError(
                     f"{path} could be HU by any of {_listed(mine)}, as the runs were trained on such files by "
                     "different ones; give the right one as --rescale SLOPE INTERCEPT."
@@ -140,11 +129,11 @@ def _open_all(
             volume = open_volume(
                 path,
                 predictor.orientation,
-                orientation=orientation,
-                rescale=rescale,
+                orientation=settings.orientation,
+                rescale=settings.rescale,
                 trained_on=mine[0] if mine else None,
-                scratch=scratch,
-                series=series,
+                scratch=settings.output,
+                series=settings.series,
             )
             check_volume(volume, [about["hu_window"] for about in predictor.abouts])
             volumes.append(volume)
@@ -165,13 +154,13 @@ def _listed(trained_on: Sequence[TrainedOn]) -> str:
     return ", ".join(f"{slope:g} {intercept:g}" for slope, intercept in sorted(one.rescale for one in trained_on))
 
 
-def _check_asked(
-    inputs: Sequence[Path],
-    output: Path,
-    submission: Path | None,
-    rescale: tuple[float, float] | None,
-    batch_size: int | None,
-) -> None:
+def _check_settings(settings: PredictSettings, inputs: Sequence[Path]) -> None:
+    output, submission, rescale, batch_size = (
+        settings.output,
+        settings.submission,
+        settings.rescale,
+        settings.batch_size,
+    )
     if not inputs:
         raise InputError(
             "No input was given; after the run name a .npy array, a NIfTI file, or a folder of DICOM or picture files."

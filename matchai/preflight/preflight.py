@@ -106,17 +106,7 @@ def _check_data(config: TrainConfig, device: torch.device, pictures: Path) -> Ge
             data = read(config, Path(cache), display)
         finally:
             display.close()
-        sets = open_sets(
-            settings.data,
-            settings.sets,
-            settings.images_name,
-            settings.masks_name,
-            names,
-            orientation=settings.orientation,
-            rescale=settings.rescale,
-            label_map=settings.label_map,
-            scratch=Path(cache),
-        )
+        sets = open_sets(settings.data, settings, Path(cache))
         yield describe_sets(sets)
         yield from (Finding("ok", f"Note: {note}") for note in data.notes)
         values = count_values(sets, settings.hu_window)

@@ -7,16 +7,20 @@ from matchai.system.lazy import lazy_exports
 # fmt: off
 if TYPE_CHECKING:
     from matchai.settings import parsing
+    from matchai.settings.command_settings import (
+        EvaluateSettings, ExportSettings, PhantomSettings, PredictSettings, ReportSettings,
+    )
     from matchai.settings.config import FREE, LEAVES, PLACE, PRESETS, InputSettings, RunSettings, TrainConfig
     from matchai.settings.label_map import parse_label_map
-    from matchai.settings.parsing import given, load_mapping, parse
+    from matchai.settings.parsing import given, load_mapping, parse, parse_settings
     from matchai.settings.study_settings import OBJECTIVES, StudySettings, TuneConfig, check_study, refuse_restart
     from matchai.settings.validation import check, parse_interval
 
 __all__ = [
-    "FREE", "LEAVES", "OBJECTIVES", "PLACE", "PRESETS", "InputSettings", "RunSettings", "StudySettings",
-    "TrainConfig", "TuneConfig", "check", "check_study", "given", "load_mapping", "parse", "parse_interval",
-    "parse_label_map", "parsing", "refuse_restart",
+    "FREE", "LEAVES", "OBJECTIVES", "PLACE", "PRESETS", "EvaluateSettings", "ExportSettings", "InputSettings",
+    "PhantomSettings", "PredictSettings", "ReportSettings", "RunSettings", "StudySettings", "TrainConfig",
+    "TuneConfig", "check", "check_study", "given", "load_mapping", "parse", "parse_interval", "parse_label_map",
+    "parse_settings", "parsing", "refuse_restart",
 ]
 # fmt: on
 

@@ -88,6 +88,11 @@ class InputSettings:
     phantom_slices: int = _number(160, 8, 100_000)
     """Slices of the built-in phantom, used without --data."""
 
+    @property
+    def background_index(self) -> int:
+        """The background's channel."""
+        return self.class_names.index(self.background_class)
+
 
 @dataclass(frozen=True)
 class AugmentationSettings:

@@ -7,7 +7,7 @@ Precedence: default < preset < `--config` file < flag; the last of a repeated fl
 import argparse
 import dataclasses
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import tyro
 import yaml
@@ -15,7 +15,11 @@ import yaml
 from matchai.settings.config import LEAVES, PLACE, PRESETS, TrainConfig
 from matchai.system.errors import InputError
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
 Settings = TypeVar("Settings", bound=TrainConfig)
+Plain = TypeVar("Plain", bound="DataclassInstance")
 
 
 def parse(argv: list[str], description: str, prog: str, kind: type[Settings], *, first_look: str = "quick") -> Settings:
@@ -51,6 +55,26 @@ def parse(argv: list[str], description: str, prog: str, kind: type[Settings], *,
         prog=prog,
         description=description,
     )
+
+
+def parse_settings(argv: list[str] | None, description: str, prog: str, kind: type[Plain]) -> Plain:
+    """Reads the command line of a command with settings of its own; a leading `~` of a path is the home folder.
+
+    Args:
+        argv: The words after the command; None for those of this process.
+        description: What --help says first.
+        prog: The command.
+        kind: A dataclass of settings.
+    """
+    settings = tyro.cli(kind, args=argv, prog=prog, description=description)
+    # shells leave the `~` in words such as --output=~/here
+    return dataclasses.replace(settings, **{name: _at_home(value) for name, value in vars(settings).items()})
+
+
+def _at_home(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_at_home(item) for item in value)
+    return value.expanduser() if isinstance(value, Path) and value.parts[:1] == ("~",) else value
 
 
 def given(argv: list[str]) -> list[str]:

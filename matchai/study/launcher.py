@@ -14,9 +14,9 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from matchai.study.plan import Plan
-from matchai.study.worker import BrokenError, Worker
+from matchai.study.worker import Worker
 from matchai.system.console import StudyDisplay
-from matchai.system.errors import InputError, StoreError
+from matchai.system.errors import FailedError, InputError
 from matchai.system.machine import num_cores
 from matchai.system.processes import StopSignal, end_with_parent, is_lost_process, leave_group, lost_process_message
 
@@ -56,7 +56,7 @@ def work(plan: Plan, tell: Callable[[dict[str, Any]], None], stop: StopSignal | 
         for problem in error.problems:
             tell({"kind": "error", "text": problem})
         return MISTAKE
-    except (BrokenError, StoreError) as error:
+    except FailedError as error:
         tell({"kind": "error", "text": str(error)})
         return BROKEN
     except RuntimeError as error:

@@ -20,7 +20,7 @@ from matchai.study.plan import Plan, describe, fresh_seeds, refused_values
 from matchai.study.storage import open_store
 from matchai.study.trials import DONE, Task, TrialTable, check_study
 from matchai.system.console import Display
-from matchai.system.errors import InputError, StoppedError, StoreError
+from matchai.system.errors import FailedError, InputError, StoppedError, StoreError
 from matchai.system.machine import choose_precision, is_out_of_memory
 from matchai.system.processes import (
     StopSignal,
@@ -48,7 +48,7 @@ MAX_MEMORY_ERRORS_IN_ROW = 3  # then somebody else has the memory, or the recipe
 Tell = Callable[[dict[str, Any]], None]
 
 
-class BrokenError(RuntimeError):
+class BrokenError(FailedError):
     """The study cannot go on here; everything is resumable."""
 
 

@@ -15,7 +15,11 @@ class InputError(ValueError):
         self.problems = problems
 
 
-class StoreError(RuntimeError):
+class FailedError(RuntimeError):
+    """The work could not be done, for no mistake of the user's; one sentence. Commands exit with status 1."""
+
+
+class StoreError(FailedError):
     """A study's store failed for another reason than being busy, or was busy for too long; one sentence."""
 
 

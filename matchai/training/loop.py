@@ -23,6 +23,7 @@ from matchai.metrics.confusion import Counts, confusion_counts
 from matchai.model.dropout import KeyedLayer, set_dropout
 from matchai.model.losses import SegmentationLoss
 from matchai.sampling.sampler import DistributedWeightedSampler, micro_shares
+from matchai.system.errors import FailedError
 from matchai.training.deterministic import DeterministicGradient
 from matchai.training.meters import EpochMeter, StepOutcome
 
@@ -30,7 +31,7 @@ MAX_SKIPPED = 10  # steps in a row without a finite gradient before the run ends
 _STREAM = 0xD20  # keeps these random numbers apart from all others
 
 
-class DivergedError(RuntimeError):
+class DivergedError(FailedError):
     """The loss or the gradient was not finite for `MAX_SKIPPED` steps in a row."""
 
 

@@ -90,7 +90,7 @@ def test_no_more_is_examined_where_torch_does_not_load(
 ) -> None:
     fault = Finding("problem", "they do not load together", "install both")
     monkeypatch.setattr(doctor, "check_torch", lambda: fault)
-    monkeypatch.setattr(preflight, "examine", lambda *_: pytest.fail("it was examined"))
+    monkeypatch.setattr(preflight, "check_training", lambda *_: pytest.fail("it was examined"))
     assert main(FLAGS) == 1
     said = capsys.readouterr().out
     assert "problem  they do not load together. Remedy: install both." in said

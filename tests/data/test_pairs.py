@@ -14,6 +14,7 @@ from matchai.data import prepared
 from matchai.data.arrays import open_sets
 from matchai.data.dataset import Data, read_data
 from matchai.data.pairs import PairSet
+from matchai.settings.config import InputSettings
 from matchai.system.errors import InputError
 from matchai.train import main
 from matchai.training.checkpoint import load_weights
@@ -25,21 +26,10 @@ FILE_NUMBERS = np.array([1, 2, 3, 0], np.uint8)
 
 
 def read_whole(folder: Path, cache: Path, **settings: Any) -> Data:
-    asked: dict[str, Any] = {
-        "sets": (),
-        "images_name": "images_{set}.npy",
-        "masks_name": "masks_{set}.npy",
-        "groups_name": "groups.npy",
-        "class_names": NAMES,
-        "background_class": 3,
-        "hu_window": (-1500.0, 500.0),
-        "image_size": 64,
-        "val_fraction": 0.25,
-        "folds": 0,
-        "fold": 0,
-        "seed": 0,
-    }
-    return read_data(folder, cache, **(asked | settings))
+    parts = {name: settings.pop(name) for name in ("context", "progress") if name in settings}
+    return read_data(
+        folder, cache, InputSettings(**{"image_size": 64, "val_fraction": 0.25} | settings), seed=0, **parts
+    )
 
 
 def save(path: Path, voxels: NDArray[Any], affine: NDArray[np.float64] = LIES_AS_ARRAYS) -> None:
@@ -268,14 +258,14 @@ def test_pictures_of_other_sizes_than_their_masks_are_refused(pictures: Path) ->
     for path in (pictures / "masks").iterdir():
         Image.open(path).crop((0, 0, 64, 32)).save(path)
     with pytest.raises(InputError, match="32 x 64 x 64"):
-        open_sets(pictures, (), "images_{set}.npy", "masks_{set}.npy", NAMES)
+        open_sets(pictures, InputSettings())
 
 
 def test_arrays_win_where_they_are_there(volumes: Path, whole: Path, tmp_path: Path) -> None:
     (tmp_path / "images").symlink_to(volumes / "images")
     (tmp_path / "masks").symlink_to(volumes / "masks")
-    assert isinstance(open_sets(tmp_path, (), "images_{set}.npy", "masks_{set}.npy", NAMES)[0], PairSet)
+    assert isinstance(open_sets(tmp_path, InputSettings())[0], PairSet)
     for path in whole.glob("*_medseg.npy"):
         (tmp_path / path.name).symlink_to(path)
-    (found,) = open_sets(tmp_path, (), "images_{set}.npy", "masks_{set}.npy", NAMES)
+    (found,) = open_sets(tmp_path, InputSettings())
     assert found.name == "medseg"

@@ -14,6 +14,7 @@ from matchai.data.digests import fingerprint
 from matchai.data.prepared import STEPS, SliceDataset, Slices, prepare
 from matchai.data.slice_set import SliceSet
 from matchai.sampling.sampler import DistributedWeightedSampler, Draw, collate
+from matchai.settings.config import InputSettings
 from matchai.system.errors import InputError
 from tests.steps import read_small
 
@@ -21,15 +22,10 @@ NAMES = ("ground glass", "consolidation", "lungs other", "background")
 
 
 def prepared(data: Path, cache: Path, **settings: Any) -> Slices:
-    sets = open_sets(data, (), "images_{set}.npy", "masks_{set}.npy", NAMES)
+    asked = InputSettings(**{"image_size": 64} | settings)
+    sets = open_sets(data, asked)
     digests = fingerprint([path for one in sets for path in (one.image_path, one.mask_path)])
-    asked: dict[str, Any] = {
-        "hu_window": (-1500.0, 500.0),
-        "image_size": 64,
-        "class_names": NAMES,
-        "background_class": 3,
-    }
-    return prepare(sets, digests, cache, **(asked | settings))
+    return prepare(sets, digests, cache, asked)
 
 
 def test_rounding_is_far_below_the_noise_of_ct(data: Path, tmp_path: Path) -> None:
@@ -93,8 +89,8 @@ def test_another_content_under_the_same_name_and_time_is_prepared_anew(data: Pat
 def test_both_sets_are_used_together_and_one_can_be_chosen(data: Path) -> None:
     for what in ("images", "masks"):
         np.save(data / f"{what}_radiopedia.npy", np.load(data / f"{what}_medseg.npy")[:10])
-    both = open_sets(data, (), "images_{set}.npy", "masks_{set}.npy", NAMES)
-    one = open_sets(data, ("radiopedia",), "images_{set}.npy", "masks_{set}.npy", NAMES)
+    both = open_sets(data, InputSettings())
+    one = open_sets(data, InputSettings(sets=("radiopedia",)))
     assert [len(found) for found in both] == [16, 10]
     assert [found.name for found in one] == ["radiopedia"]
     assert isinstance(one[0], ArraySet)
@@ -150,17 +146,17 @@ def test_rescale_makes_hu_of_arrays(data: Path, tmp_path: Path) -> None:
     images = np.rint(np.load(data / "images_medseg.npy")).astype(np.float32)
     np.save(data / "images_medseg.npy", images)
     np.save(data / "images_medseg.npy", ((images + 1024) * 2).astype(np.uint16))
-    (one,) = open_sets(data, (), "images_{set}.npy", "masks_{set}.npy", NAMES, rescale=(0.5, -1024.0))
+    (one,) = open_sets(data, InputSettings(rescale=(0.5, -1024.0)))
     assert np.array_equal(one.read_image(3), images[3, ..., 0])
     with pytest.raises(InputError, match="--rescale 1 -1024"):
         prepared(data, tmp_path / "cache")
 
 
 def test_a_label_map_is_the_whole_map_of_index_masks_and_refused_for_one_hot_ones(data: Path) -> None:
-    entries = ["5:ground glass", "6:consolidation", "7:lungs other", "9:background"]
+    entries = ("5:ground glass", "6:consolidation", "7:lungs other", "9:background")
 
     def opened() -> SliceSet:
-        return open_sets(data, (), "images_{set}.npy", "masks_{set}.npy", NAMES, label_map=entries)[0]
+        return open_sets(data, InputSettings(label_map=entries))[0]
 
     with pytest.raises(InputError, match=r"one-hot.*--label-map"):
         opened()
@@ -172,8 +168,7 @@ def test_a_label_map_is_the_whole_map_of_index_masks_and_refused_for_one_hot_one
 
 
 def test_what_the_sets_were_opened_with_is_part_of_the_key(data: Path, tmp_path: Path) -> None:
-    sets = open_sets(data, (), "images_{set}.npy", "masks_{set}.npy", NAMES)
-    usual: dict[str, Any] = {"hu_window": (-1500.0, 500.0), "image_size": 32, "class_names": NAMES}
     for reading in ({}, {"rescale": (1.0, 5.0)}, {"orientation": "PL"}, {"orientation": "PL"}):
-        prepare(sets, {"a": "b"}, tmp_path / "cache", background_class=3, reading=reading, **usual)
+        settings = InputSettings(**{"image_size": 32} | reading)
+        prepare(open_sets(data, settings), {"a": "b"}, tmp_path / "cache", settings)
     assert len(list((tmp_path / "cache").iterdir())) == 3

@@ -16,6 +16,7 @@ from matchai.data.phantom import write_phantom
 from matchai.evaluate import main
 from matchai.metrics.surface_distance import surface_distances
 from matchai.prediction.evaluation import evaluate
+from matchai.settings.command_settings import EvaluateSettings
 from matchai.settings.config import PRESETS
 from matchai.system.errors import InputError
 
@@ -58,7 +59,8 @@ def as_nifti(others: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def judged(kept: Path, output: Path, data: Path | None = None, **options: Any) -> dict[str, Any]:
-    return evaluate([kept], data, output, mixed_precision="no", **({"tolerance": None} | options))
+    asked = {"mixed_precision": "no", "surface": "no"} | options
+    return evaluate(EvaluateSettings((kept,), data, output, **asked))
 
 
 def pooled(result: dict[str, Any], name: str = "dice") -> list[float]:
@@ -77,7 +79,7 @@ def test_how_a_run_read_its_files_is_not_taken_for_files_of_another_kind(
     expected = pooled(judged(kept, tmp_path / "arrays", others))
     assert pooled(judged(run, tmp_path / "volumes", as_nifti)) == expected
     # where the user states them, they count
-    assert pooled(judged(run, tmp_path / "stated", as_nifti, settings={"rescale": (1.0, -300.0)})) != expected
+    assert pooled(judged(run, tmp_path / "stated", as_nifti, rescale=(1.0, -300.0))) != expected
 
 
 def best_row(kept: Path) -> dict[str, Any]:
@@ -104,7 +106,7 @@ def test_neighbours_are_those_of_the_training(phantom: Path, cache: Path, tmp_pa
 
 
 def test_the_table_of_slices_lists_the_validation_slices(kept: Path, phantom: Path, tmp_path: Path) -> None:
-    judged(kept, tmp_path / "out", tolerance=2.0)
+    judged(kept, tmp_path / "out", surface="yes")
     rows = list(csv.DictReader((tmp_path / "out/slices.csv").open()))
     split = json.loads((kept / "split.json").read_text())
     assert [int(row["index"]) for row in rows] == split["val"]
@@ -118,7 +120,7 @@ def test_the_table_of_slices_lists_the_validation_slices(kept: Path, phantom: Pa
 @pytest.fixture(scope="module")
 def in_nifti(kept: Path, as_nifti: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     output = tmp_path_factory.mktemp("evaluated") / "out"
-    return judged(kept, output, as_nifti, tolerance=2.0), output
+    return judged(kept, output, as_nifti, surface="yes"), output
 
 
 def test_nifti_files_give_the_counts_of_the_arrays_they_were_made_of(

@@ -8,6 +8,7 @@ import pytest
 from numpy.typing import NDArray
 
 from matchai.prediction.pipeline import predict
+from matchai.settings.command_settings import PredictSettings
 from matchai.system.errors import InputError
 from tests.kept import NAMES, keep_weights
 
@@ -31,8 +32,12 @@ def saved(folder: Path, name: str, array: NDArray[Any]) -> Path:
     return folder / name
 
 
+def predicted(paths: tuple[Path, ...], output: Path, **options: Any) -> list[str]:
+    return predict(PredictSettings(paths, output, **options))
+
+
 def mask_of(run: Path, path: Path, output: Path, **options: Any) -> Ints:
-    assert predict([run, path], output, mixed_precision="no", **options) == []
+    assert predicted((run, path), output, mixed_precision="no", **options) == []
     mask: Ints = np.load(output / f"{path.stem}_mask.npy")
     return mask
 
@@ -67,7 +72,7 @@ def test_numbers_that_are_no_hu_get_the_same_mask_once_they_are_made_hu(
 
 
 def test_maps_of_probability_peak_where_the_mask_says(tmp_path: Path, run: Path, volume: NDArray[np.float32]) -> None:
-    mask = mask_of(run, saved(tmp_path, "scan.npy", volume), tmp_path / "out", with_probabilities=True)
+    mask = mask_of(run, saved(tmp_path, "scan.npy", volume), tmp_path / "out", probabilities=True)
     maps = np.stack([np.load(tmp_path / "out" / f"scan_probability_{name.replace(' ', '_')}.npy") for name in NAMES])
     chosen = np.take_along_axis(maps, mask[None].astype(int), 0)[0]
     assert (chosen >= maps.max(0)).all()
@@ -78,7 +83,7 @@ def test_a_slice_tells_the_mean_uncertainty_of_its_predicted_lesions(
     tmp_path: Path, run: Path, volume: NDArray[np.float32]
 ) -> None:
     path = saved(tmp_path, "scan.npy", volume)
-    mask = mask_of(run, path, tmp_path / "out", with_uncertainty=True, is_mirrored=True)
+    mask = mask_of(run, path, tmp_path / "out", uncertainty=True, tta=True)
     doubt = np.load(tmp_path / "out" / "scan_uncertainty.npy").astype(np.float64)
     rows = (tmp_path / "out" / "slices.csv").read_text().splitlines()
     told = [float(row.split(",")[-1]) for row in rows[1:]]
@@ -89,7 +94,7 @@ def test_two_inputs_of_one_name_do_not_overwrite_each_other(
     tmp_path: Path, run: Path, volume: NDArray[np.float32]
 ) -> None:
     paths = [saved(tmp_path / name, "scan.npy", volume[:count]) for name, count in (("a", 1), ("b", 2))]
-    assert predict([run, *paths], tmp_path / "out") == []
+    assert predicted((run, *paths), tmp_path / "out") == []
     told = json.loads((tmp_path / "out" / "summary.json").read_text())["inputs"]
     assert [len(np.load(tmp_path / "out" / one["files"]["mask"])) for one in told] == [1, 2]
 
@@ -100,7 +105,7 @@ def test_a_slice_that_is_found_broken_on_the_way_leaves_the_other_inputs_done(
     many = np.repeat(volume[:1], 40, axis=0)
     many[6, 7, 9] = np.nan  # not among the slices that are looked at first
     paths = [saved(tmp_path, "broken.npy", many), saved(tmp_path, "good.npy", volume)]
-    problems = predict([run, *paths], tmp_path / "out")
+    problems = predicted((run, *paths), tmp_path / "out")
     assert len(problems) == 1
     assert "broken.npy has 1 NaN or infinite pixels in slice 6, the first at row 7, column 9" in problems[0]
     assert (tmp_path / "out" / "good_mask.npy").exists()
@@ -119,7 +124,7 @@ def test_an_input_that_is_no_ct_is_refused_before_anything_is_written(
     tmp_path: Path, run: Path, array: NDArray[Any], told: str
 ) -> None:
     with pytest.raises(InputError, match=told):
-        predict([run, saved(tmp_path, "scan.npy", array)], tmp_path / "out")
+        predicted((run, saved(tmp_path, "scan.npy", array)), tmp_path / "out")
     assert not list((tmp_path / "out").glob("*"))
 
 
@@ -127,14 +132,14 @@ def test_a_folder_of_earlier_results_is_left_alone(tmp_path: Path, run: Path, vo
     path = saved(tmp_path, "scan.npy", volume)
     saved(tmp_path / "out", "mine.npy", volume)
     with pytest.raises(InputError, match="not empty; name another folder with --output"):
-        predict([run, path], tmp_path / "out")
+        predicted((run, path), tmp_path / "out")
     assert [one.name for one in (tmp_path / "out").iterdir()] == ["mine.npy"]
 
 
 def test_several_runs_predict_together(tmp_path: Path, volume: NDArray[np.float32]) -> None:
     runs = [keep_weights(tmp_path / name, seed=seed) for seed, name in enumerate("ab")]
     path = saved(tmp_path, "scan.npy", volume)
-    assert predict([*runs, path], tmp_path / "out") == []
+    assert predicted((*runs, path), tmp_path / "out") == []
     told = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert [one["path"] for one in told["runs"]] == [str(run) for run in runs]
     assert told["passes"] == 2
@@ -145,12 +150,12 @@ def test_a_rescale_for_inputs_of_several_kinds_is_refused(
 ) -> None:
     paths = [saved(tmp_path, "scan.npy", volume), tmp_path / "scan.nii"]
     with pytest.raises(InputError, match=r"these are of 2 \(nifti, npy\)"):
-        predict([run, *paths], tmp_path / "out", rescale=(1, -1024))
+        predicted((run, *paths), tmp_path / "out", rescale=(1, -1024))
 
 
 def test_runs_that_make_hu_in_other_ways_need_the_users_word(tmp_path: Path, volume: NDArray[np.float32]) -> None:
     runs = [keep_weights(tmp_path / str(offset), rescale=[1.0, float(offset)]) for offset in (0, -24)]
     path = saved(tmp_path, "scan.npy", volume)
     with pytest.raises(InputError, match="could be HU by any of 1 -24, 1 0"):
-        predict([*runs, path], tmp_path / "out")
-    assert predict([*runs, path], tmp_path / "out", rescale=(1, 0)) == []
+        predicted((*runs, path), tmp_path / "out")
+    assert predicted((*runs, path), tmp_path / "out", rescale=(1, 0)) == []

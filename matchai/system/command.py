@@ -1,0 +1,73 @@
+"""From what ends a command to one sentence and an exit status: the one place where that is decided."""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from matchai.system.errors import FailedError, InputError
+
+FAILED, MISTAKE, INTERRUPTED = 1, 2, 130
+"""Exit statuses: the work failed, the user's mistake, Ctrl-C."""
+
+_MORE_MEMORY = "A batch needs more memory than there is; give a smaller --batch-size."
+
+
+def run_command(
+    work: Callable[[], int], left: str | Callable[[], str] = "Nothing was written.", memory: str = _MORE_MEMORY
+) -> int:
+    """Runs a command, and prints a sentence for each problem that ends it; a fault in the program is raised.
+
+    Args:
+        work: Returns the exit status.
+        left: What an early end leaves behind, a sentence.
+        memory: What to do where the memory is too small, a sentence.
+
+    Returns:
+        The exit status: that of `work`, `FAILED`, `MISTAKE` or `INTERRUPTED`.
+    """
+    try:
+        return work()
+    except InputError as error:
+        return _end(error.problems, MISTAKE)
+    except FailedError as error:
+        return _end([str(error)], FAILED)
+    except RuntimeError as error:
+        return _end([_explain(error, memory)], FAILED)
+    except OSError as error:
+        what = f"{error.filename} cannot" if error.filename is not None else "A file cannot"
+        return _end([f"{what} be read or written ({error.strerror or error}). {_text(left)}"], FAILED)
+    except KeyboardInterrupt:
+        print(f"Stopped by Ctrl-C. {_text(left)}", file=sys.stderr)
+        return INTERRUPTED
+    finally:
+        if "torch.distributed" in sys.modules:
+            from matchai.system.processes import leave_group  # noqa: PLC0415 as torch is loaded by now
+
+            leave_group()
+
+
+def print_problems(problems: Any) -> None:
+    """Prints the sentences of `problems` to stderr as errors."""
+    for problem in problems:
+        print(f"error: {problem}", file=sys.stderr)
+
+
+def _end(problems: Any, status: int) -> int:
+    print_problems(problems)
+    return status
+
+
+def _text(left: str | Callable[[], str]) -> str:
+    return left if isinstance(left, str) else left()
+
+
+def _explain(error: RuntimeError, memory: str) -> str:
+    """The sentence for an error of torch's that is no fault in the program; raises any other."""
+    from matchai.system.machine import is_out_of_memory  # noqa: PLC0415 needs torch, which raised the error
+    from matchai.system.processes import is_lost_process, lost_process_message  # noqa: PLC0415
+
+    if is_lost_process(error):
+        return lost_process_message()
+    if is_out_of_memory(error):
+        return memory
+    raise error
