@@ -118,8 +118,7 @@ def predict_volume(
         InputError: If a slice cannot be read, or holds values that are no numbers.
     """
     check_volume(volume, [about["hu_window"] for about in predictor.abouts])
-    length, height, width = volume.shape
-    names = predictor.class_names
+    length, names = volume.shape[0], predictor.class_names
 
     def read(index: int) -> NDArray[np.float32]:
         return turn(_finite(volume, index), volume.orientation, predictor.orientation)
@@ -134,27 +133,30 @@ def predict_volume(
         for turned in _predict_each(volume, predictor, read):
             probs = turn(turned, predictor.orientation, volume.orientation)
             pred = probs.argmax(0).astype(np.uint8)
-            pixels = np.bincount(pred.ravel(), minlength=len(names))
-            mask_file.write(pred.tobytes())
             doubt = uncertainty(probs) if with_uncertainty else None
+            mask_file.write(pred.tobytes())
             maps = [*_in_steps(probs, pred)] if with_probabilities else []
             maps += [_in_steps(doubt[None])[0]] if doubt is not None else []
             for file, values in zip(map_files.values(), maps, strict=True):
                 file.write(values.tobytes())
-            is_lesion = np.isin(pred, predictor.lesion_classes)
-            mean_doubt = float(doubt[is_lesion].mean()) if doubt is not None and is_lesion.any() else None
-            results.append(SliceResult(pixels, mean_doubt))
+            results.append(_slice_result(pred, doubt, predictor))
             if each:
                 each(pred)
             if progress:
                 progress(len(results), length)
-        mask = _mapped(mask_file, np.uint8, (length, height, width))
+        mask = _mapped(mask_file, np.uint8, volume.shape)
         files = {"mask": volume.save_mask(folder, mask, file_labels(len(names), predictor.background_class))}
         for what, file in map_files.items():
-            files[what] = volume.save_map(folder, _mapped(file, np.uint16, (length, height, width)), what)
+            files[what] = volume.save_map(folder, _mapped(file, np.uint16, volume.shape), what)
         files["panels"] = folder / f"{volume.name}_panels.png"
         _draw(volume, mask, results, predictor, files["panels"])
     return VolumeResult(volume, results, files)
+
+
+def _slice_result(pred: NDArray[np.uint8], doubt: NDArray[np.float32] | None, predictor: Predictor) -> SliceResult:
+    is_lesion = np.isin(pred, predictor.lesion_classes)
+    mean_doubt = float(doubt[is_lesion].mean()) if doubt is not None and is_lesion.any() else None
+    return SliceResult(np.bincount(pred.ravel(), minlength=len(predictor.class_names)), mean_doubt)
 
 
 def _predict_each(volume: Volume, predictor: Predictor, read: ReadSlice) -> Iterator[NDArray[np.float32]]:

@@ -9,12 +9,12 @@ if TYPE_CHECKING:
     from matchai.runs.facts import RunFacts, read_facts
     from matchai.runs.model_card import CARD, write_card
     from matchai.runs.report_page import PAGE, write_page
-    from matchai.runs.setup import on_main_first, read, versions
-    from matchai.runs.trainer import DivergedError, RunResult, Trainer, run
+    from matchai.runs.setup import Setup, on_main_first, read, versions
+    from matchai.runs.trainer import OnEpoch, OnStep, RunResult, Trainer, run
 
 __all__ = [
-    "CARD", "PAGE", "DivergedError", "RunFacts", "RunResult", "Trainer", "on_main_first", "read", "read_facts",
-    "run", "versions", "write_card", "write_page",
+    "CARD", "PAGE", "OnEpoch", "OnStep", "RunFacts", "RunResult", "Setup", "Trainer", "on_main_first", "read",
+    "read_facts", "run", "versions", "write_card", "write_page",
 ]
 # fmt: on
 

@@ -4,6 +4,7 @@ import json
 import platform
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,20 +19,97 @@ from accelerate.utils import (
     ProjectConfiguration,
     broadcast_object_list,
 )
+from torch import nn
 
 from matchai.data.dataset import Data, built_in_phantom, read_data
 from matchai.native import library
 from matchai.settings import parsing
 from matchai.settings.config import FREE, LEAVES, TrainConfig
+from matchai.settings.validation import check
 from matchai.system import machine
 from matchai.system.console import Display
 from matchai.system.errors import InputError
 from matchai.system.files import alone, write_whole
-from matchai.system.processes import check_launch, join_group, num_restarts
+from matchai.system.processes import check_agreement, check_launch, join_group, num_restarts
 from matchai.training import checkpoint
-from matchai.training.build import slice_weights_of
+from matchai.training.build import build_model_of, slice_weights_of, step_problems
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Setup:
+    """All that a run needs before its loop is built.
+
+    Attributes:
+        accelerator: Devices, precision, processes.
+        display: Where things are said.
+        data: The slices, prepared and split.
+        model: With its first weights, on the CPU.
+    """
+
+    accelerator: Accelerator
+    display: Display
+    data: Data
+    model: nn.Module
+
+
+def set_up(config: TrainConfig, output: Path, display: Display | None, stack: ExitStack) -> Setup:
+    """Joins the processes, locks the folder, reads the data, builds the model, and says what will be done.
+
+    Args:
+        config: All settings.
+        output: The run's folder.
+        display: Where to say things; without it, the terminal.
+        stack: Lets go of the folder and the terminal at its end.
+
+    Raises:
+        InputError: With every problem found, before anything but the folder and the cache is written.
+    """
+    problems = check(config)
+    accelerator, precision = make_accelerator(config, output, problems)
+    machine.set_threads(machine.num_local_processes(accelerator.num_processes))
+    check_agreement(
+        {name: value for name, value in config.flat().items() if name not in FREE}
+        | {"precision": precision.split()[0], "torch": torch.__version__},
+        "start all of them by the same command, with the same packages.",
+    )
+    display = display or Display(accelerator.is_main_process)
+    stack.callback(display.close)
+    greet(config, display)
+    problems += on_main(accelerator, lambda: open_output(output, config, stack, display))
+    data, model = _read_and_build(config, output, accelerator, display, problems)
+    check_agreement(data.digests, "all of them must read the same slices.")
+    record = make_record(accelerator, data, precision)
+    problems += on_main(accelerator, lambda: check_experiment(output, config, record))
+    if problems:
+        raise InputError(*problems)
+    if accelerator.is_main_process:
+        write_split(output, config, data)
+    tell(display, accelerator, config, data, precision)
+    return Setup(accelerator, display, data, model)
+
+
+def _read_and_build(
+    config: TrainConfig, output: Path, accelerator: Accelerator, display: Display, problems: list[str]
+) -> tuple[Data, nn.Module]:
+    """The data and the model; raises InputError with what is wrong with either, and with `problems`."""
+    cache = config.input.cache or output.parent / "cache"
+    is_resuming = any((output / checkpoint.LAST).glob("state-*"))
+    data, model = None, None
+    try:
+        data = on_main_first(accelerator, lambda: read(config, cache, display))
+        problems += step_problems(config, len(data.train), accelerator.num_processes, accelerator.device)
+    except InputError as error:
+        problems += error.problems
+    display.close()
+    try:
+        model = on_main_first(accelerator, lambda: build_model_of(config, is_resuming=is_resuming))
+    except InputError as error:
+        problems += error.problems
+    if problems or data is None or model is None:
+        raise InputError(*dict.fromkeys(problems))
+    return data, model
 
 
 def make_accelerator(config: TrainConfig, output: Path, problems: list[str]) -> tuple[Accelerator, str]:

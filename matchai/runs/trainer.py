@@ -1,4 +1,4 @@
-"""A training run: builds every part from a `TrainConfig`, drives the epochs, keeps everything, goes on where it was."""
+"""A training run: builds every part from a `TrainConfig`, drives the epochs, keeps everything, resumes."""
 
 import json
 import signal
@@ -10,40 +10,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 
-from matchai.data.dataset import Data
 from matchai.metrics.confusion import Counts, summarise
 from matchai.runs.input_bound import InputBoundMonitor
-from matchai.runs.setup import (
-    check_experiment,
-    describe_weights,
-    greet,
-    make_accelerator,
-    make_record,
-    on_main,
-    on_main_first,
-    open_output,
-    read,
-    tell,
-    write_split,
-)
-from matchai.settings.config import FREE, TrainConfig
-from matchai.settings.validation import check, parse_interval
+from matchai.runs.setup import Setup, describe_weights, on_main_first, set_up
+from matchai.settings.config import TrainConfig
+from matchai.settings.validation import parse_interval
 from matchai.system import machine
 from matchai.system.console import Display, best_line, epoch_line
 from matchai.system.errors import InputError
 from matchai.system.files import write_whole
 from matchai.system.processes import StopSignal, check_agreement, end_with_launcher
 from matchai.training import checkpoint
-from matchai.training.build import build_model_of, build_training, end_workers, step_problems
-from matchai.training.loop import DivergedError, Training, count_step, predict, train_epoch, validate
+from matchai.training.build import build_training, end_workers
+from matchai.training.loop import Training, count_step, predict, train_epoch, validate
 from matchai.training.meters import EpochMeter, epoch_row
 from matchai.training.resume import Progress, collect, restore
 
 DRAW_EVERY = 30.0  # seconds between drawings of the figures, a second each
-
-__all__ = ["DivergedError", "OnEpoch", "OnStep", "RunResult", "run"]
 
 OnEpoch = Callable[[dict[str, Any]], None]
 OnStep = Callable[[int, int], None]
@@ -108,66 +92,42 @@ def run(
     cuda = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=cuda))
-        problems = check(config)
-        accelerator, precision_reason = make_accelerator(config, output, problems)
-        machine.set_threads(machine.num_local_processes(accelerator.num_processes))
-        check_agreement(
-            {name: value for name, value in config.flat().items() if name not in FREE}
-            | {"precision": precision_reason.split()[0], "torch": torch.__version__},
-            "start all of them by the same command, with the same packages.",
-        )
-        display = display or Display(accelerator.is_main_process)
-        stack.callback(display.close)
-        greet(config, display)
-        problems += on_main(accelerator, lambda: open_output(output, config, stack, display))
-        cache = config.input.cache or output.parent / "cache"
-        is_resuming = any((output / checkpoint.LAST).glob("state-*"))
-        data, model = None, None
-        try:
-            data = on_main_first(accelerator, lambda: read(config, cache, display))
-            problems += step_problems(config, len(data.train), accelerator.num_processes, accelerator.device)
-        except InputError as error:
-            problems += error.problems
-        display.close()
-        try:
-            model = on_main_first(accelerator, lambda: build_model_of(config, is_resuming=is_resuming))
-        except InputError as error:
-            problems += error.problems
-        if problems or data is None or model is None:
-            raise InputError(*dict.fromkeys(problems))
-        check_agreement(data.digests, "all of them must read the same slices.")
-        record = make_record(accelerator, data, precision_reason)
-        problems += on_main(accelerator, lambda: check_experiment(output, config, record))
-        if problems:
-            raise InputError(*problems)
-        if accelerator.is_main_process:
-            write_split(output, config, data)
-        tell(display, accelerator, config, data, precision_reason)
+        setup = set_up(config, output, display, stack)
         listener = stop or StopSignal()
-        training = build_training(config, accelerator, data, model, lambda: listener.received is not None)
+        training = build_training(
+            config, setup.accelerator, setup.data, setup.model, lambda: listener.received is not None
+        )
         stack.callback(end_workers, training)
-        hooks = on_epoch, on_step, draw_every
-        return Trainer(config, accelerator, display, output, data, training, listener, *hooks).go()
+        return Trainer(config, setup, output, training, listener, on_epoch, on_step, draw_every).fit()
 
 
 class Trainer:
-    """A run on its way: what is kept from epoch to epoch."""
+    """A run on its way: what is kept from epoch to epoch.
+
+    Args:
+        config: All settings.
+        setup: Processes, data and where to say things.
+        output: The run's folder.
+        training: The parts of the loop.
+        stop: Hears of signals.
+        on_epoch: See `run`.
+        on_step: See `run`.
+        draw_every: See `run`.
+    """
 
     def __init__(
         self,
         config: TrainConfig,
-        accelerator: Accelerator,
-        display: Display,
+        setup: Setup,
         output: Path,
-        data: Data,
         training: Training,
         stop: StopSignal,
         on_epoch: OnEpoch | None,
         on_step: OnStep | None,
         draw_every: float,
     ) -> None:
-        self.config, self.accelerator, self.display, self.output = config, accelerator, display, output
-        self.data, self.training, self.stop = data, training, stop
+        self.config, self.output, self.training, self.stop = config, output, training, stop
+        self.accelerator, self.display, self.data = setup.accelerator, setup.display, setup.data
         self.on_epoch, self.on_step = on_epoch, on_step
         self.names = list(config.input.class_names)
         self.progress = Progress()
@@ -176,10 +136,11 @@ class Trainer:
         self.draw_every, self.drawn_at = draw_every, -draw_every
         self.shown_at = 0.0
         self.unsaved: str | None = None  # why the newest state, or what is published of it, is not on the disk
-        num_local = machine.num_local_processes(accelerator.num_processes)
+        num_local = machine.num_local_processes(setup.accelerator.num_processes)
         self.input_bound = InputBoundMonitor(training.loader.num_workers, num_local)
 
-    def go(self) -> RunResult:
+    def fit(self) -> RunResult:
+        """Trains to the last epoch, from where the run was."""
         is_resumed = self._resume()
         epochs = self.config.optimisation.epochs
         if self.accelerator.is_main_process:

@@ -102,42 +102,103 @@ def build_training(
     config: TrainConfig, accelerator: Accelerator, data: Data, model: nn.Module, is_asked_to_stop: Callable[[], bool]
 ) -> Training:
     """Builds and prepares everything that the loop needs."""
-    names, seed, device = list(config.input.class_names), config.run.seed, accelerator.device
-    batch_size, optimisation = config.sampling.batch_size, config.optimisation
-    model = model.to(device).to(memory_format=torch.channels_last)
-    if device.type == "cpu":
+    model = model.to(accelerator.device).to(memory_format=torch.channels_last)
+    if accelerator.device.type == "cpu":
         use_cpu_layers(model)
     ema = None
-    if optimisation.ema_decay:
-        average = get_ema_multi_avg_fn(optimisation.ema_decay)  # type: ignore[no-untyped-call]
+    if config.optimisation.ema_decay:
+        average = get_ema_multi_avg_fn(config.optimisation.ema_decay)  # type: ignore[no-untyped-call]
         ema = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad],
-        lr=optimisation.max_lr,
-        weight_decay=optimisation.weight_decay,
+        lr=config.optimisation.max_lr,
+        weight_decay=config.optimisation.weight_decay,
         fused=True,
     )
     sampler = DistributedWeightedSampler(
         slice_weights_of(config, data),
-        batch_size,
-        seed=seed,
+        config.sampling.batch_size,
+        seed=config.run.seed,
         num_processes=accelerator.num_processes,
         process_index=accelerator.process_index,
         accumulate=config.sampling.accumulate,
     )
-    total_steps = optimisation.epochs * len(sampler)
-    scheduler = OneCycleLR(optimizer, max_lr=optimisation.max_lr, total_steps=total_steps)
-    low, high = config.input.hu_window
-    chances = {name: getattr(config.augmentation, name) for name in vars(config.augmentation)}
+    total_steps = config.optimisation.epochs * len(sampler)
+    scheduler = OneCycleLR(optimizer, max_lr=config.optimisation.max_lr, total_steps=total_steps)
+    model = _prepare_model(config, accelerator, model)
+    buffers = join_buffers(model)  # after Accelerate, which puts other tensors in their place
+    deterministic = _deterministic_gradient(config, accelerator, model)
+    loss, val_loss = _losses(config, accelerator.device, data)
+    loader, val_loader, num_val_batches = _loaders(config, accelerator, data, sampler)
+    return Training(
+        accelerator=accelerator,
+        model=model,
+        buffers=buffers,
+        keyed_layers=keyed_layers(model),
+        loss=loss,
+        val_loss=val_loss,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        sampler=sampler,
+        loader=loader,
+        val_loader=val_loader,
+        num_val_batches=num_val_batches,
+        deterministic=deterministic,
+        ema=ema,
+        seed=config.run.seed,
+        clip_grad_norm=config.optimisation.clip_grad_norm,
+        is_asked_to_stop=is_asked_to_stop,
+    )
+
+
+def _prepare_model(config: TrainConfig, accelerator: Accelerator, model: nn.Module) -> nn.Module:
+    """The model as several processes train it; alone, as it is."""
+    if accelerator.num_processes == 1 or _is_deterministic(config, accelerator.device):
+        return model
+    if config.network.sync_batch_norm:
+        model = synchronise_processes(model)
+    with warnings.catch_warnings():  # Accelerate has no other name yet for what DDP now calls forward_sync_buffers
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+        model = accelerator.prepare(model)
+    _settle_buckets(model, config.run.seed, num_channels(config))
+    return model
+
+
+def _deterministic_gradient(
+    config: TrainConfig, accelerator: Accelerator, model: nn.Module
+) -> DeterministicGradient | None:
+    if not _is_deterministic(config, accelerator.device):
+        return None
+    torch.set_num_threads(1)
+    batch_size = config.sampling.batch_size
+    return DeterministicGradient(model, batch_size, accelerator.num_processes, accelerator.process_index)
+
+
+def _losses(config: TrainConfig, device: torch.device, data: Data) -> tuple[SegmentationLoss, SegmentationLoss]:
+    """The loss of the training, and that of the validation, which judges by the labels as they are."""
+    class_weights = balanced_class_weights(torch.from_numpy(np.asarray(data.slices.pixels)[data.train].sum(axis=0)))
+    shares = dict(vars(config.loss))
+    loss, val_loss = (SegmentationLoss(class_weights, **one) for one in (shares, {**shares, "soft_boundary": 0}))
+    return loss.to(device), val_loss.to(device)
+
+
+def _loaders(
+    config: TrainConfig, accelerator: Accelerator, data: Data, sampler: DistributedWeightedSampler
+) -> tuple[DataLoader[Any], DataLoader[Any], int]:
+    """This process's training and validation loaders, and the validation batches of the process that has most."""
+    device, num_processes = accelerator.device, accelerator.num_processes
+    (low, high), background = config.input.hu_window, config.input.background_index
     air = min(max((AIR - low) / (high - low), 0.0), 1.0)
     augmentation = Augmentation(
-        seed, air, names.index(config.input.background_class), **chances, channels=num_channels(config)
+        config.run.seed, air, background, **vars(config.augmentation), channels=num_channels(config)
     )
-    num_local = num_local_processes(accelerator.num_processes)
+    train_set, val_set = dataset_of(config, data, data.train, augmentation), dataset_of(config, data, data.val)
+    # kernels round differently for batches of other sizes, so the same bits need every slice predicted alone
+    batch_size = 1 if _is_deterministic(config, device) else config.sampling.batch_size
+    mine = range(accelerator.process_index, len(data.val), num_processes)
+    val_batches = [list(mine[k : k + batch_size]) for k in range(0, len(mine), batch_size)]
     workers = config.machine.num_workers
-    workers = default_workers(device, num_local) if workers is None else workers
-    train_set = dataset_of(config, data, data.train, augmentation)
-    val_set = dataset_of(config, data, data.val)
+    workers = default_workers(device, num_local_processes(num_processes)) if workers is None else workers
 
     def load(dataset: SliceDataset, batches: Any, num_workers: int) -> DataLoader[Any]:
         return DataLoader(
@@ -151,48 +212,13 @@ def build_training(
             generator=torch.Generator(),  # else every pass would draw from the global one
         )
 
-    is_deterministic = _is_deterministic(config, device)
-    if accelerator.num_processes > 1 and not is_deterministic:
-        if config.network.sync_batch_norm:
-            model = synchronise_processes(model)
-        with warnings.catch_warnings():  # Accelerate has no other name yet for what DDP now calls forward_sync_buffers
-            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-            model = accelerator.prepare(model)
-        _settle_buckets(model, seed, num_channels(config))
-    buffers = join_buffers(model)  # after Accelerate, which puts other tensors in their place
-    deterministic = None
-    if is_deterministic:
-        torch.set_num_threads(1)
-        deterministic = DeterministicGradient(model, batch_size, accelerator.num_processes, accelerator.process_index)
-    # kernels round differently for batches of other sizes, so here every slice is predicted alone
-    val_batch_size = 1 if deterministic else batch_size
-    mine = range(accelerator.process_index, len(data.val), accelerator.num_processes)
-    val_batches = [list(mine[k : k + val_batch_size]) for k in range(0, len(mine), val_batch_size)]
-    pixels = torch.from_numpy(np.asarray(data.slices.pixels)[data.train].sum(axis=0))
-    shares = {name: getattr(config.loss, name) for name in vars(config.loss)}
-    loss = SegmentationLoss(balanced_class_weights(pixels), **shares).to(device)
-    # judged by the labels as they are
-    val_loss = SegmentationLoss(balanced_class_weights(pixels), **{**shares, "soft_boundary": 0}).to(device)
-    return Training(
-        accelerator=accelerator,
-        model=model,
-        buffers=buffers,
-        keyed_layers=keyed_layers(model),
-        loss=loss,
-        val_loss=val_loss,
-        optimizer=optimizer,
-        scheduler=scheduler,
-        sampler=sampler,
-        loader=load(train_set, sampler, workers),
-        # its own workers, which wait while the others work; half as many, as a slice that is not augmented loads in a
-        # fifth of the time, and a forward pass takes a third of a step
-        val_loader=load(val_set, val_batches, (workers + 1) // 2),
-        num_val_batches=math.ceil(math.ceil(len(data.val) / accelerator.num_processes) / val_batch_size),
-        deterministic=deterministic,
-        ema=ema,
-        seed=seed,
-        clip_grad_norm=optimisation.clip_grad_norm,
-        is_asked_to_stop=is_asked_to_stop,
+    # validation has its own workers, which wait while the others work; half as many, as a slice that is not augmented
+    # loads in a fifth of the time, and a forward pass takes a third of a step
+    val_loader = load(val_set, val_batches, (workers + 1) // 2)
+    return (
+        load(train_set, sampler, workers),
+        val_loader,
+        math.ceil(math.ceil(len(data.val) / num_processes) / batch_size),
     )
 
 

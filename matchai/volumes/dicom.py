@@ -275,19 +275,13 @@ def _decode(
     folder: Path, images: Sequence[DicomImage], dtype: np.dtype[Any], is_stored: bool, scratch: Path | None
 ) -> BinaryIO:
     """All pixels in one file without a name: as they are stored, or in HU where images differ in type or scale."""
-    decoded = scratch_file(folder, len(images) * int(np.prod(images[0].shape)) * dtype.itemsize, scratch)
-    try:
+
+    def write(file: BinaryIO) -> None:
         for image, values in zip(images, decode(images), strict=True):
             wanted = values if is_stored else values * image.scale[0] + image.scale[1]
-            decoded.write(wanted.astype(dtype).tobytes())
-        decoded.flush()
-    except OSError as error:
-        decoded.close()
-        raise InputError(f"{folder} cannot be unpacked: {error.strerror or error}.") from None
-    except BaseException:
-        decoded.close()
-        raise
-    return decoded
+            file.write(wanted.astype(dtype).tobytes())
+
+    return scratch_file(folder, len(images) * int(np.prod(images[0].shape)) * dtype.itemsize, scratch, write)
 
 
 def _times(values: Iterable[float]) -> str:

@@ -260,16 +260,17 @@ class GridVolume:
             )
 
 
-def scratch_file(path: Path, num_bytes: int, scratch: Path | None) -> BinaryIO:
-    """An open file without a name, for the unpacked voxels of `path`; gone when it is closed.
+def scratch_file(path: Path, num_bytes: int, scratch: Path | None, write: Callable[[BinaryIO], None]) -> BinaryIO:
+    """An open file without a name that holds the unpacked voxels of `path`; gone when it is closed.
 
     Args:
         path: What is unpacked.
-        num_bytes: How many it will be.
+        num_bytes: How many they are.
         scratch: The folder (default: the system's for temporary files).
+        write: Writes them to the file.
 
     Raises:
-        InputError: If there is too little room for it, or it cannot be made.
+        InputError: If there is too little room for them, or the file cannot be made or written.
     """
     folder = scratch or Path(tempfile.gettempdir())
     try:
@@ -279,7 +280,14 @@ def scratch_file(path: Path, num_bytes: int, scratch: Path | None) -> BinaryIO:
                 f"{path} unpacks to {num_bytes / 1e9:.2f} GB, but {folder} has only {free / 1e9:.2f} GB free; "
                 "free some there."
             )
-        return tempfile.TemporaryFile(dir=folder)
+        file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 outlives this function
+        try:
+            write(file)
+            file.flush()
+        except BaseException:
+            file.close()
+            raise
+        return file
     except OSError as error:
         raise InputError(f"{path} cannot be unpacked to {folder}: {error.strerror or error}.") from None
 

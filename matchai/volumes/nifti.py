@@ -52,13 +52,7 @@ def open_nifti(
         header, is_packed = _read_header(nibabel, path)
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}.") from None
-    shape = header.get_data_shape()
-    dtype = _dtype_of(header, path)
-    if len(shape) < 3 or min(shape) < 1 or math.prod(shape[3:]) != 1:
-        raise InputError(
-            f"{path} has the shape {' x '.join(map(str, shape))}; a volume has three axes"
-            + (": save one of its volumes to a file of its own." if len(shape) > 3 else ", and voxels along each.")
-        )
+    shape, dtype = _shape_of(header, path), _dtype_of(header, path)
     offset = header.get_data_offset()
     num_bytes = offset + math.prod(shape) * dtype.itemsize
     size = path.stat().st_size
@@ -71,16 +65,6 @@ def open_nifti(
         affine = header.get_best_affine()
     except (nibabel.spatialimages.HeaderDataError, ValueError) as error:
         raise InputError(f"{path} has a qform that is no rotation ({error}); write a true affine into it.") from None
-    notes = []
-    if not header["sform_code"] and not header["qform_code"]:
-        notes.append(
-            "It has no orientation (sform and qform codes are 0); it is taken as nibabel takes it: the first "
-            "axis runs to the patient's left, the second to the front, the third to the head. Check that its pictures "
-            "are upright."
-        )
-    unit_name, unit = {1: ("metre", 1000.0), 3: ("micrometre", 0.001)}.get(int(header["xyzt_units"]) % 8, ("mm", 1.0))
-    if unit != 1:
-        notes.append(f"It says that its unit of length is the {unit_name}; spacing and volumes are told in mm.")
 
     def provide() -> BinaryIO:
         return _unpack(path, num_bytes, scratch) if is_packed else path.open("rb")
@@ -88,15 +72,44 @@ def open_nifti(
     return GridVolume(
         path,
         stem(path),
-        FileVoxels(provide, (shape[0], shape[1], shape[2]), dtype, offset),
+        FileVoxels(provide, shape, dtype, offset),
         affine,
         orientation,
         scale=None if slope is None else (slope, intercept),
         rescale=rescale,
         header=header,
-        unit=unit,
-        notes=notes,
+        unit=_unit_of(header)[1],
+        notes=_notes_of(header),
     )
+
+
+def _shape_of(header: Any, path: Path) -> tuple[int, int, int]:
+    shape = header.get_data_shape()
+    if len(shape) < 3 or min(shape) < 1 or math.prod(shape[3:]) != 1:
+        raise InputError(
+            f"{path} has the shape {' x '.join(map(str, shape))}; a volume has three axes"
+            + (": save one of its volumes to a file of its own." if len(shape) > 3 else ", and voxels along each.")
+        )
+    return shape[0], shape[1], shape[2]
+
+
+def _unit_of(header: Any) -> tuple[str, float]:
+    """The unit of length, and how many mm it is."""
+    return {1: ("metre", 1000.0), 3: ("micrometre", 0.001)}.get(int(header["xyzt_units"]) % 8, ("mm", 1.0))
+
+
+def _notes_of(header: Any) -> list[str]:
+    notes = []
+    if not header["sform_code"] and not header["qform_code"]:
+        notes.append(
+            "It has no orientation (sform and qform codes are 0); it is taken as nibabel takes it: the first "
+            "axis runs to the patient's left, the second to the front, the third to the head. Check that its pictures "
+            "are upright."
+        )
+    name, unit = _unit_of(header)
+    if unit != 1:
+        notes.append(f"It says that its unit of length is the {name}; spacing and volumes are told in mm.")
+    return notes
 
 
 def _read_header(nibabel: Any, path: Path) -> tuple[Any, bool]:
@@ -158,30 +171,23 @@ def _scale_of(nibabel: Any, header: Any, path: Path) -> tuple[float | None, floa
 
 def _unpack(path: Path, num_bytes: int, scratch: Path | None) -> BinaryIO:
     """Unpacks the first `num_bytes` to a file without a name, and checks the rest."""
-    unpacked = scratch_file(path, num_bytes, scratch)
-    missing = num_bytes
-    try:
-        with gzip.open(path) as packed:
-            while piece := packed.read(_PIECE):  # to its end, where the checksum stands
-                if missing:
-                    unpacked.write(piece[:missing])
+
+    def write(file: BinaryIO) -> None:
+        missing = num_bytes
+        try:
+            with gzip.open(path) as packed:
+                while piece := packed.read(_PIECE):  # to its end, where the checksum stands
+                    file.write(piece[:missing])
                     missing -= min(missing, len(piece))
-        unpacked.flush()
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise _damaged(path, error) from None
         if missing:
             raise InputError(
                 f"{path} is incomplete: unpacked it has {num_bytes - missing} of the {num_bytes} bytes that its header "
                 "promises; copy it again."
             )
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        unpacked.close()
-        raise _damaged(path, error) from None
-    except OSError as error:
-        unpacked.close()
-        raise InputError(f"{path} cannot be unpacked: {error.strerror or error}.") from None
-    except BaseException:
-        unpacked.close()
-        raise
-    return unpacked
+
+    return scratch_file(path, num_bytes, scratch, write)
 
 
 def _damaged(path: Path, error: Exception) -> InputError:
