@@ -5,16 +5,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from matchai.preflight.software import (
-    Finding,
-    check_extras,
-    check_launcher,
-    check_loading,
-    check_packages,
-    check_torch,
-)
-from matchai.settings.config import RunSettings, TrainConfig
-from matchai.system.command import run_command
+from matchai.preflight import Finding, check_extras, check_launcher, check_loading, check_packages, check_torch
+from matchai.settings import RunSettings, TrainConfig
+from matchai.system import run_command
 
 DESCRIPTION = (
     "Says whether a training with these flags would start on this machine and these data, line by line, and what to "
@@ -25,15 +18,15 @@ DESCRIPTION = (
 
 @dataclass(frozen=True)
 class DoctorRun(RunSettings):
-    """What would be run."""
+    """What would run."""
 
     output: Path | None = None
-    """Folder of the pictures of the data (default: doctor); nothing is written elsewhere."""
+    """Folder for pictures of the data (default: doctor). Nothing else is written."""
 
 
 @dataclass(frozen=True)
 class DoctorConfig(TrainConfig):
-    """All settings of the training that is thought of."""
+    """All settings of the training to check."""
 
     run: DoctorRun = DoctorRun()
 
@@ -41,7 +34,7 @@ class DoctorConfig(TrainConfig):
 def main(argv: list[str] | None = None, prog: str = "python -m matchai.doctor") -> int:
     """Checks; returns the exit status: 0 training would start, 1 it would not, 2 wrong flags, 130 Ctrl-C."""
     try:
-        from matchai.settings.parsing import parse  # noqa: PLC0415 what it imports may be missing
+        from matchai.settings import parse  # noqa: PLC0415 what it imports may be missing
     except ImportError as error:
         fault = Finding("problem", f"Flags cannot be read: {error}", "`pip install --force-reinstall tyro pyyaml`")
         return _tell(iter((*check_packages(), fault)))
@@ -63,7 +56,7 @@ def _check(config: DoctorConfig) -> Iterator[Finding]:
         return
     yield loading
     yield check_extras()
-    from matchai.preflight.preflight import check_training  # noqa: PLC0415 needs torch, which the checks above may find broken
+    from matchai.preflight import check_training  # noqa: PLC0415 needs torch, which the checks above may find broken
 
     yield from check_training(config, config.run.output or Path("doctor"))
 

@@ -2,10 +2,8 @@
 
 import sys
 
-from matchai.settings.command_settings import EvaluateSettings
-from matchai.settings.parsing import parse_settings
-from matchai.system.command import run_command
-from matchai.system.thread_waits import choose_waiting, refuse_launch
+from matchai.settings import EvaluateSettings, parse_settings
+from matchai.system import choose_waiting, refuse_launch, run_command
 
 DESCRIPTION = (
     "Judges what a run predicts by masks: Dice, IoU, precision and recall of each class and of any lesion, pooled over "
@@ -24,8 +22,8 @@ def main(argv: list[str] | None = None, prog: str = "python -m matchai.evaluate"
         settings.check()
         choose_waiting()
         # seconds of imports that --help does not need
-        from matchai.prediction.evaluation import evaluate  # noqa: PLC0415
-        from matchai.system.console import Display, show_evaluation  # noqa: PLC0415
+        from matchai.prediction import evaluate  # noqa: PLC0415
+        from matchai.system import Display, show_evaluation  # noqa: PLC0415
 
         display = Display(is_main_process=True)
         try:

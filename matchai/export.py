@@ -2,11 +2,8 @@
 
 import sys
 
-from matchai.settings.command_settings import ExportSettings
-from matchai.settings.parsing import parse_settings
-from matchai.system.command import run_command
-from matchai.system.errors import InputError
-from matchai.system.thread_waits import choose_waiting, refuse_launch
+from matchai.settings import ExportSettings, parse_settings
+from matchai.system import InputError, choose_waiting, refuse_launch, run_command
 
 DESCRIPTION = (
     "Writes the model of a run as one file for other programs, once it has computed the same there. RUN is the "
@@ -27,9 +24,8 @@ def _export(settings: ExportSettings, prog: str) -> int:
         raise InputError(f"{path} is there already and is not overwritten: move it, or name another with --output.")
     choose_waiting()
     # seconds of imports that --help does not need
-    from matchai.prediction.export_formats import pack_onnx, pack_safetensors  # noqa: PLC0415
-    from matchai.prediction.inference import load_model  # noqa: PLC0415
-    from matchai.system.files import write_whole  # noqa: PLC0415
+    from matchai.prediction import load_model, pack_onnx, pack_safetensors  # noqa: PLC0415
+    from matchai.system import write_whole  # noqa: PLC0415
 
     model, about = load_model(settings.run)
     content, found = (pack_onnx if settings.format == "onnx" else pack_safetensors)(model, about)

@@ -2,9 +2,8 @@
 
 import sys
 
-from matchai.settings.command_settings import PhantomSettings
-from matchai.settings.parsing import parse_settings
-from matchai.system.command import run_command
+from matchai.settings import PhantomSettings, parse_settings
+from matchai.system import run_command
 
 DESCRIPTION = (
     "Writes a synthetic data set of lung CT slices with lesions, in the layout of the Kaggle set. No patient is behind "
@@ -18,7 +17,7 @@ def main(argv: list[str] | None = None, prog: str = "python -m matchai.phantom")
 
 
 def _write(settings: PhantomSettings) -> int:
-    from matchai.data.phantom import write_phantom  # noqa: PLC0415 imports that --help does not need
+    from matchai.data import write_phantom  # noqa: PLC0415 imports that --help does not need
 
     write_phantom(settings.output, settings.slices, seed=settings.seed, size=settings.size)
     print(

@@ -2,10 +2,8 @@
 
 import sys
 
-from matchai.settings.command_settings import PredictSettings
-from matchai.settings.parsing import parse_settings
-from matchai.system.command import MISTAKE, print_problems, run_command
-from matchai.system.thread_waits import choose_waiting, refuse_launch
+from matchai.settings import PredictSettings, parse_settings
+from matchai.system import MISTAKE, choose_waiting, print_problems, refuse_launch, run_command
 
 DESCRIPTION = (
     "Predicts lesions in CT slices with the network that a run kept. RUN is the folder of a run, or its "
@@ -22,7 +20,7 @@ def main(argv: list[str] | None = None, prog: str = "python -m matchai.predict")
     def work() -> int:
         refuse_launch(prog)
         choose_waiting()
-        from matchai.prediction.pipeline import predict  # noqa: PLC0415 seconds of imports that --help does not need
+        from matchai.prediction import predict  # noqa: PLC0415 seconds of imports that --help does not need
 
         problems = predict(settings)
         print_problems(problems)

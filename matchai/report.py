@@ -3,10 +3,8 @@
 import sys
 from pathlib import Path
 
-from matchai.settings.command_settings import ReportSettings
-from matchai.settings.parsing import parse_settings
-from matchai.system.command import run_command
-from matchai.system.errors import InputError
+from matchai.settings import ReportSettings, parse_settings
+from matchai.system import InputError, run_command
 
 DESCRIPTION = (
     "Makes RUN/report.html, one page that opens offline, and RUN/MODEL_CARD.md of a run, finished or not, from its "
@@ -21,9 +19,7 @@ def main(argv: list[str] | None = None, prog: str = "python -m matchai.report") 
 
 def _report(settings: ReportSettings) -> int:
     # seconds of imports that --help does not need
-    from matchai.runs.facts import read_facts  # noqa: PLC0415
-    from matchai.runs.model_card import CARD, write_card  # noqa: PLC0415
-    from matchai.runs.report_page import PAGE, write_page  # noqa: PLC0415
+    from matchai.runs import CARD, PAGE, read_facts, write_card, write_page  # noqa: PLC0415
 
     facts = read_facts(settings.run)
     page = settings.output or settings.run / PAGE

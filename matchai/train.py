@@ -3,10 +3,8 @@
 import signal
 import sys
 
-from matchai.settings.config import TrainConfig
-from matchai.settings.parsing import parse
-from matchai.system.command import INTERRUPTED, run_command
-from matchai.system.thread_waits import choose_waiting
+from matchai.settings import TrainConfig, parse
+from matchai.system import INTERRUPTED, choose_waiting, run_command
 
 DESCRIPTION = (
     "Trains a UNet++ to segment lesions in lung CT slices. The same command again resumes the run. Without --data it "
@@ -20,7 +18,7 @@ def main(argv: list[str] | None = None, prog: str = "python -m matchai.train") -
     def work() -> int:
         config = parse(sys.argv[1:] if argv is None else argv, DESCRIPTION, prog, TrainConfig)
         choose_waiting()
-        from matchai.runs.trainer import run  # noqa: PLC0415 seconds of imports that --help does not need
+        from matchai.runs import run  # noqa: PLC0415 seconds of imports that --help does not need
 
         return INTERRUPTED if run(config).stopped_by == signal.SIGINT else 0
 

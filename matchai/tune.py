@@ -7,14 +7,11 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from matchai.settings.parsing import given, parse
-from matchai.settings.study_settings import TuneConfig
-from matchai.system.command import INTERRUPTED, run_command
-from matchai.system.errors import InputError
-from matchai.system.thread_waits import choose_waiting
+from matchai.settings import TuneConfig, given, parse
+from matchai.system import INTERRUPTED, InputError, choose_waiting, run_command
 
 if TYPE_CHECKING:
-    from matchai.study.plan import Plan
+    from matchai.study import Plan
 
 DESCRIPTION = (
     "Searches the settings with the best validation Dice, and names a winner only against fresh seeds. The same "
@@ -33,10 +30,8 @@ def _tune(argv: list[str], prog: str) -> int:
     tune = parse(argv, DESCRIPTION, prog, TuneConfig, first_look="study")
     choose_waiting()
     # seconds of imports that --help does not need
-    from matchai.study.launcher import STOPPED, supervise, work  # noqa: PLC0415
-    from matchai.study.plan import make_plan  # noqa: PLC0415
-    from matchai.system.console import StudyDisplay  # noqa: PLC0415
-    from matchai.system.processes import StopSignal, launcher  # noqa: PLC0415
+    from matchai.study import STOPPED, make_plan, supervise, work  # noqa: PLC0415
+    from matchai.system import StopSignal, StudyDisplay, launcher  # noqa: PLC0415
 
     plan = make_plan(tune, given(argv))
     if plan.settings.workers > 1 and (launcher() or int(os.environ.get("WORLD_SIZE") or 1) > 1):
@@ -95,10 +90,7 @@ def _say_how_it_ended(plan: "Plan", display: Any, received: signal.Signals | Non
 
 def _report(plan: "Plan") -> int:
     """Draws the report of a study as the store has it; writes nothing else."""
-    from matchai.study.confirmation import Confirmation, best_file, draw_report  # noqa: PLC0415
-    from matchai.study.plan import Stage  # noqa: PLC0415
-    from matchai.study.storage import open_store  # noqa: PLC0415
-    from matchai.study.trials import TrialTable  # noqa: PLC0415
+    from matchai.study import Confirmation, Stage, TrialTable, best_file, draw_report, open_store  # noqa: PLC0415
 
     store = open_store(plan.settings.storage, may_create=False)
     if not store.has_study(plan.name):

@@ -95,13 +95,15 @@ def test_imports_inside_a_wing_never_go_in_a_circle(wing: str) -> None:
 
 
 @pytest.mark.parametrize("room", ROOMS)
-def test_a_wing_takes_from_another_what_that_hands_on(room: str) -> None:
-    taken = [
-        (module, name)
-        for module, name in imports_in(tree_of(room))
-        if wing_of(module) not in (wing_of_room(room), "top")
+def test_a_wing_takes_from_another_only_what_that_hands_on(room: str) -> None:
+    mine = wing_of_room(room)
+    taken = [(module, name) for module, name in imports_in(tree_of(room)) if wing_of(module) not in (mine, "top")]
+    private = [
+        f"{module}.{name}"
+        for module, name in taken
+        if module != f"matchai.{wing_of(module)}" or name not in handed_on(wing_of(module))
     ]
-    assert [one for one in taken if handed_on(wing_of(one[0])).get(one[1]) != one[0]] == []
+    assert private == []
 
 
 @pytest.mark.parametrize("wing", WINGS)

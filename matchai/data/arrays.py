@@ -10,10 +10,9 @@ from numpy.typing import NDArray
 
 from matchai.data.pairs import IMAGES, MASKS, holds_pairs, open_pairs
 from matchai.data.slice_set import SliceSet, Target, expected_numbers, read_numbers
-from matchai.settings.config import InputSettings
-from matchai.settings.label_map import parse_label_map
-from matchai.system.errors import InputError
-from matchai.volumes.npy import open_array
+from matchai.settings import InputSettings, parse_label_map
+from matchai.system import InputError
+from matchai.volumes import open_array
 
 KNOWN_SETS = ("medseg", "radiopedia")
 """The sets that are looked for when none is named."""

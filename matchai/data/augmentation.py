@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # it asks the network for a newer version at import
 import albumentations as A
 
-from matchai.system.random_keys import seed_sequence
+from matchai.system import seed_sequence
 
 _STREAM = 0xA09  # keeps these random numbers apart from the sampler's and drop path's
 

@@ -14,9 +14,9 @@ from matchai.data.phantom import write_phantom
 from matchai.data.prepared import Progress, Slices, prepare
 from matchai.data.slice_set import SliceSet
 from matchai.data.split import assign_folds, check_groups_array, find_groups, volume_numbers
-from matchai.settings.config import InputSettings
-from matchai.system.errors import InputError
-from matchai.volumes.open import kind_of
+from matchai.settings import InputSettings
+from matchai.system import InputError
+from matchai.volumes import kind_of
 
 MAX_NOTES = 5  # of the files
 PHANTOM_SIZE = 256  # pixels; the presets that use it train at 128 and below

@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from matchai.system.files import write_whole
-from matchai.system.machine import preparing_threads
+from matchai.system import preparing_threads, write_whole
 
 # Seconds that a file must have rested before its hash is remembered. The clock of a file system is coarse, and what is
 # written through a memory map is stamped when the page is first touched, so a young file can change unseen; Linux

@@ -9,11 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from matchai.data.slice_set import SliceSet, Target, expected_numbers, numbers_of, read_numbers
-from matchai.system.errors import InputError
-from matchai.volumes import nifti
-from matchai.volumes.grid import check_same_geometry
-from matchai.volumes.nifti import open_nifti
-from matchai.volumes.pictures import look_at, natural, open_pictures, pictures_in
+from matchai.system import InputError
+from matchai.volumes import check_same_geometry, look_at, natural, nifti, open_nifti, open_pictures, pictures_in
 
 IMAGES, MASKS = "images", "masks"
 """The two folders."""

@@ -19,8 +19,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from matchai.system.errors import InputError
-from matchai.system.files import sync_folder, write_whole
+from matchai.system import InputError, sync_folder, write_whole
 
 GROUND_GLASS, CONSOLIDATION, LUNGS_OTHER, BACKGROUND = range(4)
 

@@ -23,11 +23,9 @@ from matchai.data.augmentation import Augmentation
 from matchai.data.context import neighbours
 from matchai.data.digests import fingerprint
 from matchai.data.slice_set import SliceSet
-from matchai.settings.config import InputSettings
-from matchai.system.errors import InputError
-from matchai.system.files import sync_folder, write_whole
-from matchai.system.machine import preparing_threads
-from matchai.volumes.hounsfield import implausible_range
+from matchai.settings import InputSettings
+from matchai.system import InputError, preparing_threads, sync_folder, write_whole
+from matchai.volumes import implausible_range
 
 FORMAT = 1  # part of the cache's key: raised whenever the preparation changes
 STEPS = 65535  # uint16; over a window of 2000 HU a step is 0.03 HU and rounding 0.015, against CT noise of 10 to 30 HU

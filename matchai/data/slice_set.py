@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from matchai.volumes.volume import file_labels
+from matchai.volumes import file_labels
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from matchai.system.errors import InputError
+from matchai.system import InputError
 
 _Floats = NDArray[np.float32]
 _Ints = NDArray[np.int64]

@@ -23,7 +23,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import Affine2DBase, ScaledTranslation
 
-from matchai.system.files import write_whole
+from matchai.system import write_whole
 
 # After Okabe and Ito's palette (Color Universal Design, 2008), its orange lightened, its vermillion darkened and its
 # blues spread, so that the first three stand at CIE L* 77, 48 and 60 and the background at 25: they also differ in a

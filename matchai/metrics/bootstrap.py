@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from matchai.metrics.confusion import Counts
-from matchai.system.random_keys import seed_sequence
+from matchai.system import seed_sequence
 
 Number = TypeVar("Number", np.int64, np.float64)
 

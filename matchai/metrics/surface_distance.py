@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from matchai.system.optional_packages import need
+from matchai.system import need
 
 PERCENTILE = 95
 Mask = NDArray[np.bool_]

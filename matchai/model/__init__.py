@@ -12,12 +12,12 @@ if TYPE_CHECKING:
     from matchai.model.normalisation import (
         SyncBatchNorm, gather_processes, join_buffers, synchronise, synchronise_processes,
     )
-    from matchai.model.unetplusplus import PROBE_SIZE, build_model, encoder_names, weights_place
+    from matchai.model.unetplusplus import PROBE_SIZE, build_model, encoder_names, smp, weights_place
 
 __all__ = [
     "PROBE_SIZE", "KeyedDropPath", "KeyedDropout", "KeyedLayer", "SegmentationLoss", "SyncBatchNorm",
     "balanced_class_weights", "build_model", "encoder_names", "gather_processes", "join_buffers", "key_dropout",
-    "keyed_layers", "set_dropout", "soften", "synchronise", "synchronise_processes", "use_cpu_layers",
+    "keyed_layers", "set_dropout", "smp", "soften", "synchronise", "synchronise_processes", "use_cpu_layers",
     "weights_place",
 ]
 # fmt: on

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from matchai.system.random_keys import seed_sequence
+from matchai.system import seed_sequence
 
 _STREAM = 0xD209  # keeps these random numbers apart from the sampler's and the augmentation's
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from matchai.model.dropout import key_dropout
-from matchai.system.errors import InputError
+from matchai.system import InputError
 
 try:
     import segmentation_models_pytorch as smp

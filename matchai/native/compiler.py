@@ -13,7 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from matchai.system.files import write_whole
+from matchai.system import write_whole
 
 FLAGS = ["-O3", "-march=native", "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC"]
 SOURCES = Path(__file__).parent / "cpp"

@@ -13,27 +13,40 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from matchai.data.arrays import open_sets
-from matchai.data.dataset import built_in_phantom, digest_sets, group_slices, read_groups
-from matchai.data.pairs import IMAGES
-from matchai.data.prepared import THUMBNAIL, for_each_slice, look_at, refuse_unfit, resize
-from matchai.data.slice_set import SliceSet
-from matchai.drawing.figures import draw_confusion_matrix
-from matchai.metrics.bootstrap import MIN_GROUPS
-from matchai.metrics.confusion import Counts, confusion_counts
-from matchai.metrics.scores import Distances, ScoredVolume, Scores, as_csv, describe, slice_rows, volume_rows
-from matchai.metrics.surface_distance import can_measure, surface_distances
+from matchai.data import (
+    IMAGES,
+    THUMBNAIL,
+    SliceSet,
+    built_in_phantom,
+    digest_sets,
+    for_each_slice,
+    group_slices,
+    look_at,
+    open_sets,
+    read_groups,
+    refuse_unfit,
+    resize,
+)
+from matchai.drawing import draw_confusion_matrix
+from matchai.metrics import (
+    MIN_GROUPS,
+    Counts,
+    Distances,
+    ScoredVolume,
+    Scores,
+    as_csv,
+    can_measure,
+    confusion_counts,
+    describe,
+    slice_rows,
+    surface_distances,
+    volume_rows,
+)
 from matchai.prediction.holdout import Choice, choose_slices
 from matchai.prediction.inference import Predictor
-from matchai.settings import parsing
-from matchai.settings.command_settings import EvaluateSettings
-from matchai.settings.config import InputSettings, TrainConfig
-from matchai.system.console import Display
-from matchai.system.errors import InputError
-from matchai.system.files import make_folder, sync_folder, write_whole
-from matchai.system.optional_packages import need
-from matchai.volumes.open import kind_of
-from matchai.volumes.volume import turn
+from matchai.settings import EvaluateSettings, InputSettings, TrainConfig, parsing
+from matchai.system import Display, InputError, make_folder, need, sync_folder, write_whole
+from matchai.volumes import kind_of, turn
 
 RESULT, SLICES, VOLUMES, PICTURE = "evaluation.json", "slices.csv", "volumes.csv", "confusion_matrix.png"
 FILES = (RESULT, SLICES, VOLUMES, PICTURE)

@@ -12,12 +12,10 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from matchai.data.context import mirrored
-from matchai.data.phantom import phantom_slices
-from matchai.model.unetplusplus import smp
-from matchai.system.errors import FailedError, InputError
-from matchai.system.optional_packages import need
-from matchai.training.checkpoint import pack_weights
+from matchai.data import mirrored, phantom_slices
+from matchai.model import smp
+from matchai.system import FailedError, InputError, need
+from matchai.training import pack_weights
 
 OPSET = 18  # what torch's exporter writes without converting, and onnxruntime reads since 1.14
 ROUNDING = 1e-4  # of the largest logit: 100 times what torch and onnxruntime were seen to differ by

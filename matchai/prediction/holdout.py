@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from matchai.settings import parsing
-from matchai.system.errors import InputError
+from matchai.system import InputError
 
 UNSEEN, VALIDATION, TRAINING = "other data", "validation", "training"
 """What a run did with a slice."""

@@ -12,13 +12,10 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from matchai.data.context import mirrored
-from matchai.data.prepared import STEPS, resize
-from matchai.model.cpu_layers import use_cpu_layers
-from matchai.model.unetplusplus import build_model
-from matchai.system.errors import InputError
-from matchai.system.machine import choose_precision, keep_heap, set_threads
-from matchai.training.checkpoint import load_weights
+from matchai.data import STEPS, mirrored, resize
+from matchai.model import build_model, use_cpu_layers
+from matchai.system import InputError, choose_precision, keep_heap, set_threads
+from matchai.training import load_weights
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # of weights that do not tell it yet

@@ -15,13 +15,10 @@ from matchai.prediction.summaries import (
     write_summaries,
 )
 from matchai.prediction.volume_prediction import VolumeResult, check_volume, predict_volume
-from matchai.settings.command_settings import PredictSettings
-from matchai.system.console import Display
-from matchai.system.errors import InputError
-from matchai.system.files import make_folder
-from matchai.training.checkpoint import BEST
-from matchai.volumes.open import TrainedOn, kind_of, open_volume
-from matchai.volumes.volume import Volume, file_labels
+from matchai.settings import PredictSettings
+from matchai.system import Display, InputError, make_folder
+from matchai.training import BEST
+from matchai.volumes import TrainedOn, Volume, file_labels, kind_of, open_volume
 
 
 def predict(settings: PredictSettings, display: Display | None = None) -> list[str]:

@@ -13,11 +13,10 @@ import numpy as np
 from matplotlib.colors import to_rgb
 from numpy.typing import NDArray
 
-from matchai.drawing.figures import class_colors
-from matchai.metrics.confusion import affected_share
-from matchai.system.errors import InputError
-from matchai.system.files import write_whole
-from matchai.volumes.volume import Volume, file_labels
+from matchai.drawing import class_colors
+from matchai.metrics import affected_share
+from matchai.system import InputError, write_whole
+from matchai.volumes import Volume, file_labels
 
 KAGGLE_SIZE = 512  # pixels
 

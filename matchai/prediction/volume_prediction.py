@@ -11,14 +11,12 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from matchai.data.prepared import THUMBNAIL, resize
-from matchai.data.split import find_groups
-from matchai.drawing.figures import draw_panels
+from matchai.data import THUMBNAIL, find_groups, resize
+from matchai.drawing import draw_panels
 from matchai.prediction.inference import Predictor, ReadSlice, uncertainty
 from matchai.prediction.summaries import affected_percent
-from matchai.system.errors import InputError
-from matchai.volumes.hounsfield import implausible_range
-from matchai.volumes.volume import STEPS, UPRIGHT, Volume, file_labels, turn
+from matchai.system import InputError
+from matchai.volumes import STEPS, UPRIGHT, Volume, file_labels, implausible_range, turn
 
 LEAST = 32  # pixels of height and width
 NUM_PANELS = 6

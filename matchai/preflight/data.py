@@ -8,12 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from matchai.data.arrays import ArraySet
-from matchai.data.dataset import Data
-from matchai.data.slice_set import SliceSet
-from matchai.data.split import find_groups
+from matchai.data import ArraySet, Data, SliceSet, find_groups
 from matchai.preflight.software import Finding
-from matchai.system.machine import preparing_threads
+from matchai.system import preparing_threads
 
 NUM_BINS = 50
 NUM_OPENED = 10  # sets whose values are counted: a compressed volume takes a second to open

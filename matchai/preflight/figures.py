@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
-from matchai.drawing.figures import DPI, INK, MUTED, PAPER, TRAIN_COLOR, class_colors, fill_panel
-from matchai.system.files import write_whole
+from matchai.drawing import DPI, INK, MUTED, PAPER, TRAIN_COLOR, class_colors, fill_panel
+from matchai.system import write_whole
 
 PANEL = 1.9  # inches
 ROOM = 0.3  # inches, below a panel for its caption

@@ -9,8 +9,7 @@ import torch
 
 from matchai.native import library
 from matchai.preflight.software import Finding
-from matchai.system.machine import cpu_has_bf16, num_cores
-from matchai.system.processes import is_set_by_launcher
+from matchai.system import cpu_has_bf16, is_set_by_launcher, num_cores
 
 LEAST_DISK = 2.2e8  # bytes; a state of the recipe has as many,
 FEW_DISK = 2e9  # and three of them, the best weights and the prepared slices take turns in so many

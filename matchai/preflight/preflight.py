@@ -9,9 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from matchai.data.arrays import open_sets
-from matchai.data.dataset import Data
-from matchai.data.prepared import STEPS, THUMBNAIL
+from matchai.data import STEPS, THUMBNAIL, Data, open_sets
 from matchai.preflight.data import (
     check_sampler,
     check_split,
@@ -30,15 +28,11 @@ from matchai.preflight.hardware import (
     choose_device,
 )
 from matchai.preflight.software import Finding, check_encoder, check_launcher, check_trackers
-from matchai.runs.setup import read
-from matchai.settings.config import TrainConfig
-from matchai.settings.validation import check
-from matchai.system.console import Display
-from matchai.system.errors import InputError
-from matchai.system.machine import choose_precision, default_workers, num_cores
-from matchai.training.build import step_problems
-from matchai.training.checkpoint import load_weights
-from matchai.volumes.volume import UPRIGHT, turn
+from matchai.runs import read
+from matchai.settings import TrainConfig, check
+from matchai.system import Display, InputError, choose_precision, default_workers, num_cores
+from matchai.training import load_weights, step_problems
+from matchai.volumes import UPRIGHT, turn
 
 HISTOGRAM, PANELS = "histogram.png", "slices.png"
 PREPARING = ".preparing-"  # what a killed examination leaves behind begins so

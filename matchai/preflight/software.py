@@ -195,7 +195,7 @@ def _check_default_config(path: Path, num_gpus: int) -> Finding:
 
 def check_encoder(encoder: str, encoder_weights: str) -> Finding:
     """Whether the encoder is known, and its weights are at hand or can be fetched."""
-    from matchai.model.unetplusplus import encoder_names  # noqa: PLC0415 needs torch, torchvision and timm
+    from matchai.model import encoder_names  # noqa: PLC0415 needs torch, torchvision and timm
 
     if encoder not in encoder_names():
         near = difflib.get_close_matches(encoder, encoder_names(), 1)
@@ -211,7 +211,7 @@ def check_encoder(encoder: str, encoder_weights: str) -> Finding:
 
 
 def _check_imagenet(encoder: str) -> Finding:
-    from matchai.model.unetplusplus import weights_place  # noqa: PLC0415 as above
+    from matchai.model import weights_place  # noqa: PLC0415 as above
 
     place = weights_place(encoder)
     if place is None:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from matchai.metrics.confusion import Counts, collapse, dice_per_class
+from matchai.metrics import Counts, collapse, dice_per_class
 
 SMALL = 0.005  # share of the slice's pixels below which a few wrong pixels decide the Dice
 MINOR = 0.15  # share of the lost Dice below which a fault is left out

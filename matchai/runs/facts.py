@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from matchai.data.dataset import OF_VOLUMES
-from matchai.metrics.bootstrap import Bootstrap
-from matchai.metrics.confusion import (
+from matchai.data import OF_VOLUMES
+from matchai.metrics import (
+    Bootstrap,
     Counts,
     collapse,
     dice_per_class,
@@ -20,9 +20,8 @@ from matchai.metrics.confusion import (
     precision_per_class,
     recall_per_class,
 )
-from matchai.settings import parsing
-from matchai.settings.config import PRESETS, TrainConfig
-from matchai.system.errors import InputError
+from matchai.settings import PRESETS, TrainConfig, parsing
+from matchai.system import InputError
 from matchai.training import checkpoint
 
 METRICS = ("Dice", "IoU", "precision", "recall")

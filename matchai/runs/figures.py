@@ -8,14 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from matchai.data.dataset import Data
-from matchai.data.prepared import STEPS
-from matchai.drawing.figures import draw_confusion_matrix, draw_dice_per_class, draw_learning_curves, draw_panels
-from matchai.metrics.confusion import Counts
+from matchai.data import STEPS, Data
+from matchai.drawing import draw_confusion_matrix, draw_dice_per_class, draw_learning_curves, draw_panels
+from matchai.metrics import Counts
 from matchai.runs.facts import rank_by_lesion_dice
-from matchai.settings.config import TrainConfig
-from matchai.training.build import dataset_of
-from matchai.volumes.volume import UPRIGHT, turn
+from matchai.settings import TrainConfig
+from matchai.training import dataset_of
+from matchai.volumes import UPRIGHT, turn
 
 NUM_TYPICAL, NUM_WORST = 3, 3
 

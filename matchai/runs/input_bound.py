@@ -2,7 +2,7 @@
 
 import math
 
-from matchai.system.machine import num_cores
+from matchai.system import num_cores
 
 MOST = 0.05  # share of the steps' time; more is worth a word
 

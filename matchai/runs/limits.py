@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from matchai.metrics.bootstrap import MAX_UNDEFINED
+from matchai.metrics import MAX_UNDEFINED
 from matchai.runs.facts import ALL_CLASSES, LESION_CLASSES, RunFacts
 
 FEW_SLICES, FEW_GROUPS = 50, 10

@@ -5,12 +5,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-from matchai.metrics.bootstrap import NUM_RESAMPLES
+from matchai.metrics import NUM_RESAMPLES
 from matchai.runs.facts import METRICS, RunFacts
 from matchai.runs.limits import count, enumerate_names, limits, tell_result
-from matchai.system.errors import InputError
-from matchai.system.files import write_whole
-from matchai.training.checkpoint import BEST
+from matchai.system import InputError, write_whole
+from matchai.training import BEST
 
 CARD = "MODEL_CARD.md"
 _SEAL = re.compile(r"<!-- written by matchai, seal ([0-9a-f]{64}) -->\n\Z")

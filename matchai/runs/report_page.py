@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from matchai.drawing.page import Answer, Code, Picture, Piece, Points, Section, Table, Text, render_page
-from matchai.metrics.bootstrap import NUM_RESAMPLES
+from matchai.drawing import Answer, Code, Picture, Piece, Points, Section, Table, Text, render_page
+from matchai.metrics import NUM_RESAMPLES
 from matchai.runs.error_analysis import explain, false_lesion
 from matchai.runs.facts import (
     ALL_CLASSES,
@@ -20,8 +20,8 @@ from matchai.runs.facts import (
     rank_by_lesion_dice,
 )
 from matchai.runs.limits import count, limits, tell_result
-from matchai.settings.config import FREE, LEAVES, PLACE, TrainConfig
-from matchai.system.files import write_whole
+from matchai.settings import FREE, LEAVES, PLACE, TrainConfig
+from matchai.system import write_whole
 
 PAGE = "report.html"
 NUM_WORST = 8

@@ -21,18 +21,21 @@ from accelerate.utils import (
 )
 from torch import nn
 
-from matchai.data.dataset import Data, built_in_phantom, read_data
+from matchai.data import Data, built_in_phantom, read_data
 from matchai.native import library
-from matchai.settings import parsing
-from matchai.settings.config import FREE, LEAVES, TrainConfig
-from matchai.settings.validation import check
-from matchai.system import machine
-from matchai.system.console import Display
-from matchai.system.errors import InputError
-from matchai.system.files import alone, write_whole
-from matchai.system.processes import check_agreement, check_launch, join_group, num_restarts
-from matchai.training import checkpoint
-from matchai.training.build import build_model_of, slice_weights_of, step_problems
+from matchai.settings import FREE, LEAVES, TrainConfig, check, parsing
+from matchai.system import (
+    Display,
+    InputError,
+    alone,
+    check_agreement,
+    check_launch,
+    join_group,
+    machine,
+    num_restarts,
+    write_whole,
+)
+from matchai.training import build_model_of, checkpoint, slice_weights_of, step_problems
 
 T = TypeVar("T")
 

@@ -11,21 +11,36 @@ from typing import Any
 
 import torch
 
-from matchai.metrics.confusion import Counts, summarise
+from matchai.metrics import Counts, summarise
 from matchai.runs.input_bound import InputBoundMonitor
 from matchai.runs.setup import Setup, describe_weights, on_main_first, set_up
-from matchai.settings.config import TrainConfig
-from matchai.settings.validation import parse_interval
-from matchai.system import machine
-from matchai.system.console import Display, best_line, epoch_line
-from matchai.system.errors import InputError
-from matchai.system.files import write_whole
-from matchai.system.processes import StopSignal, check_agreement, end_with_launcher
-from matchai.training import checkpoint
-from matchai.training.build import build_training, end_workers
-from matchai.training.loop import Training, count_step, predict, train_epoch, validate
-from matchai.training.meters import EpochMeter, epoch_row
-from matchai.training.resume import Progress, collect, restore
+from matchai.settings import TrainConfig, parse_interval
+from matchai.system import (
+    Display,
+    InputError,
+    StopSignal,
+    best_line,
+    check_agreement,
+    end_with_launcher,
+    epoch_line,
+    machine,
+    write_whole,
+)
+from matchai.training import (
+    EpochMeter,
+    Progress,
+    Training,
+    build_training,
+    checkpoint,
+    collect,
+    count_step,
+    end_workers,
+    epoch_row,
+    predict,
+    restore,
+    train_epoch,
+    validate,
+)
 
 DRAW_EVERY = 30.0  # seconds between drawings of the figures, a second each
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from matchai.system.random_keys import seed_sequence
+from matchai.system import seed_sequence
 
 BLOCK = 64  # weights a block: the table of N = 10^8 then takes 12.5 MB, and a draw reads one cache line or four
 PIECE = 1 << 20  # weights read at a time, 8 MB in double precision

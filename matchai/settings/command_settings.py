@@ -7,80 +7,83 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from matchai.system.errors import InputError
+from matchai.system import InputError
 
 
 @dataclass(frozen=True)
 class PredictSettings:
-    """What is predicted, and what is written."""
+    """What to predict, and what to write."""
 
     paths: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN... INPUT...")]
-    """Runs, then inputs."""
+    """One or more runs, then one or more inputs."""
     output: Path = Path("predictions")
-    """Folder of the results; it must be new or empty."""
+    """Folder for the results. It must be new or empty."""
     probabilities: bool = False
-    """Also write a map of every class's probability."""
+    """Also write the probability map of each class."""
     tta: bool = False
-    """Predict each slice mirrored left to right, too, and take the mean."""
+    """Also predict each slice mirrored left to right, and average both."""
     uncertainty: bool = False
-    """Also write the entropy of the mean over the passes (implies --tta): a flag for review, no estimate of the
-    error."""
+    """Also write the entropy of the averaged probabilities, 0 to 1 (implies --tta). It flags regions for review; it
+    does not estimate the error."""
     submission: Path | None = None
-    """Also write the CSV of the Kaggle competition, of one .npy input of 512 x 512 slices."""
+    """Also write the CSV file of the Kaggle competition, for one .npy input of 512 x 512 slices."""
     rescale: tuple[float, float] | None = None
-    """Slope and intercept that make HU of the inputs' numbers (default: those of the run's data for arrays and
+    """Slope and intercept that convert the numbers of the inputs to HU (default: those of the run's data for arrays and
     pictures, none for NIfTI and DICOM)."""
     orientation: Literal["LP", "LA", "RP", "RA", "PL", "PR", "AL", "AR"] | None = None
-    """Toward which sides of the patient the rows and columns of arrays and pictures run (default: arrays as in the
-    run's data, pictures upright, PL). NIfTI and DICOM know theirs."""
+    """The sides of the patient that the rows and columns of arrays and pictures run toward: L left, R right, A front, P
+    back (default: as in the run's data for arrays; PL, upright, for pictures). NIfTI and DICOM files store their
+    own."""
     series: str | None = None
-    """Number of the series to take where a DICOM folder holds several."""
+    """Number of the series to use if a DICOM folder holds several."""
     batch_size: int | None = None
-    """Slices of one forward pass (default: 8 on a CPU, 16 on a GPU)."""
+    """Slices per forward pass (default: 8 on a CPU, 16 on a GPU)."""
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
-    """Precision of the forward pass; auto: bf16 or fp16 where the device computes it natively."""
+    """Precision of the forward pass; no is fp32. auto: bf16 or fp16 where the device computes it natively."""
 
 
 @dataclass(frozen=True)
 class EvaluateSettings:
-    """What is judged, and by which slices."""
+    """What to evaluate, and on which slices."""
 
     runs: Annotated[
         tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN...", help_behavior_hint="(required)")
     ]
-    """Folders of runs."""
+    """Folders of one or more runs."""
     data: Path | None = None
-    """Folder of the images and masks, in any layout that training reads (default: the run's own)."""
+    """Folder of the images and masks, in any layout that training reads (default: the data of the run)."""
     output: Path | None = None
-    """Folder of the results (default: RUN/evaluation); an evaluation that stands there is replaced."""
+    """Folder for the results (default: RUN/evaluation). An evaluation that is already there is replaced."""
     slices: Literal["auto", "val", "train", "all"] = "auto"
-    """Which slices. auto: the validation slices of the run's own data, all of other data."""
+    """Which slices to use. auto: the validation slices of the run's own data, all slices of other data."""
     tta: bool = False
-    """Predict each slice mirrored left to right, too, and take the mean."""
+    """Also predict each slice mirrored left to right, and average both."""
     surface: Literal["auto", "yes", "no"] = "auto"
-    """Surface distances, in mm where volumes have a spacing, else in pixels of each slice. auto: where MONAI is
-    installed."""
+    """Measure surface distances: in mm where volumes have a spacing, else in pixels within each slice. auto: if MONAI
+    is installed."""
     surface_tolerance: float = 2.0
-    """Up to which distance the normalised surface Dice counts a piece of border as right, in mm or pixels."""
+    """Largest distance at which the normalised surface Dice counts a piece of surface as correct, in mm or pixels."""
     sets: tuple[str, ...] | None = None
-    """The sets of arrays to use (this and those to --label-map, default: as in the run's settings)."""
+    """The sets of arrays to use (default: as in the run)."""
     images_name: str | None = None
-    """File of a set's images."""
+    """File with the images of a set (default: as in the run)."""
     masks_name: str | None = None
-    """File of a set's masks."""
+    """File with the masks of a set (default: as in the run)."""
     groups_name: str | None = None
-    """File that names each slice's patient or volume."""
+    """File with the patient or volume of each slice (default: as in the run)."""
     orientation: Literal["auto", "LP", "LA", "RP", "RA", "PL", "PR", "AL", "AR"] | None = None
-    """Toward which sides of the patient the rows and columns of arrays and pictures run (this and both below: of data
-    of another kind of files than the run's, nothing is taken from its settings)."""
+    """The sides of the patient that the rows and columns of arrays and pictures run toward: L left, R right, A front, P
+    back (default: as in the run, or as training's auto if the run's files are of another kind)."""
     rescale: tuple[float, float] | None = None
-    """Slope and intercept that make HU of the files' numbers."""
+    """Slope and intercept that convert the numbers in the files to HU (default: as in the run, or 1 and 0 if the run's
+    files are of another kind)."""
     label_map: tuple[str, ...] | None = None
-    """Which class a number in mask files means, as NUMBER:CLASS."""
+    """The class of each number in the mask files, as NUMBER:CLASS (default: as in the run, or none if the run's files
+    are of another kind)."""
     batch_size: int | None = None
-    """Slices of one forward pass (default: 8 on a CPU, 16 on a GPU)."""
+    """Slices per forward pass (default: 8 on a CPU, 16 on a GPU)."""
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
-    """Precision of the forward pass; auto: bf16 or fp16 where the device computes it natively."""
+    """Precision of the forward pass; no is fp32. auto: bf16 or fp16 where the device computes it natively."""
 
     @property
     def folder(self) -> Path:
@@ -111,37 +114,38 @@ class EvaluateSettings:
 
 @dataclass(frozen=True)
 class ExportSettings:
-    """What is exported, and where to."""
+    """What to export, and where to."""
 
     run: Annotated[Path, tyro.conf.Positional]
-    """The run."""
+    """Folder of the run, or its best.safetensors."""
     format: Literal["onnx", "safetensors"] = "onnx"
-    """onnx: the network itself, for onnxruntime and others. safetensors: its weights, for plain
+    """onnx: the network itself, for onnxruntime and other programs. safetensors: its weights, for plain
     segmentation-models-pytorch."""
     output: Path | None = None
-    """The file (default: export/model.onnx or export/model.safetensors in the run's folder); one that is there is
-    never overwritten."""
+    """The file to write (default: export/model.onnx or export/model.safetensors in the run's folder). An existing file
+    is never overwritten."""
 
 
 @dataclass(frozen=True)
 class ReportSettings:
-    """What is reported, and where to."""
+    """What to report, and where to."""
 
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
-    """The run's folder."""
+    """Folder of the run."""
     output: Path | None = None
-    """Another file for the page; the model card then goes beside it. A file that is there is not overwritten."""
+    """Another file for the page (default: report.html in the run's folder). The model card goes beside it. A file given
+    here must not exist yet."""
 
 
 @dataclass(frozen=True)
 class PhantomSettings:
-    """What is written, and where to."""
+    """What to write, and where to."""
 
     output: Annotated[Path, tyro.conf.arg(metavar="DIR")]
     """Folder to write to."""
     slices: int = 128
-    """How many slices, 8 a volume; at least 2."""
+    """Number of slices, 8 per volume; at least 2."""
     size: int = 512
-    """Pixels a side; at least 32."""
+    """Height and width of the slices, in pixels; at least 32."""
     seed: int = 0
-    """Seed of all random draws; 0 or more."""
+    """Seed for everything random; 0 or more."""

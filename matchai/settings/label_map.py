@@ -4,7 +4,7 @@ import difflib
 import re
 from collections.abc import Sequence
 
-from matchai.system.errors import InputError
+from matchai.system import InputError
 
 LOWEST, HIGHEST = -32768, 65535
 """What 16 bits hold, signed or not."""

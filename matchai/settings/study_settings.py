@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from matchai.settings.config import TrainConfig
-from matchai.system.errors import InputError
+from matchai.system import InputError
 
 OBJECTIVES: dict[str, Literal["maximize", "minimize"]] = {
     "mean_dice": "maximize",
@@ -22,38 +22,41 @@ OBJECTIVES: dict[str, Literal["maximize", "minimize"]] = {
 
 @dataclass(frozen=True)
 class StudySettings:
-    """The study: how many trials, where they are kept, how they are chosen."""
+    """The study: how many trials, where they are stored, how they are chosen."""
 
     trials: int = 50
-    """Finished trials that the study shall have in all (complete or pruned), however often it is started."""
+    """Number of finished trials (complete or pruned) that the study reaches in total, over all its starts."""
     workers: int = 1
-    """Processes that run trials side by side on this machine, each on its own GPU or its share of the cores."""
+    """Number of processes that run trials in parallel on this machine, each on its own GPU or its share of the
+    cores."""
     storage: str = "studies/matchai.db"
-    """The store: a SQLite file, or an URL such as postgresql://user@host/name, which many hosts may share."""
+    """Where trials are stored: a SQLite file, or a URL such as postgresql://user@host/name, which many hosts can
+    share."""
     study_name: str | None = None
-    """The study's name in the store (default: the preset's)."""
+    """Name of the study in the storage (default: the name of the preset)."""
     space: Path | None = None
     """YAML file of the settings to search (default: studies/default.yaml)."""
     objective: str = "mean_dice"
-    """The scalar of the history to optimise; a trial's value is that of its best epoch."""
+    """The metric to optimise: mean_dice, lesion_dice, mean_iou, notebook_dice, val_loss or train_loss. The value of a
+    trial is that of its best epoch."""
     confirm: int = 3
-    """How many of the best are trained again, with the recipe, on 3 fresh seeds each (0: none)."""
+    """How many of the best trials are trained again, with the recipe, on 3 new seeds each. 0: none."""
     search_sampler: Literal["gp-tpe", "tpe", "random"] = "gp-tpe"
-    """What proposes settings: tpe (multivariate), gp-tpe (which leaves every other trial to a Gaussian process), or
-    random."""
+    """How settings are proposed: tpe (multivariate), gp-tpe (tpe and a Gaussian process in turn) or random."""
     pruner: Literal["one-cycle", "median", "none"] = "one-cycle"
-    """What ends hopeless trials from half-time on: one-cycle with a margin for noise, median boldly, none never."""
+    """How unpromising trials are stopped once half of their epochs are done: one-cycle allows for noise, median stops
+    more of them, none stops none."""
     prune: bool = True
-    """Whether trials may be ended early at all."""
+    """Stop unpromising trials early."""
     screen_epochs: int = 0
-    """Search with complete runs of so few epochs, and train only the best fifth at full length (0: no screening)."""
+    """Search with complete runs of this few epochs, then train only the best fifth at full length. 0: no screening."""
     report: bool = False
-    """Only draw the report of the study as it stands."""
+    """Only draw the report of the study as it is now."""
 
 
 @dataclass(frozen=True)
 class TuneConfig(TrainConfig):
-    """All settings of a study: its own, and those of its runs."""
+    """All settings of a study: its own and those of its runs."""
 
     study: StudySettings = field(default_factory=StudySettings)
 

@@ -6,7 +6,7 @@ import re
 
 from matchai.settings.config import LEAVES, TrainConfig
 from matchai.settings.label_map import parse_label_map
-from matchai.system.errors import InputError
+from matchai.system import InputError
 
 
 def check(config: TrainConfig) -> list[str]:

@@ -12,16 +12,14 @@ from typing import Any
 
 from optuna.trial import FrozenTrial
 
-from matchai.settings import parsing
-from matchai.settings.config import TrainConfig
+from matchai.settings import TrainConfig, parsing
 from matchai.study.leases import decided_anew
 from matchai.study.plan import Plan
 from matchai.study.report_page import write_report
 from matchai.study.significance import Verdict, judge
 from matchai.study.trials import DONE, WAIT, Task, TrialTable
-from matchai.system.errors import StoreError
-from matchai.system.files import write_whole
-from matchai.training.checkpoint import LAST
+from matchai.system import StoreError, write_whole
+from matchai.training import LAST
 
 
 class Confirmation:

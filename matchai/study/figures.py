@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
-from matchai.drawing.figures import GRID, INK, MUTED, PALETTE, PAPER, TRAIN_COLOR, VAL_COLOR
+from matchai.drawing import GRID, INK, MUTED, PALETTE, PAPER, TRAIN_COLOR, VAL_COLOR
 from matchai.study.rows import (
     Row,
     capitalise,
@@ -35,7 +35,7 @@ from matchai.study.rows import (
     read_rows,
     read_settings,
 )
-from matchai.system.files import write_whole
+from matchai.system import write_whole
 
 WIDTH, DPI = 5.2, 200  # inches, 1,040 pixels: text of 9 points is as high as 8.6 CSS pixels on a phone 390 wide
 TEXT_SIZE, SMALL_SIZE = 9.0, 8.0  # points

@@ -15,10 +15,17 @@ from typing import Any
 
 from matchai.study.plan import Plan
 from matchai.study.worker import Worker
-from matchai.system.console import StudyDisplay
-from matchai.system.errors import FailedError, InputError
-from matchai.system.machine import num_cores
-from matchai.system.processes import StopSignal, end_with_parent, is_lost_process, leave_group, lost_process_message
+from matchai.system import (
+    FailedError,
+    InputError,
+    StopSignal,
+    StudyDisplay,
+    end_with_parent,
+    is_lost_process,
+    leave_group,
+    lost_process_message,
+    num_cores,
+)
 
 MAX_DEATHS = 3  # of one worker without an epoch in between; it is started again before that
 BROKEN, MISTAKE, STOPPED = 1, 2, 3  # what `work` returns beside 0

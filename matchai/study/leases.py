@@ -18,8 +18,7 @@ from typing import Any, ParamSpec, TypeVar
 import optuna
 
 from matchai.study.storage import Store
-from matchai.system.errors import LockLostError, StoreError
-from matchai.system.files import HostLocks
+from matchai.system import HostLocks, LockLostError, StoreError
 
 LEASE = 300.0  # seconds without a step or a validation batch; slices are prepared before any claim
 AVOID = 20.0  # seconds until something that could not be worked on is looked at again

@@ -13,15 +13,21 @@ from typing import Any, Literal
 
 import torch
 
-from matchai.data.dataset import Data
-from matchai.settings.config import FREE, TrainConfig
-from matchai.settings.study_settings import OBJECTIVES, StudySettings, TuneConfig, check_study, refuse_restart
-from matchai.settings.validation import check
+from matchai.data import Data
+from matchai.settings import (
+    FREE,
+    OBJECTIVES,
+    StudySettings,
+    TrainConfig,
+    TuneConfig,
+    check,
+    check_study,
+    refuse_restart,
+)
 from matchai.study.space import Space, default_space, load_space
 from matchai.study.storage_url import parse_storage
-from matchai.system.errors import InputError
-from matchai.system.machine import choose_precision
-from matchai.training.build import build_model_of, step_problems
+from matchai.system import InputError, choose_precision
+from matchai.training import build_model_of, step_problems
 
 NUM_SEEDS = 3  # fresh seeds of a confirmation
 MOST_CHECKED = 10_000  # combinations of the sizes of a step

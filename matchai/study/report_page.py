@@ -10,7 +10,7 @@ from typing import Any
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
-from matchai.drawing.page import Answer, Code, Picture, Piece, Points, Section, Table, Text, render_page
+from matchai.drawing import Answer, Code, Picture, Piece, Points, Section, Table, Text, render_page
 from matchai.study.figures import draw_study
 from matchai.study.rows import (
     SHARES,
@@ -27,7 +27,7 @@ from matchai.study.rows import (
     read_settings,
 )
 from matchai.study.significance import Contender, Verdict
-from matchai.system.files import write_whole
+from matchai.system import write_whole
 
 CAPTIONS = {
     "history": "Each mark is a trial; those that failed, or are far off, stand at the edge.",

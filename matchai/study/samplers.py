@@ -18,7 +18,7 @@ from optuna.samplers import BaseSampler, GPSampler, RandomSampler, TPESampler
 from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from matchai.system.random_keys import seed_sequence
+from matchai.system import seed_sequence
 
 STARTUP = 10  # finished trials, the recipe's among them, that a model wants to see
 ATTEMPTS = 3  # proposals of a model before chance takes over; in a small space a model likes to repeat its best trial

@@ -10,10 +10,8 @@ from typing import Any
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
-from matchai.settings.config import FREE, LEAVES, TrainConfig
-from matchai.settings.parsing import load_mapping
-from matchai.settings.validation import check
-from matchai.system.errors import InputError
+from matchai.settings import FREE, LEAVES, TrainConfig, check, load_mapping
+from matchai.system import InputError
 
 # settings that say what is measured, on what and for how long, so that trials could not be compared
 _MEASURE = {"seed", "init", "epochs", "sets", "images_name", "masks_name", "groups_name", "class_names"} | {

@@ -30,8 +30,7 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
 from matchai.study import storage_url
-from matchai.system.errors import InputError, LockLostError, StoppedError, StoreError
-from matchai.system.files import HostLocks
+from matchai.system import HostLocks, InputError, LockLostError, StoppedError, StoreError
 
 PATIENCE = 900.0  # seconds that a call waits for a busy store, or for a server that went away
 SAY_AFTER = 5.0  # seconds of waiting that are not worth a word

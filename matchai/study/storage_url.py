@@ -17,7 +17,7 @@ from alembic.script import ScriptDirectory
 from optuna.storages._rdb import models
 from sqlalchemy.exc import ArgumentError, DBAPIError
 
-from matchai.system.errors import InputError
+from matchai.system import InputError
 
 MOUNTS = Path("/proc/self/mountinfo")
 TAKEN = "a file (studies/matchai.db, or sqlite:///studies/matchai.db), postgresql://… or mysql://…"

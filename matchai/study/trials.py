@@ -20,14 +20,13 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from matchai.runs.setup import versions
+from matchai.runs import versions
 from matchai.study.leases import Leases, LostLeaseError, decided_anew
 from matchai.study.plan import Plan, Stage, differences
 from matchai.study.samplers import make_pruner, propose
 from matchai.study.storage import Store
-from matchai.system.errors import InputError
-from matchai.system.files import write_whole
-from matchai.training.checkpoint import BEST, LAST
+from matchai.system import InputError, write_whole
+from matchai.training import BEST, LAST
 
 MAX_ERRORS = 3  # of one trial without a new epoch in between, then it fails and is replaced
 KEPT = 3  # weights of the best trials, or as many as are confirmed

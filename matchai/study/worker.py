@@ -12,32 +12,33 @@ from typing import Any
 import torch
 from optuna.trial import TrialState
 
-from matchai.runs.setup import on_main_first, read
-from matchai.runs.trainer import run
+from matchai.runs import on_main_first, read, run
 from matchai.study.confirmation import Confirmation, conclude, config_of
 from matchai.study.leases import LostLeaseError
 from matchai.study.plan import Plan, describe, fresh_seeds, refused_values
 from matchai.study.storage import open_store
 from matchai.study.trials import DONE, Task, TrialTable, check_study
-from matchai.system.console import Display
-from matchai.system.errors import FailedError, InputError, StoppedError, StoreError
-from matchai.system.machine import choose_precision, is_out_of_memory
-from matchai.system.processes import (
+from matchai.system import (
+    Display,
+    FailedError,
+    InputError,
+    StoppedError,
     StopSignal,
+    StoreError,
     any_process,
     check_agreement,
     check_launch,
+    choose_precision,
     decide,
     end_with_launcher,
     is_lost_process,
+    is_out_of_memory,
     join_group,
     lost_process_message,
     num_processes,
     share_error,
 )
-from matchai.training.build import build_model_of, step_problems
-from matchai.training.checkpoint import is_free
-from matchai.training.loop import DivergedError
+from matchai.training import DivergedError, build_model_of, is_free, step_problems
 
 POLL = 0.5  # seconds between two looks at what others are running
 TELL_EVERY = 0.2  # seconds between two words about a trial's steps

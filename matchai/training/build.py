@@ -17,17 +17,21 @@ from torch.optim.lr_scheduler import OneCycleLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
-from matchai.data.augmentation import Augmentation
-from matchai.data.dataset import Data
-from matchai.data.prepared import SliceDataset
-from matchai.model.cpu_layers import use_cpu_layers
-from matchai.model.dropout import keyed_layers, set_dropout
-from matchai.model.losses import SegmentationLoss, balanced_class_weights
-from matchai.model.normalisation import join_buffers, synchronise_processes
-from matchai.model.unetplusplus import PROBE_SIZE, build_model
-from matchai.sampling.sampler import DistributedWeightedSampler, collate, slice_weights
-from matchai.settings.config import TrainConfig
-from matchai.system.machine import default_workers, num_local_processes
+from matchai.data import Augmentation, Data, SliceDataset
+from matchai.model import (
+    PROBE_SIZE,
+    SegmentationLoss,
+    balanced_class_weights,
+    build_model,
+    join_buffers,
+    keyed_layers,
+    set_dropout,
+    synchronise_processes,
+    use_cpu_layers,
+)
+from matchai.sampling import DistributedWeightedSampler, collate, slice_weights
+from matchai.settings import TrainConfig
+from matchai.system import default_workers, num_local_processes
 from matchai.training.deterministic import DeterministicGradient
 from matchai.training.loop import Training
 

@@ -21,8 +21,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from matchai.system.errors import InputError
-from matchai.system.files import lock_bytes, sync_file, sync_folder, write_whole
+from matchai.system import InputError, lock_bytes, sync_file, sync_folder, write_whole
 
 BEST = "best.safetensors"
 LAST = "last"

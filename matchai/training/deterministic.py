@@ -16,10 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from matchai.model.dropout import keyed_layers, set_dropout
-from matchai.model.losses import SegmentationLoss
-from matchai.model.normalisation import gather_processes, synchronise
-from matchai.sampling.sampler import share
+from matchai.model import SegmentationLoss, gather_processes, keyed_layers, set_dropout, synchronise
+from matchai.sampling import share
 
 
 class DeterministicGradient:

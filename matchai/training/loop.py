@@ -19,11 +19,10 @@ from torch.optim.lr_scheduler import OneCycleLR
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
-from matchai.metrics.confusion import Counts, confusion_counts
-from matchai.model.dropout import KeyedLayer, set_dropout
-from matchai.model.losses import SegmentationLoss
-from matchai.sampling.sampler import DistributedWeightedSampler, micro_shares
-from matchai.system.errors import FailedError
+from matchai.metrics import Counts, confusion_counts
+from matchai.model import KeyedLayer, SegmentationLoss, set_dropout
+from matchai.sampling import DistributedWeightedSampler, micro_shares
+from matchai.system import FailedError
 from matchai.training.deterministic import DeterministicGradient
 from matchai.training.meters import EpochMeter, StepOutcome
 

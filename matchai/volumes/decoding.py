@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from matchai.system.errors import InputError
+from matchai.system import InputError
 from matchai.volumes.dicom_image import DicomImage, read_image, read_pixels
 
 _COUNT = struct.Struct("<q")  # of the bytes that follow; below 0 for those of a refusal

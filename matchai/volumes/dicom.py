@@ -12,8 +12,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from matchai.system.errors import InputError
-from matchai.system.optional_packages import need
+from matchai.system import InputError, need
 from matchai.volumes.decoding import decode
 from matchai.volumes.dicom_image import DicomImage, read_image, why_not_decodable
 from matchai.volumes.grid import FileVoxels, GridVolume, scratch_file

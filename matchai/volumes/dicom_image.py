@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from matchai.system.errors import InputError
-from matchai.system.optional_packages import need
+from matchai.system import InputError, need
 
 _TAGS = [
     *["SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "SeriesNumber", "SeriesDescription", "Modality"],

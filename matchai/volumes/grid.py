@@ -18,9 +18,7 @@ from typing import Any, BinaryIO, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from matchai.system.errors import InputError
-from matchai.system.files import write_whole
-from matchai.system.optional_packages import need
+from matchai.system import InputError, need, write_whole
 from matchai.volumes.volume import STEPS, forget
 
 SAME = 1e-3

@@ -11,8 +11,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from matchai.system.errors import InputError
-from matchai.system.optional_packages import need
+from matchai.system import InputError, need
 from matchai.volumes.grid import FileVoxels, GridVolume, scratch_file
 
 SUFFIXES = (".nii.gz", ".nii")

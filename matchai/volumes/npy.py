@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from matchai.system.errors import InputError
+from matchai.system import InputError
 
 
 def open_array(path: Path, what: str) -> NDArray[Any]:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from matchai.system.errors import InputError
+from matchai.system import InputError
 from matchai.volumes.volume import UPRIGHT, Volume, open_array_volume
 
 PICTURES = (".png", ".tif", ".tiff")

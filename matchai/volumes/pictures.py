@@ -17,8 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFile, TiffImagePlugin, UnidentifiedImageError
 
-from matchai.system.errors import InputError
-from matchai.system.files import sync_folder
+from matchai.system import InputError, sync_folder
 from matchai.volumes.volume import UPRIGHT
 
 SUFFIXES = (".png", ".tif", ".tiff")

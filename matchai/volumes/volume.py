@@ -13,8 +13,7 @@ from typing import Any, BinaryIO, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from matchai.system.errors import InputError
-from matchai.system.files import write_whole
+from matchai.system import InputError, write_whole
 from matchai.volumes.npy import open_array
 
 STEPS = 65535
