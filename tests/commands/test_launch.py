@@ -196,3 +196,28 @@ def test_a_slurm_job_that_is_given_notice_saves_and_is_queued_again_and_goes_on(
     assert "Going on with" in log.read_text()
     assert epochs_in(tmp_path / "run") == list(range(1, 9))
     assert (tmp_path / "requeued").read_text() == "7\n"
+
+
+@linux_only
+def test_a_worker_of_a_slurm_array_that_is_given_notice_hears_sigterm_and_its_task_is_queued_again(
+    tmp_path: Path,
+) -> None:
+    stand_ins = {
+        "scontrol": f'echo "$*" >>{tmp_path}/requeued',
+        "python": f'echo "$*" >{tmp_path}/started\ntrap "echo saved; exit 0" TERM\nwhile :; do sleep 0.05; done',
+    }
+    for name, does in stand_ins.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{does}\n")
+        (tmp_path / name).chmod(0o755)
+    job = {"SLURM_JOB_ID": "9", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3"}
+    job |= {"SLURM_SUBMIT_DIR": str(LAUNCH.parent), "PATH": f"{tmp_path}{os.pathsep}{environment()['PATH']}"}
+    process = start(["bash", str(LAUNCH / "slurm.sh"), "tune", "--trials", "2"], tmp_path / "log", **job)
+    until = time.monotonic() + 30
+    while not (tmp_path / "started").exists() and time.monotonic() < until:
+        time.sleep(0.05)
+    time.sleep(0.3)  # its trap is set in the line after
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(timeout=30) == 0
+    assert (tmp_path / "started").read_text() == "-m matchai.tune --trials 2\n"
+    assert (tmp_path / "log").read_text() == "saved\n"
+    assert (tmp_path / "requeued").read_text() == "requeue 7_3\n"
