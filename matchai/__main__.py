@@ -6,15 +6,15 @@ import sys
 from importlib import metadata
 
 COMMANDS = {
-    "train": "trains a UNet++ on CT slices, or goes on with a run",
-    "tune": "searches better settings",
-    "predict": "predicts slices and volumes with what runs kept",
-    "evaluate": "judges what runs kept on data with masks",
-    "report": "makes the report and the model card of a run",
-    "doctor": "says whether a training would start here, and what to mend",
+    "train": "trains a UNet++ on CT slices, or resumes a run",
+    "tune": "searches for better settings, or resumes a study",
+    "predict": "segments slices and volumes with trained runs",
+    "evaluate": "compares the predictions of runs with masks",
+    "report": "writes the report and the model card of a run",
+    "doctor": "checks whether training would start here, and says what to fix",
     "export": "writes a run's model as ONNX, or as weights for plain segmentation-models-pytorch",
 }
-"""Each command, which is a room of its own, and what it does."""
+"""Each command, which is a module of its own, and what it does."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -27,10 +27,10 @@ def main(argv: list[str] | None = None) -> int:
     if name == "--version":
         print(f"matchai {metadata.version('matchai')}")
         return 0
-    if name in ("", "-h", "--help"):
+    if name in ("", "-h", "--help", "--help-all"):
         print("usage: matchai COMMAND ...\n\nSegments COVID-19 lesions in lung CT slices. For research only.\n")
         print("\n".join(f"  {command:<10}{does}" for command, does in COMMANDS.items()))
-        print("\n`matchai COMMAND --help` lists the settings of a command.")
+        print("\n`matchai COMMAND --help` shows the common settings of a command, `--help-all` all of them.")
         return 0 if name else 2
     near = difflib.get_close_matches(name, COMMANDS, 1, 0.5)
     hint = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(COMMANDS)}."

@@ -10,8 +10,8 @@ from matchai.settings import RunSettings, TrainConfig
 from matchai.system import run_command
 
 DESCRIPTION = (
-    "Says whether a training with these flags would start on this machine and these data, line by line, and what to "
-    "do where not. It takes every flag of matchai.train; only --output names the folder of its pictures of the data. "
+    "Checks, line by line, whether training with these flags would start on this machine and this data, and says what "
+    "to fix. It accepts every flag of matchai.train; only --output differs: it is the folder for pictures of the data. "
     "Exit status: 0 if training would start, 1 if not."
 )
 

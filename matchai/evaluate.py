@@ -1,4 +1,4 @@
-"""`python -m matchai.evaluate RUN --data DIR`: judges what a run predicts by masks that people drew."""
+"""`python -m matchai.evaluate RUN --data DIR`: compares the predictions of a run with masks."""
 
 import sys
 
@@ -6,10 +6,10 @@ from matchai.settings import EvaluateSettings, parse_settings
 from matchai.system import choose_waiting, refuse_launch, run_command
 
 DESCRIPTION = (
-    "Judges what a run predicts by masks: Dice, IoU, precision and recall of each class and of any lesion, pooled over "
-    "pixels and as means over images, surface distances, and the error of the affected share of the lung, with "
-    "bootstrap intervals over groups. Of the run's own data only its validation slices are taken. Several runs predict "
-    "together by the mean of their probabilities."
+    "Compares the predictions of a run with masks: Dice, IoU, precision and recall of each class and of any lesion, "
+    "pooled over pixels and as means over images; surface distances; the error of the affected share of the lung. "
+    "Bootstrap intervals over groups are given. Of the run's own data only the validation slices are used. The "
+    "probabilities of several runs are averaged."
 )
 
 

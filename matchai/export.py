@@ -6,8 +6,8 @@ from matchai.settings import ExportSettings, parse_settings
 from matchai.system import InputError, choose_waiting, refuse_launch, run_command
 
 DESCRIPTION = (
-    "Writes the model of a run as one file for other programs, once it has computed the same there. RUN is the "
-    "folder of a run, or its best.safetensors."
+    "Writes the model of a run as one file for other programs, after a check that it computes the same there. RUN is "
+    "the folder of a run, or its best.safetensors."
 )
 
 

@@ -6,8 +6,8 @@ from matchai.settings import PhantomSettings, parse_settings
 from matchai.system import run_command
 
 DESCRIPTION = (
-    "Writes a synthetic data set of lung CT slices with lesions, in the layout of the Kaggle set. No patient is behind "
-    "it: use it to try and to compare software, never to judge a model's use."
+    "Writes a synthetic data set of lung CT slices with lesions, in the layout of the Kaggle set. It comes from no "
+    "patient: use it to try and to compare software, never to judge how useful a model is."
 )
 
 

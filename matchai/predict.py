@@ -1,4 +1,4 @@
-"""`python -m matchai.predict RUN INPUT... --output DIR`: predicts what people have with what runs kept."""
+"""`python -m matchai.predict RUN INPUT... --output DIR`: segments CT slices and volumes with trained runs."""
 
 import sys
 
@@ -6,10 +6,10 @@ from matchai.settings import PredictSettings, parse_settings
 from matchai.system import MISTAKE, choose_waiting, print_problems, refuse_launch, run_command
 
 DESCRIPTION = (
-    "Predicts lesions in CT slices with the network that a run kept. RUN is the folder of a run, or its "
-    "best.safetensors; several runs, such as folds, predict together by the mean of their probabilities. INPUT is a "
-    ".npy array, a NIfTI file, a folder with a DICOM series, or a folder of 16-bit PNG or TIFF slices; several may be "
-    "given. For research only: no prediction may guide the care of a patient."
+    "Segments lesions in CT slices with a trained network. RUN is the folder of a run, or its best.safetensors; the "
+    "probabilities of several runs, such as folds, are averaged. INPUT is a .npy array, a NIfTI file, a folder with a "
+    "DICOM series, or a folder of 16-bit PNG or TIFF slices; several can be given. For research only: predictions must "
+    "not guide the care of a patient."
 )
 
 

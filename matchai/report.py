@@ -7,8 +7,8 @@ from matchai.settings import ReportSettings, parse_settings
 from matchai.system import InputError, run_command
 
 DESCRIPTION = (
-    "Makes RUN/report.html, one page that opens offline, and RUN/MODEL_CARD.md of a run, finished or not, from its "
-    "folder alone. Training makes both at its end."
+    "Writes RUN/report.html, one page that opens offline, and RUN/MODEL_CARD.md. The run may be finished or not; only "
+    "its folder is needed. Training writes both files at its end."
 )
 
 

@@ -1,4 +1,4 @@
-"""`python -m matchai.train`: trains a UNet++ on CT slices, or resumes a run. `--help` lists every setting."""
+"""`python -m matchai.train`: trains a UNet++ on CT slices, or resumes a run. `--help-all` lists every setting."""
 
 import signal
 import sys
@@ -7,8 +7,8 @@ from matchai.settings import TrainConfig, parse
 from matchai.system import INTERRUPTED, choose_waiting, run_command
 
 DESCRIPTION = (
-    "Trains a UNet++ to segment lesions in lung CT slices. The same command again resumes the run. Without --data it "
-    "trains on a built-in synthetic phantom."
+    "Trains a UNet++ to segment lesions in lung CT slices. Running the same command again resumes the run. Without "
+    "--data it trains on a built-in synthetic phantom."
 )
 
 

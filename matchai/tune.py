@@ -1,4 +1,4 @@
-"""`python -m matchai.tune`: searches better settings, or resumes a study. `--help` lists every setting."""
+"""`python -m matchai.tune`: searches for better settings, or resumes a study. `--help-all` lists every setting."""
 
 import dataclasses
 import os
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from matchai.study import Plan
 
 DESCRIPTION = (
-    "Searches the settings with the best validation Dice, and names a winner only against fresh seeds. The same "
-    "command again resumes the study, to exactly --trials finished trials. Without --data it studies a built-in "
-    "synthetic phantom. A setting given by its flag is fixed for all trials."
+    "Searches for the settings with the best validation Dice, and tests them on new seeds before it names a winner. "
+    "Running the same command again resumes the study until it has --trials finished trials. Without --data it trains "
+    "on a built-in synthetic phantom. A setting given by its flag is the same in all trials."
 )
 
 

@@ -14,7 +14,11 @@ from matchai.system import InputError
 class PredictSettings:
     """What to predict, and what to write."""
 
-    paths: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN... INPUT...")]
+    paths: Annotated[
+        tuple[Path, ...],
+        tyro.conf.Positional,
+        tyro.conf.arg(metavar="RUN... INPUT...", help_behavior_hint="(required)"),
+    ]
     """One or more runs, then one or more inputs."""
     output: Path = Path("predictions")
     """Folder for the results. It must be new or empty."""
@@ -116,7 +120,7 @@ class EvaluateSettings:
 class ExportSettings:
     """What to export, and where to."""
 
-    run: Annotated[Path, tyro.conf.Positional]
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """Folder of the run, or its best.safetensors."""
     format: Literal["onnx", "safetensors"] = "onnx"
     """onnx: the network itself, for onnxruntime and other programs. safetensors: its weights, for plain

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from matchai.system.errors import InputError
+from matchai.system import InputError
 
 
 def _number(default: Any, low: float = -math.inf, high: float = math.inf, *, above: float = -math.inf) -> Any:
@@ -22,71 +22,72 @@ def _number(default: Any, low: float = -math.inf, high: float = math.inf, *, abo
 
 @dataclass(frozen=True)
 class RunSettings:
-    """What is run, and where its results go."""
+    """What to run, and where the results go."""
 
     preset: Literal["recipe", "quick", "study"] = "recipe"
-    """The settings to start from: `recipe` (the published one), `quick` (small, for a first look), `study` (smaller
-    still). Without it: `recipe` where --data is given, else `quick`, or `study` for a study."""
+    """The settings to start from: `recipe` (as published), `quick` (small, for a first look) or `study` (smaller
+    still). Without it: `recipe` if --data is given, otherwise `quick`, or `study` for a study."""
     config: Path | None = None
-    """A YAML file of settings, as a run's own config.yaml; flags win over it."""
+    """A YAML file of settings, such as the config.yaml of another run. Flags override it."""
     output: Path | None = None
-    """The run's folder (default: runs/PRESET), or the study's (studies/NAME). The same command again continues what is
-    there."""
+    """Folder of the run (default: runs/PRESET) or of the study (default: studies/NAME). Running the same command again
+    resumes what is there."""
     restart: bool = False
-    """Begin a run afresh; the old one is moved aside, never deleted. No study takes it."""
+    """Start the run over. The old run is moved aside, never deleted. Studies do not accept it."""
     init: Path | None = None
     """Start from the best weights of another run: its folder, or a best.safetensors file."""
     seed: int = _number(0, 0, 2**63 - 1)
-    """Seed of everything random: initial weights, split, order of slices, augmentation, drop path."""
+    """Seed for everything random: initial weights, split, order of slices, augmentation, drop path."""
     deterministic: bool = False
-    """The same bits, more slowly: on CPUs for any number of processes, on CUDA for one and the same number."""
+    """Reproduce results bit for bit, at lower speed: on CPUs with any number of processes, on CUDA with the same number
+    of processes."""
 
 
 @dataclass(frozen=True)
 class InputSettings:
-    """The slices: which files, which classes, which pixels."""
+    """The data: which files, which classes, which pixels."""
 
     data: Path | None = None
-    """Folder of the slices: arrays, or `images` and `masks` with NIfTI files or pictures in them. Without it matchai
-    trains on its built-in synthetic phantom."""
+    """Folder of the slices: .npy arrays, or folders `images` and `masks` with NIfTI or picture files. Without it
+    matchai trains on its built-in synthetic phantom."""
     sets: tuple[str, ...] = ()
-    """The sets to use together (default: medseg and radiopedia, as far as they are there)."""
+    """The sets of arrays to use together (default: those of medseg and radiopedia that are there)."""
     images_name: str = "images_{set}.npy"
-    """File of a set's images: (N, H, W) or (N, H, W, 1), any integer or float type, in HU."""
+    """File with the images of a set: (N, H, W) or (N, H, W, 1), any integer or float type, in HU."""
     masks_name: str = "masks_{set}.npy"
-    """File of a set's masks: one-hot (N, H, W, C) of any type, or class indices (N, H, W)."""
+    """File with the masks of a set: one-hot (N, H, W, C) of any type, or class indices (N, H, W)."""
     groups_name: str = "groups.npy"
-    """File that names each slice's patient or volume (N,), over all sets in order; of volumes also one name each. Where
-    it is missing, each volume is a group, and among other slices groups are found by likeness."""
+    """File with the patient or volume of each slice: (N,), over all sets in order. For volumes it may have one entry
+    per volume instead. Without this file each volume is a group, and other slices are grouped by similarity."""
     orientation: Literal["auto", "LP", "LA", "RP", "RA", "PL", "PR", "AL", "AR"] = "auto"
-    """Toward which sides of the patient the rows and columns of a slice run: L left, R right, A front, P back. auto:
-    LP for .npy arrays (as the Kaggle set lies), PL for pictures (upright, as a viewer shows them). NIfTI volumes know
-    theirs, and are turned to LP."""
+    """The sides of the patient that the rows and columns of a slice run toward: L left, R right, A front, P back. auto:
+    LP for .npy arrays (as in the Kaggle set), PL for pictures (upright, as a viewer shows them). NIfTI files store
+    their own orientation and are turned to LP."""
     rescale: tuple[float, float] = (1.0, 0.0)
-    """Slope and intercept that make HU of the files' numbers: HU = slope * number + intercept."""
+    """Slope and intercept that convert the numbers in the files to HU: HU = slope * number + intercept."""
     label_map: tuple[str, ...] = ()
-    """Which class a number in mask files means, as NUMBER:CLASS. Without it: the class indices in .npy arrays; in
-    NIfTI and picture files 0 for the background and 1, 2, ... for the other classes in order."""
+    """The class of each number in the mask files, as NUMBER:CLASS. Without it .npy arrays hold class indices; in NIfTI
+    and picture files 0 is the background, and 1, 2, ... are the other classes in order."""
     class_names: tuple[str, ...] = ("ground glass", "consolidation", "lungs other", "background")
-    """The classes, in channel order."""
+    """The classes, in the order of the channels."""
     background_class: str = "background"
-    """The class of pixels that carry none."""
+    """The class of pixels that belong to no other class."""
     lesion_classes: tuple[str, ...] = ("ground glass", "consolidation")
-    """The classes whose mean is the lesion Dice."""
+    """The classes whose mean Dice is the lesion Dice."""
     hu_window: tuple[float, float] = (-1500.0, 500.0)
-    """Pixel values are clipped to this range, in HU."""
+    """Lowest and highest pixel value, in HU. Values outside are clipped to them."""
     image_size: int = _number(384, 32, 4096)
     """Height and width that slices are resized to, in pixels; a multiple of 32."""
     val_fraction: float = _number(0.2, above=0.0, high=0.9)
-    """Share of the slices kept for validation, whole groups only."""
+    """Share of the slices used for validation, above 0 and up to 0.9. Groups are never split."""
     folds: int = _number(0, 0, 1000)
-    """Grouped K-fold instead of one split: the number of folds (0: one split)."""
+    """Number of folds of a grouped K-fold split. 0: a single split."""
     fold: int = _number(0, 0, 999)
-    """Which fold validates, counted from 0."""
+    """The fold used for validation, counted from 0."""
     cache: Path | None = None
-    """Folder of the prepared slices (default: `cache` beside the run's folder)."""
+    """Folder for the prepared slices (default: `cache` beside the run's folder)."""
     phantom_slices: int = _number(160, 8, 100_000)
-    """Slices of the built-in phantom, used without --data."""
+    """Number of slices in the built-in phantom, used without --data."""
 
     @property
     def background_index(self) -> int:
@@ -96,28 +97,29 @@ class InputSettings:
 
 @dataclass(frozen=True)
 class AugmentationSettings:
-    """Chances and strengths of the training augmentation, after the resize."""
+    """Augmentation of the training slices, after the resize."""
 
     horizontal_flip: float = _number(0.5, 0, 1)
-    """Chance of a horizontal flip."""
+    """Probability of a horizontal flip, 0 to 1."""
     vertical_flip: float = _number(0.3, 0, 1)
-    """Chance of a vertical flip; in the Kaggle arrays, which are stored transposed, the left-right mirror."""
+    """Probability of a vertical flip, 0 to 1. In the Kaggle arrays, which are stored transposed, it swaps left and
+    right."""
     rotate90: float = _number(0.3, 0, 1)
-    """Chance of a random number of quarter turns."""
+    """Probability of a rotation by a random multiple of 90 degrees, 0 to 1."""
     affine: float = _number(0.4, 0, 1)
-    """Chance of a random affine map."""
+    """Probability of a random affine transform, 0 to 1."""
     affine_scale: float = _number(0.05, 0, 0.9)
-    """Its zoom: 1 ± this."""
+    """Zoom of the affine transform: a factor from 1 - this to 1 + this."""
     affine_rotate: float = _number(10.0, 0, 180)
-    """Its rotation: ± this, in degrees."""
+    """Rotation of the affine transform: up to ± this, in degrees."""
     affine_shear: float = _number(5.0, 0, 60)
-    """Its shear: ± this, in degrees."""
+    """Shear of the affine transform: up to ± this, in degrees."""
     affine_translate: float = _number(0.03, 0, 0.9)
-    """Its shift: 0 to this share of the size."""
+    """Shift of the affine transform: from 0 to this share of the image size."""
     brightness_contrast: float = _number(0.2, 0, 1)
-    """Chance of a change of brightness and contrast."""
+    """Probability of a change of brightness and contrast, 0 to 1."""
     brightness_contrast_limit: float = _number(0.10, 0, 1)
-    """Its strength: ± this share of the HU window."""
+    """Size of the change of brightness and contrast: up to ± this share of the HU window."""
 
 
 @dataclass(frozen=True)
@@ -125,27 +127,27 @@ class SamplingSettings:
     """Which slices are drawn, and how many make a step."""
 
     batch_size: int = _number(6, 1, 65536)
-    """Slices of one optimiser step, over all processes and micro-batches."""
+    """Slices per optimiser step, over all processes and micro-batches."""
     accumulate: int = _number(1, 1, 65536)
-    """Compute a step's share in this many micro-batches, to save memory."""
+    """Number of micro-batches that each step is split into, to save memory."""
     sampler_weight: float = _number(3.0, above=0.0)
-    """How many times as often a slice with a target class is drawn as another."""
+    """How many times as often a slice with a target class is drawn as a slice without one."""
     target_classes: tuple[str, ...] = ("consolidation",)
-    """The classes that make a slice a target of the sampler."""
+    """A slice with a pixel of any of these classes is a target slice of the sampler."""
 
 
 @dataclass(frozen=True)
 class NetworkSettings:
-    """The UNet++."""
+    """The network, a UNet++."""
 
     encoder: str = "timm-efficientnet-b3"
-    """Any encoder of segmentation-models-pytorch, by name."""
+    """Name of the encoder: any encoder of segmentation-models-pytorch."""
     context: int = _number(0, 0, 16)
-    """How many neighbouring slices of the volume on each side are further input channels."""
+    """Number of neighbouring slices on each side, in the same volume, used as further input channels."""
     encoder_weights: str = "imagenet"
     """Pretrained encoder weights: imagenet, none, or a local file (.safetensors or .pth)."""
     sync_batch_norm: bool = True
-    """With several processes, batch norm takes its statistics over the whole batch, as one process would."""
+    """With several processes, compute batch norm statistics over the whole batch, as one process would."""
 
 
 @dataclass(frozen=True)
@@ -153,34 +155,36 @@ class LossSettings:
     """The loss: ce_weight · cross-entropy + dice_weight · Dice + focal_weight · focal."""
 
     ce_weight: float = _number(0.25, 0)
-    """Share of the class-weighted cross-entropy."""
+    """Weight of the cross-entropy, which is itself weighted by class."""
     dice_weight: float = _number(0.5, 0)
-    """Share of the Dice loss."""
+    """Weight of the Dice loss."""
     focal_weight: float = _number(0.25, 0)
-    """Share of the focal loss."""
+    """Weight of the focal loss."""
     focal_gamma: float = _number(2.5, 0, 100)
     """Exponent of the focal loss."""
     soft_boundary: int = _number(0, 0, 64)
-    """Pixels on each side of a border between classes over which training softens the labels (0: none)."""
+    """Width of the band on each side of a border between classes where labels are softened in training, in pixels. 0:
+    none."""
 
 
 @dataclass(frozen=True)
 class OptimisationSettings:
-    """AdamW under a one-cycle schedule."""
+    """AdamW with a one-cycle schedule."""
 
     epochs: int = _number(60, 1, 1_000_000)
-    """Passes of N draws."""
+    """Number of epochs. Each draws as many slices as there are for training."""
     max_lr: float = _number(5e-4, above=0.0)
-    """Peak of the one-cycle schedule; it starts at a 25th of it."""
+    """Peak learning rate of the one-cycle schedule, which starts at a 25th of it."""
     weight_decay: float = _number(1e-4, 0)
     """Weight decay of AdamW."""
     clip_grad_norm: float = _number(0.0, 0)
-    """Largest norm of the gradient (0: no clipping)."""
+    """Largest gradient norm; larger gradients are scaled down to it. 0: no clipping."""
     ema_decay: float = _number(0.0, 0, 0.999999)
-    """Decay of an exponential moving average of the weights, which is then validated and kept (0: none)."""
+    """Decay per step of an exponential moving average of the weights, below 1. If used, the averaged weights are
+    validated and kept. 0: none."""
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
-    """Precision of the forward pass. auto: what the launcher asks for, else bf16 where the device computes it
-    natively, else fp16 on CUDA, else no."""
+    """Precision of the forward pass; no is fp32. auto: what the launcher asks for, else bf16 where the device computes
+    it natively, else fp16 on CUDA, else no."""
 
 
 @dataclass(frozen=True)
@@ -188,13 +192,13 @@ class MachineSettings:
     """What may differ between machines without changing the experiment."""
 
     num_workers: int | None = _number(None, 0, 1024)
-    """Loader processes of each training process (default: by cores and device)."""
+    """Data loader processes of each training process (default: chosen by cores and device)."""
     save_every: str = "60s"
-    """Between epochs' ends, keep the resumable state this often: seconds (60s), minutes (5min) or steps (200)."""
+    """How often the resumable state is saved within an epoch: seconds (60s), minutes (5min) or steps (200)."""
     collective_timeout: float = _number(600.0, above=0.0)
-    """Seconds that processes wait for each other before they give one up for lost."""
+    """How long processes wait for each other before the run is given up, in seconds."""
     tracker: tuple[str, ...] = ()
-    """Trackers of Accelerate to report to, such as tensorboard."""
+    """Accelerate's trackers to report to, such as tensorboard."""
 
 
 @dataclass(frozen=True)
@@ -232,7 +236,7 @@ class TrainConfig:
         for name, value in settings.items():
             if name not in LEAVES:
                 near = difflib.get_close_matches(str(name), LEAVES, 1, 0.5)
-                hint = f"did you mean {near[0]}?" if near else "python -m matchai.train --help lists all"
+                hint = f"did you mean {near[0]}?" if near else "python -m matchai.train --help-all lists all"
                 problems.append(f"{where}Unknown setting {name!r}: {hint}")
                 continue
             try:
@@ -262,8 +266,16 @@ _TYPES: dict[str, Any] = {name: leaf.type for name, (_, leaf) in LEAVES.items()}
 PLACE = ("config", "output", "restart")
 """Settings that say where a run goes, not what it is: not saved with it."""
 
+COMMON = (
+    *("preset", "config", "output", "restart", "init", "seed"),
+    *("data", "label_map", "class_names", "lesion_classes", "hu_window", "image_size", "val_fraction", "folds", "fold"),
+    *("batch_size", "accumulate", "sampler_weight", "target_classes", "encoder", "encoder_weights"),
+    *("epochs", "max_lr", "mixed_precision", "num_workers"),
+)
+"""Settings of a run that --help shows; --help-all shows all."""
+
 FREE = (*PLACE, "data", "cache", "num_workers", "save_every", "collective_timeout", "tracker", "preset")
-"""Settings that may differ when a run goes on; the content of the data may not."""
+"""Settings that may differ when a run is resumed; the content of the data may not."""
 
 PRESETS: dict[str, dict[str, Any]] = {
     "recipe": {},

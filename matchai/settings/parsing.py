@@ -6,14 +6,15 @@ Precedence: default < preset < `--config` file < flag; the last of a repeated fl
 
 import argparse
 import dataclasses
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import tyro
 import yaml
 
-from matchai.settings.config import LEAVES, PLACE, PRESETS, TrainConfig
-from matchai.system.errors import InputError
+from matchai.settings.config import COMMON, LEAVES, PLACE, PRESETS, TrainConfig
+from matchai.settings.help import asks_for_help, read_flags
+from matchai.system import InputError
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -23,11 +24,11 @@ Plain = TypeVar("Plain", bound="DataclassInstance")
 
 
 def parse(argv: list[str], description: str, prog: str, kind: type[Settings], *, first_look: str = "quick") -> Settings:
-    """Reads a command line; prints and exits with status 0 for --help, with 2 for a wrong flag.
+    """Reads a command line; prints and exits with status 0 if it asks for help, with 2 for a wrong flag.
 
     Args:
         argv: The words after the command.
-        description: What --help says first.
+        description: What help says first.
         prog: The command.
         kind: The settings that it takes: `TrainConfig`, or one with more groups.
         first_look: The preset without --data.
@@ -38,23 +39,19 @@ def parse(argv: list[str], description: str, prog: str, kind: type[Settings], *,
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     for name in ("config", "preset", "data"):
         first.add_argument(f"--{name}", nargs="?")
-    known = (
-        first.parse_known_args(argv)[0]
-        if not {"-h", "--help"} & set(argv)
-        else argparse.Namespace(config=None, preset=None, data=None)
-    )
+    known = first.parse_known_args(argv)[0]
     data = None if known.data == "None" else known.data
-    settings = load(Path(known.config)) if known.config else {}
+    try:
+        settings = load(Path(known.config)) if known.config else {}
+    except InputError:
+        if not asks_for_help(argv):
+            raise
+        settings = {}
     base = preset_config(settings, preset=known.preset, data=data, first_look=first_look)
     kinds: dict[str, Any] = {group.name: group.type for group in dataclasses.fields(kind)}
     groups = [group.name for group in dataclasses.fields(TrainConfig)]
-    return tyro.cli(
-        tyro.conf.configure(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)(kind),
-        args=argv,
-        default=kind(**{name: kinds[name](**vars(getattr(base, name))) for name in groups}),
-        prog=prog,
-        description=description,
-    )
+    default = kind(**{name: kinds[name](**vars(getattr(base, name))) for name in groups})
+    return read_flags(argv, description, prog, kind, default, rare=LEAVES.keys() - COMMON)
 
 
 def parse_settings(argv: list[str] | None, description: str, prog: str, kind: type[Plain]) -> Plain:
@@ -62,11 +59,11 @@ def parse_settings(argv: list[str] | None, description: str, prog: str, kind: ty
 
     Args:
         argv: The words after the command; None for those of this process.
-        description: What --help says first.
+        description: What help says first.
         prog: The command.
         kind: A dataclass of settings.
     """
-    settings = tyro.cli(kind, args=argv, prog=prog, description=description)
+    settings = read_flags(sys.argv[1:] if argv is None else argv, description, prog, kind)
     # shells leave the `~` in words such as --output=~/here
     return dataclasses.replace(settings, **{name: _at_home(value) for name, value in vars(settings).items()})
 

@@ -188,12 +188,12 @@ def test_where_a_run_goes_is_not_dumped(file: Path) -> None:
     assert not set(PLACE) & set(load(file))
 
 
-def test_help_tells_every_setting_and_imports_neither_torch_nor_numpy() -> None:
+def test_help_all_tells_every_setting_and_imports_neither_torch_nor_numpy() -> None:
     code = (
         "import sys, atexit, runpy\n"
         "heavy = {'torch', 'numpy', 'cv2', 'smp', 'accelerate'}\n"
         "atexit.register(lambda: print('IMPORTED', sorted(heavy & set(sys.modules)), file=sys.stderr))\n"
-        "sys.argv[1:] = ['--help']\n"
+        "sys.argv[1:] = ['--help-all']\n"
         "runpy.run_module('matchai.train', run_name='__main__')\n"
     )
     done = subprocess.run(
