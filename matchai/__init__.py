@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from matchai.runs.trainer import RunResult, run
     from matchai.settings.config import TrainConfig
     from matchai.system.errors import InputError
+else:
+    __getattr__, __dir__ = lazy_exports(__name__)
 
 __all__ = ["InputError", "RunResult", "TrainConfig", "run"]
-
-__getattr__ = lazy_exports(__name__)

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 
-def lazy_exports(package: str) -> Callable[[str], Any]:
-    """Makes the `__getattr__` of a package (PEP 562) that imports each public name when it is first used.
+def lazy_exports(package: str) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+    """Makes `__getattr__` and `__dir__` of a package (PEP 562): each public name is imported when it is first used.
 
     The package's `__init__.py` says where the names come from: by the `from ... import` statements under
     `if TYPE_CHECKING:`, which type checkers and readers follow, and which never run.
@@ -31,4 +31,4 @@ def lazy_exports(package: str) -> Callable[[str], Any]:
         setattr(sys.modules[package], name, value)
         return value
 
-    return get
+    return get, lambda: sorted({*vars(sys.modules[package]), *homes})
