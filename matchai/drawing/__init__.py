@@ -11,6 +11,8 @@ if TYPE_CHECKING:
         draw_dice_per_class, draw_learning_curves, draw_panels, fill_panel,
     )
     from matchai.drawing.page import Answer, Code, Picture, Piece, Points, Section, Table, Text, render_page
+else:
+    __getattr__, __dir__ = lazy_exports(__name__)
 
 __all__ = [
     "DPI", "GRID", "INK", "MUTED", "PALETTE", "PAPER", "TRAIN_COLOR", "VAL_COLOR", "Answer", "Code", "Picture",
@@ -18,5 +20,3 @@ __all__ = [
     "draw_learning_curves", "draw_panels", "fill_panel", "render_page",
 ]
 # fmt: on
-
-__getattr__ = lazy_exports(__name__)

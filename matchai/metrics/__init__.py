@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     )
     from matchai.metrics.scores import Distances, ScoredVolume, Scores, as_csv, describe, slice_rows, volume_rows
     from matchai.metrics.surface_distance import can_measure, surface_distances
+else:
+    __getattr__, __dir__ = lazy_exports(__name__)
 
 __all__ = [
     "MAX_UNDEFINED", "MIN_GROUPS", "NUM_RESAMPLES", "Bootstrap", "Counts", "Distances", "Interval", "ScoredVolume",
@@ -21,5 +23,3 @@ __all__ = [
     "recall_per_class", "slice_rows", "summarise", "surface_distances", "volume_rows",
 ]
 # fmt: on
-
-__getattr__ = lazy_exports(__name__)

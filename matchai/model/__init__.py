@@ -13,6 +13,8 @@ if TYPE_CHECKING:
         SyncBatchNorm, gather_processes, join_buffers, synchronise, synchronise_processes,
     )
     from matchai.model.unetplusplus import PROBE_SIZE, build_model, encoder_names, smp, weights_place
+else:
+    __getattr__, __dir__ = lazy_exports(__name__)
 
 __all__ = [
     "PROBE_SIZE", "KeyedDropPath", "KeyedDropout", "KeyedLayer", "SegmentationLoss", "SyncBatchNorm",
@@ -21,5 +23,3 @@ __all__ = [
     "weights_place",
 ]
 # fmt: on
-
-__getattr__ = lazy_exports(__name__)

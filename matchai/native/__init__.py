@@ -7,8 +7,8 @@ from matchai.system.lazy import lazy_exports
 # fmt: off
 if TYPE_CHECKING:
     from matchai.native import compiler, library
+else:
+    __getattr__, __dir__ = lazy_exports(__name__)
 
 __all__ = ["compiler", "library"]
 # fmt: on
-
-__getattr__ = lazy_exports(__name__)

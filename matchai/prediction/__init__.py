@@ -11,11 +11,11 @@ if TYPE_CHECKING:
     from matchai.prediction.inference import Predictor, load_model, uncertainty
     from matchai.prediction.pipeline import predict
     from matchai.prediction.volume_prediction import SliceResult, VolumeResult, predict_volume
+else:
+    __getattr__, __dir__ = lazy_exports(__name__)
 
 __all__ = [
     "Predictor", "SliceResult", "VolumeResult", "evaluate", "load_model", "pack_onnx", "pack_safetensors",
     "predict", "predict_volume", "uncertainty",
 ]
 # fmt: on
-
-__getattr__ = lazy_exports(__name__)

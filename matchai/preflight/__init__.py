@@ -10,10 +10,10 @@ if TYPE_CHECKING:
     from matchai.preflight.software import (
         Finding, check_extras, check_launcher, check_loading, check_packages, check_torch,
     )
+else:
+    __getattr__, __dir__ = lazy_exports(__name__)
 
 __all__ = [
     "Finding", "check_extras", "check_launcher", "check_loading", "check_packages", "check_torch", "check_training",
 ]
 # fmt: on
-
-__getattr__ = lazy_exports(__name__)

@@ -8,11 +8,11 @@ from matchai.system.lazy import lazy_exports
 if TYPE_CHECKING:
     from matchai.sampling.draws import BalancedDraws, DistinctDraws, IndependentDraws
     from matchai.sampling.sampler import DistributedWeightedSampler, Draw, collate, micro_shares, share, slice_weights
+else:
+    __getattr__, __dir__ = lazy_exports(__name__)
 
 __all__ = [
     "BalancedDraws", "DistinctDraws", "DistributedWeightedSampler", "Draw", "IndependentDraws", "collate",
     "micro_shares", "share", "slice_weights",
 ]
 # fmt: on
-
-__getattr__ = lazy_exports(__name__)

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from matchai.settings.parsing import given, load_mapping, parse, parse_settings
     from matchai.settings.study_settings import OBJECTIVES, StudySettings, TuneConfig, check_study, refuse_restart
     from matchai.settings.validation import check, parse_interval
+else:
+    __getattr__, __dir__ = lazy_exports(__name__)
 
 __all__ = [
     "FREE", "LEAVES", "OBJECTIVES", "PLACE", "PRESETS", "EvaluateSettings", "ExportSettings", "InputSettings",
@@ -23,5 +25,3 @@ __all__ = [
     "parse_settings", "parsing", "refuse_restart",
 ]
 # fmt: on
-
-__getattr__ = lazy_exports(__name__)

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from matchai.study.storage import Store, open_store
     from matchai.study.trials import TrialTable
     from matchai.study.worker import Worker
+else:
+    __getattr__, __dir__ = lazy_exports(__name__)
 
 __all__ = [
     "STOPPED", "Confirmation", "Contender", "OneCyclePruner", "Plan", "Space", "Stage", "Store", "TrialTable",
@@ -22,5 +24,3 @@ __all__ = [
     "open_store", "supervise", "work",
 ]
 # fmt: on
-
-__getattr__ = lazy_exports(__name__)

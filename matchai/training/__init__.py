@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from matchai.training.loop import DivergedError, Training, count_step, predict, train_epoch, validate
     from matchai.training.meters import EpochMeter, epoch_row
     from matchai.training.resume import Progress, collect, restore
+else:
+    __getattr__, __dir__ = lazy_exports(__name__)
 
 __all__ = [
     "BEST", "LAST", "DivergedError", "EpochMeter", "Progress", "State", "Training", "build_model_of",
@@ -24,5 +26,3 @@ __all__ = [
     "slice_weights_of", "step_problems", "train_epoch", "validate",
 ]
 # fmt: on
-
-__getattr__ = lazy_exports(__name__)
