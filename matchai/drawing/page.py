@@ -112,7 +112,7 @@ class Picture:
 
     @property
     def source(self) -> str:
-        """The picture as a `data:` address."""
+        """The picture as a data address of HTML."""
         return f"data:image/png;base64,{base64.b64encode(self.png).decode()}"
 
 
