@@ -23,6 +23,7 @@ myst_enable_extensions = ["deflist"]
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
+smartquotes = False  # --flags keep both hyphens
 default_role = "literal"  # docstrings mark names by single backticks
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False

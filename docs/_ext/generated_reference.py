@@ -94,11 +94,9 @@ def shown(value: Any) -> str:
     """A default as a user would write it."""
     if isinstance(value, tuple):
         return " ".join(f'"{item}"' if " " in str(item) else f"{item}" for item in value) or "none"
-    return (
-        {None: "none", True: "yes", False: "no"}.get(value, str(value))
-        if not isinstance(value, float)
-        else f"{value:g}"
-    )
+    if value is None or isinstance(value, bool):
+        return "none" if value is None else "yes" if value else "no"
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def commands_page() -> str:

@@ -1,4 +1,4 @@
-"""The command that exports, and what the README says of its files."""
+"""The command that exports, and what the documentation says of its files."""
 
 import importlib
 import re
@@ -16,7 +16,7 @@ from matchai.prediction.inference import load_model
 from matchai.training.checkpoint import pack_weights
 from tests.prediction.test_export_formats import ABOUT
 
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "export.md"
 
 
 def make_run(folder: Path, encoder: str = "tu-test_resnet", image_size: int = 32) -> Path:
@@ -45,7 +45,7 @@ def test_the_readmes_lines_load_exported_weights_into_plain_smp(
 ) -> None:
     run = make_run(tmp_path / "runs" / "quick", "resnet18")
     assert main([str(run / "best.safetensors"), "--format", "safetensors"]) == 0
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
     (lines,) = [block for block in blocks if "smp.UnetPlusPlus" in block]
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
