@@ -62,8 +62,20 @@ def read(folder: Path) -> list[str]:
     return [*names, *weights]
 """
 
-EXAMPLES = ("matchai", "matchai.checkpoint", "matchai.losses", "matchai.metrics", "matchai.sampling")
-"""Where each function and class has an example; elsewhere a sentence is enough."""
+EXAMPLES = {
+    "matchai": ["InputError", "TrainConfig", "run"],
+    "matchai.checkpoint": ["State", "load_about", "load_state", "load_weights"],
+    "matchai.losses": ["SegmentationLoss", "balanced_class_weights", "soften"],
+    "matchai.metrics": [
+        *("Bootstrap", "affected_share", "collapse", "confusion_counts", "dice_per_class", "iou_per_class"),
+        *("notebook_dice", "precision_per_class", "recall_per_class", "summarise", "surface_distances"),
+    ],
+    "matchai.sampling": [
+        *("BalancedDraws", "DistinctDraws", "DistributedWeightedSampler", "Draw", "IndependentDraws"),
+        *("collate", "micro_shares", "share", "slice_weights"),
+    ],
+}
+"""What users build on: each has an example; elsewhere a sentence is enough."""
 MODULES = sorted(
     {f"matchai.{path.parent.name}" for path in (ROOT / "matchai").glob("*/__init__.py")}
     | {"matchai", "matchai.losses", "matchai.checkpoint"}
@@ -100,11 +112,8 @@ def test_what_is_public_says_what_it_is_for(module: str) -> None:
 
 @pytest.mark.parametrize("module", EXAMPLES)
 def test_what_users_build_on_has_an_example(module: str) -> None:
-    texts = {
-        name: f"{value.__doc__}{value.__init__.__doc__ if inspect.isclass(value) else ''}"
-        for name, value in public(module).items()
-    }
-    assert [name for name, text in texts.items() if ">>>" not in text] == []
+    values = public(module)
+    assert [name for name in EXAMPLES[module] if ">>>" not in str(values[name].__doc__)] == []
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -50,6 +50,10 @@ class Bootstrap:
     Attributes:
         num_groups: G.
         weights: (R, G) int64, how often each group is in each resample; a row sums to G.
+
+    >>> of_two_patients = Bootstrap(groups=[0, 0, 1, 1]).of_means(np.array([0.5, 0.6, 0.8, 0.9]))
+    >>> round(of_two_patients.low.item(), 2), round(of_two_patients.high.item(), 2)
+    (0.55, 0.85)
     """
 
     def __init__(

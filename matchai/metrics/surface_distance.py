@@ -42,6 +42,11 @@ def surface_distances(pred: Mask, truth: Mask, spacing: Sequence[float], toleran
 
     Raises:
         InputError: If MONAI is not installed.
+
+    >>> truth = np.zeros((8, 8), bool)
+    >>> truth[2:5, 2:5] = True
+    >>> surface_distances(np.roll(truth, 1, axis=0), truth, spacing=(1.0, 1.0), tolerance=1.0)
+    (1.0, 1.0)
     """
     assert pred.shape == truth.shape, (pred.shape, truth.shape)
     assert len(spacing) == pred.ndim, (spacing, pred.shape)

@@ -98,6 +98,11 @@ def run(
     Raises:
         InputError: For whatever is wrong with settings, data or output folder, before the first step.
         DivergedError: If the loss stays non-finite; the last good state is kept.
+
+    >>> small = {"encoder": "tu-test_resnet", "encoder_weights": "none", "image_size": 32, "phantom_slices": 16}
+    >>> result = run(TrainConfig().updated(epochs=1, **small), display=Display(is_main_process=False))
+    >>> result.is_finished, result.best_epoch, sorted(path.name for path in result.output.glob("*.safetensors"))
+    (True, 1, ['best.safetensors'])
     """
     end_with_launcher()
     machine.keep_heap()

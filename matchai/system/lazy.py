@@ -27,8 +27,6 @@ def lazy_exports(package: str) -> tuple[Callable[[str], Any], Callable[[], list[
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         if homes[name] == package:  # one of its modules
             return importlib.import_module(f"{package}.{name}")
-        value = getattr(importlib.import_module(homes[name]), name)
-        setattr(sys.modules[package], name, value)
-        return value
+        return getattr(importlib.import_module(homes[name]), name)
 
     return get, lambda: sorted({*vars(sys.modules[package]), *homes})
