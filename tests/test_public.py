@@ -112,8 +112,8 @@ def test_what_is_public_says_what_it_is_for(module: str) -> None:
 
 @pytest.mark.parametrize("module", EXAMPLES)
 def test_what_users_build_on_has_an_example(module: str) -> None:
-    values = public(module)
-    assert [name for name in EXAMPLES[module] if ">>>" not in str(values[name].__doc__)] == []
+    found = importlib.import_module(module)
+    assert [name for name in EXAMPLES[module] if ">>>" not in str(getattr(found, name).__doc__)] == []
 
 
 @pytest.mark.parametrize("module", MODULES)

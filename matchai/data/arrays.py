@@ -11,14 +11,14 @@ from numpy.typing import NDArray
 from matchai.data.pairs import IMAGES, MASKS, holds_pairs, open_pairs
 from matchai.data.slice_set import SliceSet, Target, expected_numbers, read_numbers
 from matchai.settings import InputSettings, parse_label_map
-from matchai.system import InputError
-from matchai.volumes import open_array
+from matchai.system import InputError, Problems
+from matchai.volumes import check_size, open_array, rescaled
 
 KNOWN_SETS = ("medseg", "radiopedia")
 """The sets that are looked for when none is named."""
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class ArraySet:
     """One pair of array files, a `matchai.data.slice_set.SliceSet`.
 
@@ -31,6 +31,8 @@ class ArraySet:
         orientation: As the user says that the slices lie.
         rescale: Slope and intercept that make HU of the images' numbers.
         numbers: The class of each number in the masks, by a label map; None for the class indices.
+        files: The two files.
+        shape: Rows and columns.
     """
 
     name: str
@@ -45,25 +47,16 @@ class ArraySet:
     is_volume: bool = False
     notes: Sequence[str] = ()
 
-    @property
-    def files(self) -> Sequence[Path]:
-        """The two files."""
-        return self.image_path, self.mask_path
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Rows and columns."""
-        return self.images.shape[1], self.images.shape[2]
+    def __post_init__(self) -> None:
+        self.files: Sequence[Path] = (self.image_path, self.mask_path)
+        self.shape: tuple[int, int] = (self.images.shape[1], self.images.shape[2])
 
     def __len__(self) -> int:
         return len(self.images)
 
     def read_image(self, index: int) -> NDArray[np.float32]:
         """See `matchai.data.slice_set.SliceSet`."""
-        with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite, and is refused as such
-            image = np.asarray(self.images[index], dtype=np.float32)
-        slope, intercept = self.rescale
-        return image if self.rescale == (1, 0) else image * np.float32(slope) + np.float32(intercept)
+        return rescaled(self.images[index], self.rescale)
 
     def read_target(self, index: int, num_classes: int, background_class: int) -> Target:
         """See `matchai.data.slice_set.SliceSet`.
@@ -121,20 +114,17 @@ def open_sets(folder: Path, settings: InputSettings, scratch: Path | None = None
     pairs = [(name, folder / images_name.format(set=name), folder / masks_name.format(set=name)) for name in names]
     has_arrays = any(path.exists() for _, *paths in pairs for path in paths)
     if not settings.sets and not has_arrays and holds_pairs(folder):
-        return open_pairs(folder, settings.orientation, settings.rescale, numbers, scratch)
+        return open_pairs(folder, settings, numbers, scratch)
     if not settings.sets and "{set}" in images_name:
         pairs = [pair for pair in pairs if pair[1].exists() or pair[2].exists()] or pairs[:1]
     opened: list[ArraySet] = []
-    problems: list[str] = []
+    problems = Problems()
     for pair in pairs:
-        try:
+        with problems.collect():
             opened.append(_open_set(*pair, settings, numbers))
-        except InputError as error:
-            problems += error.problems
     if problems and not has_arrays:
         problems.append(f"NIfTI files and pictures are looked for in {folder / IMAGES} and {folder / MASKS}.")
-    if problems:
-        raise InputError(*problems)
+    problems.raise_any()
     return opened
 
 
@@ -152,16 +142,12 @@ def _open_set(
 
 
 def _open_pair(image_path: Path, mask_path: Path, class_names: Sequence[str]) -> tuple[NDArray[Any], NDArray[Any]]:
-    arrays: list[NDArray[Any]] = []
-    problems: list[str] = []
-    for path, what in ((image_path, "images"), (mask_path, "masks")):
-        try:
-            arrays.append(open_array(path, what))
-        except InputError as error:
-            problems += error.problems
-    if problems:
-        raise InputError(*problems)
-    images, masks = arrays
+    problems = Problems()
+    with problems.collect():
+        images = open_array(image_path, "images")
+    with problems.collect():
+        masks = open_array(mask_path, "masks")
+    problems.raise_any()
     if images.dtype.kind == "b":
         problems.append(f"{image_path} holds true and false, but images must be numbers in HU.")
     if not (images.ndim == 3 or (images.ndim == 4 and images.shape[-1] == 1)):
@@ -172,15 +158,13 @@ def _open_pair(image_path: Path, mask_path: Path, class_names: Sequence[str]) ->
     if masks.ndim == 4 and masks.shape[-1] == 1 and num_classes > 1:
         masks = masks[..., 0]
     if not (masks.ndim == 3 or (masks.ndim == 4 and masks.shape[-1] == num_classes)):
-        hint = (
-            "; move the channels last with numpy.moveaxis" if masks.ndim == 4 and masks.shape[1] == num_classes else ""
-        )
+        is_first = masks.ndim == 4 and masks.shape[1] == num_classes
+        hint = "; move the channels last with numpy.moveaxis" if is_first else ""
         problems.append(
             f"{mask_path} has shape {masks.shape}, but masks must be one-hot (N, H, W, {num_classes}) for the "
             f"{num_classes} classes {', '.join(class_names)}, or class indices (N, H, W){hint}."
         )
-    if problems:
-        raise InputError(*problems)
+    problems.raise_any()
     images = images[..., 0] if images.ndim == 4 else images
     if len(images) != len(masks):
         both = min(len(images), len(masks))
@@ -188,15 +172,12 @@ def _open_pair(image_path: Path, mask_path: Path, class_names: Sequence[str]) ->
             f"{image_path} has {len(images)} slices, but {mask_path} has {len(masks)}: slice {both} is the first "
             "without its other half."
         )
-    if images.shape[1:3] != masks.shape[1:3]:
+    size, mask_size = (f"{one.shape[1]}x{one.shape[2]}" for one in (images, masks))
+    if size != mask_size:
         problems.append(
-            f"{image_path} has slices of {images.shape[1]}x{images.shape[2]} pixels, but {mask_path} of "
-            f"{masks.shape[1]}x{masks.shape[2]}; they must be alike."
+            f"{image_path} has slices of {size} pixels, but {mask_path} of {mask_size}; they must be alike."
         )
-    if min(images.shape[1:3]) < 32:
-        problems.append(
-            f"{image_path} has slices of {images.shape[1]}x{images.shape[2]} pixels, but at least 32x32 are needed."
-        )
-    if problems:
-        raise InputError(*problems)
+    with problems.collect():
+        check_size(image_path, *images.shape[1:3])
+    problems.raise_any()
     return images, masks

@@ -15,8 +15,11 @@ from matchai.data.prepared import Progress, Slices, prepare
 from matchai.data.slice_set import SliceSet
 from matchai.data.split import assign_folds, check_groups_array, find_groups, volume_numbers
 from matchai.settings import InputSettings
-from matchai.system import InputError
+from matchai.system import InputError, Problems, plural
 from matchai.volumes import kind_of
+
+_Floats = NDArray[np.float32]
+_Ints = NDArray[np.int64]
 
 MAX_NOTES = 5  # of the files
 PHANTOM_SIZE = 256  # pixels; the presets that use it train at 128 and below
@@ -44,8 +47,8 @@ class Data:
 
     slices: Slices
     digests: dict[str, str]
-    groups: NDArray[np.int64]
-    volumes: NDArray[np.int64]
+    groups: _Ints
+    volumes: _Ints
     train: list[int]
     val: list[int]
     mean: float
@@ -60,7 +63,15 @@ class Data:
 
 
 def built_in_phantom(cache: Path, num_slices: int) -> Path:
-    """The folder of the built-in synthetic phantom, written there when it is not yet."""
+    """The folder of the built-in synthetic phantom, written there when it is not yet.
+
+    Args:
+        cache: The folder above it.
+        num_slices: How many slices it has, at least 2.
+
+    Raises:
+        InputError: If it cannot be written.
+    """
     folder = cache / f"phantom-{num_slices}"
     if not (folder / "images_medseg.npy").exists():
         for leftover in folder.glob("*.npy"):  # a writer that was killed between its renames
@@ -70,13 +81,7 @@ def built_in_phantom(cache: Path, num_slices: int) -> Path:
 
 
 def read_data(
-    folder: Path,
-    cache: Path,
-    settings: InputSettings,
-    *,
-    seed: int,
-    context: int = 0,
-    progress: Progress | None = None,
+    folder: Path, cache: Path, settings: InputSettings, *, seed: int, context: int = 0, progress: Progress | None = None
 ) -> Data:
     """Opens, checks, prepares and splits a data set.
 
@@ -111,7 +116,7 @@ def read_data(
     return Data(slices, digests, groups, volumes, train, val, mean, std, notes, orientation, kind)
 
 
-def _context_note(volumes: NDArray[np.int64]) -> str:
+def _context_note(volumes: _Ints) -> str:
     num_alone = int((np.bincount(volumes) == 1).sum())
     return (
         f"Neighbours within {volumes.max() + 1 - num_alone} volumes are further channels; {num_alone} of "
@@ -125,15 +130,11 @@ def _check_classes(names: Sequence[str], in_train: NDArray[np.bool_], in_val: ND
     Raises:
         InputError: If no training slice has one of them.
     """
-    missing = [names[c] for c in np.flatnonzero(~in_train.any(axis=0)).tolist()]
-    if missing:
-        raise InputError(
-            *(
-                f"No training slice has a pixel of {name}, so it cannot be learnt: add such slices, choose another "
-                "--seed or --fold, or leave the class out of --class-names."
-                for name in missing
-            )
-        )
+    Problems(
+        f"No training slice has a pixel of {names[c]}, so it cannot be learnt: add such slices, choose another "
+        "--seed or --fold, or leave the class out of --class-names."
+        for c in np.flatnonzero(~in_train.any(axis=0)).tolist()
+    ).raise_any()
     return [
         f"No validation slice has a pixel of {names[c]}: its Dice is undefined and left out of every mean."
         for c in np.flatnonzero(~in_val.any(axis=0)).tolist()
@@ -141,7 +142,16 @@ def _check_classes(names: Sequence[str], in_train: NDArray[np.bool_], in_val: ND
 
 
 def digest_sets(folder: Path, opened: Sequence[SliceSet], cache: Path) -> dict[str, str]:
-    """SHA-256 of the files of opened sets, under the names that a run records."""
+    """SHA-256 of the files of opened sets, under the names that a run records.
+
+    Args:
+        folder: The folder that the sets were opened in.
+        opened: What `matchai.data.open_sets` gave.
+        cache: Folder that remembers the hashes of files that have not changed.
+
+    Raises:
+        OSError: If a file cannot be read.
+    """
     paths = [path for one in opened for path in one.files]
     if isinstance(opened[0], ArraySet):
         return fingerprint(paths, cache / "digests.json")
@@ -150,41 +160,45 @@ def digest_sets(folder: Path, opened: Sequence[SliceSet], cache: Path) -> dict[s
 
 def _notes(opened: Sequence[SliceSet]) -> list[str]:
     notes = list(dict.fromkeys(note for one in opened for note in one.notes))
-    return [
-        *notes[:MAX_NOTES],
-        *([f"... and {len(notes) - MAX_NOTES} such notes more."] if len(notes) > MAX_NOTES else []),
-    ]
+    more = [f"... and {len(notes) - MAX_NOTES} such notes more."] if len(notes) > MAX_NOTES else []
+    return notes[:MAX_NOTES] + more
 
 
 def group_slices(
-    thumbnails: NDArray[np.float32],
-    opened: Sequence[SliceSet],
-    known: NDArray[Any] | None,
-    groups_name: str,
-    context: int,
-) -> tuple[NDArray[np.int64], NDArray[np.int64], str]:
-    """The group and the volume of each slice, each (N,) int64, and where the groups come from in words."""
+    thumbnails: _Floats, opened: Sequence[SliceSet], known: NDArray[Any] | None, groups_name: str, context: int
+) -> tuple[_Ints, _Ints, str]:
+    """The group and the volume of each slice, each (N,) int64, and where the groups come from in words.
+
+    Args:
+        thumbnails: As for `matchai.data.split.find_groups`.
+        opened: The sets of the slices.
+        known: (N,) what `read_groups` gave.
+        groups_name: The file of it, for the words.
+        context: Neighbours on each side that the model will see; above 0 the images tell volumes of one group apart.
+    """
     sets = np.repeat(np.arange(len(opened)), [len(one) for one in opened])
     are_volumes = all(one.is_volume for one in opened)
     if known is not None:
         groups = np.unique(known, return_inverse=True)[1].astype(np.int64)
         volumes = sets if are_volumes else volume_numbers(sets, groups, thumbnails if context else None)
-        number = groups.max() + 1
-        counted = f"{len(sets)} slices in {number} group{'' if number == 1 else 's'}"
-        return groups, volumes, f"{counted}, from {groups_name}."
+        return groups, volumes, f"{len(sets)} slices in {plural(groups.max() + 1, 'group')}, from {groups_name}."
     if are_volumes:
-        return (
-            sets,
-            sets,
-            f"{len(sets)} slices in {len(opened)} groups, {OF_VOLUMES}. Where one patient has several, name the "
-            f"patients in {groups_name}.",
-        )
+        origin = f"{len(sets)} slices in {len(opened)} groups, {OF_VOLUMES}."
+        return sets, sets, f"{origin} Where one patient has several, name the patients in {groups_name}."
     found = find_groups(thumbnails, sets)
     return found.groups, found.volumes, found.description
 
 
 def read_groups(path: Path, opened: Sequence[SliceSet]) -> NDArray[Any] | None:
-    """The groups file, (N,) over all slices; for volumes it may hold one entry a volume, in order of their names."""
+    """The groups file, (N,) over all slices; for volumes it may hold one entry a volume, in order of their names.
+
+    Args:
+        path: A `.npy` file of integers, finite numbers or strings; None is returned where there is none.
+        opened: The sets whose slices it groups.
+
+    Raises:
+        InputError: If it is damaged, or does not name one group for each slice or volume.
+    """
     if not path.exists():
         return None
     num_slices = sum(map(len, opened))

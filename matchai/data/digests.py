@@ -1,5 +1,6 @@
 """SHA-256 of whole files, remembered as long as the system says that a file is as it was."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -46,14 +47,9 @@ def fingerprint(paths: Sequence[Path], memory: Path | None = None, folder: Path 
     with ThreadPoolExecutor(preparing_threads()) as pool:
         found = dict(zip(paths, pool.map(digest, paths), strict=True))
     if memory is not None and os.name != "nt":
-        kept: Known = {
-            str(path.resolve()): (value, status) for path, (value, status) in found.items() if status is not None
-        }
-        _remember(memory, known, kept)
-    return {
-        path.name if folder is None else path.relative_to(folder).as_posix(): value
-        for path, (value, _) in found.items()
-    }
+        _remember(memory, known, {str(path.resolve()): one for path, one in found.items() if one[1] is not None})
+    names = {path: path.relative_to(folder).as_posix() if folder else path.name for path in paths}
+    return {names[path]: value for path, (value, _) in found.items()}
 
 
 def condense(digests: dict[str, str]) -> dict[str, str]:
@@ -97,11 +93,9 @@ def _remember(memory: Path, known: Known, found: Known) -> None:
     if files == known:
         return
     files = dict(list(files.items())[-MOST:])
-    try:
+    with contextlib.suppress(OSError):  # the next start hashes again
         memory.parent.mkdir(parents=True, exist_ok=True)
         write_whole(memory, json.dumps({"files": files, "seal": _seal(files)}).encode())
-    except OSError:
-        pass  # the next start hashes again
 
 
 def _seal(files: object) -> str:

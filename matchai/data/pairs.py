@@ -3,14 +3,26 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from matchai.data.slice_set import SliceSet, Target, expected_numbers, numbers_of, read_numbers
-from matchai.system import InputError
-from matchai.volumes import check_same_geometry, look_at, natural, nifti, open_nifti, open_pictures, pictures_in
+from matchai.settings import InputSettings
+from matchai.system import InputError, Problems
+from matchai.volumes import (
+    GridVolume,
+    PictureVolume,
+    check_same_geometry,
+    check_size,
+    format_shape,
+    natural_key,
+    nifti,
+    open_nifti,
+    open_pictures,
+    pictures_in,
+    read_picture_header,
+)
 
 IMAGES, MASKS = "images", "masks"
 """The two folders."""
@@ -19,22 +31,7 @@ MAX_PROBLEMS = 20
 MAX_NAMES = 10
 
 
-class _Readable(Protocol):
-    """What a pair needs of `matchai.volumes.grid.GridVolume` and `matchai.volumes.pictures.PictureVolume`."""
-
-    shape: tuple[int, int, int]
-    orientation: str
-    spacing: tuple[float, float, float] | None
-    notes: Sequence[str]
-
-    def read(self, index: int) -> NDArray[np.float32]: ...
-
-    def read_labels(self, index: int) -> NDArray[Any]: ...
-
-    def close(self) -> None: ...
-
-
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class PairSet:
     """A volume with its mask, or a folder of pictures with theirs: a `matchai.data.slice_set.SliceSet`.
 
@@ -48,36 +45,24 @@ class PairSet:
         numbers: The class of each number in the masks, by a label map; None for those of
             `matchai.data.slice_set.numbers_of`.
         is_volume: Whether it is one volume.
+        shape: Rows and columns.
+        orientation: Toward which sides of the patient rows and columns run.
+        spacing: Millimetres between neighbouring slices, rows and columns; None where unknown.
+        notes: What the user should know of the images.
     """
 
     name: str
     image_path: Path
     mask_path: Path
     files: Sequence[Path]
-    images: _Readable
-    masks: _Readable
+    images: GridVolume | PictureVolume
+    masks: GridVolume | PictureVolume
     numbers: Mapping[int, int] | None
     is_volume: bool
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Rows and columns."""
-        return self.images.shape[1], self.images.shape[2]
-
-    @property
-    def orientation(self) -> str:
-        """Toward which sides of the patient rows and columns run."""
-        return self.images.orientation
-
-    @property
-    def spacing(self) -> tuple[float, float, float] | None:
-        """Millimetres between neighbouring slices, rows and columns; None where unknown."""
-        return self.images.spacing
-
-    @property
-    def notes(self) -> Sequence[str]:
-        """What the user should know of the images."""
-        return self.images.notes
+    def __post_init__(self) -> None:
+        self.shape = self.images.shape[1:]
+        self.orientation, self.spacing, self.notes = self.images.orientation, self.images.spacing, self.images.notes
 
     def __len__(self) -> int:
         return self.images.shape[0]
@@ -108,11 +93,7 @@ def holds_pairs(folder: Path) -> bool:
 
 
 def open_pairs(
-    folder: Path,
-    orientation: str,
-    rescale: tuple[float, float],
-    numbers: Mapping[int, int] | None,
-    scratch: Path | None,
+    folder: Path, settings: InputSettings, numbers: Mapping[int, int] | None, scratch: Path | None
 ) -> Sequence[SliceSet]:
     """Opens the pairs of `images/` and `masks/`, in natural order of their names.
 
@@ -121,8 +102,8 @@ def open_pairs(
 
     Args:
         folder: The folder above.
-        orientation: What volumes are turned to (auto: LP), and how pictures lie (auto: PL).
-        rescale: Slope and intercept that make HU of what the files give.
+        settings: What volumes are turned to (orientation; auto: LP), and how pictures lie (auto: PL); slope and
+            intercept that make HU of what the files give (rescale).
         numbers: The class of each number in the masks; None for those of
             `matchai.data.slice_set.numbers_of`.
         scratch: Folder for volumes while they are decompressed (default: the system's).
@@ -145,9 +126,8 @@ def open_pairs(
         )
     pairs = _pair(folder, images, masks)
     if kind == "NIfTI files":
-        lies = "LP" if orientation == "auto" else orientation
-        return _each(pairs, lambda image, mask: _open_volume(image, mask, lies, rescale, numbers, scratch))
-    return _open_pictures(folder, pairs, orientation, rescale, numbers)
+        return _each(pairs, lambda image, mask: _open_volume(image, mask, settings, numbers, scratch))
+    return _open_pictures(folder, pairs, settings, numbers)
 
 
 def _list_files(folder: Path) -> tuple[str, dict[str, Path]]:
@@ -164,7 +144,7 @@ def _list_files(folder: Path) -> tuple[str, dict[str, Path]]:
         )
         raise InputError(f"{folder} must hold NIfTI files (.nii, .nii.gz) or PNG or TIFF pictures, but holds {found}.")
     stems: dict[str, Path] = {}
-    for path in sorted(volumes or slices, key=lambda path: natural(path.name)):
+    for path in sorted(volumes or slices, key=lambda path: natural_key(path.name)):
         name = nifti.stem(path) if volumes else path.stem
         if name in stems:
             raise InputError(f"{stems[name]} and {path.name} have the same name; keep one of them.")
@@ -178,60 +158,50 @@ def _pair(folder: Path, images: Mapping[str, Path], masks: Mapping[str, Path]) -
         found = next((one for one in (name, name.removesuffix("_0000")) if one in masks), None)
         if found is None:
             lonely.append(image.name)
-        else:
-            pairs.append((image, masks[found]))
-            if found in used:
-                raise InputError(f"{image} and another image both belong to {masks[found]} by their names; keep one.")
-            used.add(found)
+            continue
+        if found in used:
+            raise InputError(f"{image} and another image both belong to {masks[found]} by their names; keep one.")
+        pairs.append((image, masks[found]))
+        used.add(found)
     unused = [mask.name for name, mask in masks.items() if name not in used]
-    problems = [
+    Problems(
         f"{folder / there}: {len(names)} of {len(files)} files have no namesake in {folder / other}: "
         f"{', '.join(names[:MAX_NAMES])}{' ...' if len(names) > MAX_NAMES else ''}; add these, or take the files away."
         for there, other, names, files in ((IMAGES, MASKS, lonely, images), (MASKS, IMAGES, unused, masks))
         if names
-    ]
-    if problems:
-        raise InputError(*problems)
+    ).raise_any()
     return pairs
 
 
 def _each(pairs: Sequence[tuple[Path, Path]], open_pair: Callable[[Path, Path], PairSet]) -> Sequence[SliceSet]:
     opened: list[PairSet] = []
-    problems: dict[str, None] = {}  # without an extra every file has the same
+    problems = Problems()
     for image, mask in pairs:
-        try:
+        with problems.collect():
             opened.append(open_pair(image, mask))
-        except InputError as error:
-            problems |= dict.fromkeys(error.problems)
-        if len(problems) >= MAX_PROBLEMS:
+            check_size(opened[-1].image_path, *opened[-1].shape)
+        if len(set(problems)) >= MAX_PROBLEMS:
             break
-    if problems:
-        raise InputError(*problems)
+    Problems(dict.fromkeys(problems)).raise_any()  # without an extra every file has the same
     return opened
 
 
 def _open_volume(
-    image: Path,
-    mask: Path,
-    orientation: str,
-    rescale: tuple[float, float],
-    numbers: Mapping[int, int] | None,
-    scratch: Path | None,
+    image: Path, mask: Path, settings: InputSettings, numbers: Mapping[int, int] | None, scratch: Path | None
 ) -> PairSet:
-    images = open_nifti(image, orientation, rescale, scratch)
+    orientation = "LP" if settings.orientation == "auto" else settings.orientation
+    images = open_nifti(image, orientation, settings.rescale, scratch)
     masks = open_nifti(mask, orientation, (1.0, 0.0), scratch)
     check_same_geometry(images, masks)
-    return _checked(PairSet(nifti.stem(image), image, mask, (image, mask), images, masks, numbers, is_volume=True))
+    return PairSet(nifti.stem(image), image, mask, (image, mask), images, masks, numbers, is_volume=True)
 
 
 def _open_pictures(
-    folder: Path,
-    pairs: Sequence[tuple[Path, Path]],
-    orientation: str,
-    rescale: tuple[float, float],
-    numbers: Mapping[int, int] | None,
+    folder: Path, pairs: Sequence[tuple[Path, Path]], settings: InputSettings, numbers: Mapping[int, int] | None
 ) -> Sequence[SliceSet]:
-    stacks = [image for image, _ in pairs if image.suffix.lower() != ".png" and look_at(image).num_pages > 1]
+    stacks = [
+        image for image, _ in pairs if image.suffix.lower() != ".png" and read_picture_header(image).num_pages > 1
+    ]
     if stacks and len(stacks) < len(pairs):
         single = next(image for image, _ in pairs if image not in stacks)
         raise InputError(
@@ -240,31 +210,17 @@ def _open_pictures(
         )
 
     def open_pair(image: Path, mask: Path) -> PairSet:
-        is_one = bool(stacks)
-        image_files, mask_files = (
-            ([image], [mask]) if is_one else ([one for one, _ in pairs], [one for _, one in pairs])
-        )
-        images = open_pictures(image, orientation, rescale, files=image_files)
-        masks = open_pictures(mask, orientation, files=mask_files, is_mask=True)
+        is_stack = bool(stacks)
+        image_files = [image] if is_stack else [one for one, _ in pairs]
+        mask_files = [mask] if is_stack else [one for _, one in pairs]
+        images = open_pictures(image, settings.orientation, settings.rescale, files=image_files)
+        masks = open_pictures(mask, settings.orientation, files=mask_files, is_mask=True)
         if images.shape != masks.shape:
             raise InputError(
-                f"{mask} has {_times(masks.shape)} pixels (slices, rows, columns), but its image {image} has "
-                f"{_times(images.shape)}; a mask must lie on its image pixel by pixel."
+                f"{mask} has {format_shape(masks.shape)} pixels (slices, rows, columns), but its image {image} has "
+                f"{format_shape(images.shape)}; a mask must lie on its image pixel by pixel."
             )
-        files = [*image_files, *mask_files]
-        name = image.stem if is_one else image.name
-        return _checked(PairSet(name, image, mask, files, images, masks, numbers, is_volume=is_one))
+        name, files = image.stem if is_stack else image.name, [*image_files, *mask_files]
+        return PairSet(name, image, mask, files, images, masks, numbers, is_volume=is_stack)
 
     return _each(pairs if stacks else [(folder / IMAGES, folder / MASKS)], open_pair)
-
-
-def _checked(one: PairSet) -> PairSet:
-    if min(one.shape) < 32:
-        raise InputError(
-            f"{one.image_path} has slices of {one.shape[0]}x{one.shape[1]} pixels, but at least 32x32 are needed."
-        )
-    return one
-
-
-def _times(shape: Sequence[int]) -> str:
-    return " x ".join(map(str, shape))

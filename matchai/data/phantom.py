@@ -52,8 +52,7 @@ def _oval(a: _Floats, b: _Floats, centre: _Pair, radii: _Pair, *, tilt: float = 
 
 def _share(distance: _Floats, width: float) -> _Floats:
     """Returns the share of tissue in each pixel, 0 to 1, for an edge at distance 0 that is `width` wide."""
-    share: _Floats = np.clip(0.5 - distance / width, 0, 1)
-    return share
+    return np.asarray(np.clip(0.5 - distance / width, 0, 1))
 
 
 def _edge(size: int) -> float:

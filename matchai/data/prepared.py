@@ -1,6 +1,7 @@
 """Prepared slices: checked, windowed, resized once, kept in a memory-mapped cache that is verified before every use."""
 
 import hashlib
+import itertools
 import json
 import shutil
 import tempfile
@@ -24,7 +25,7 @@ from matchai.data.context import neighbours
 from matchai.data.digests import fingerprint
 from matchai.data.slice_set import SliceSet
 from matchai.settings import InputSettings
-from matchai.system import InputError, preparing_threads, sync_folder, write_whole
+from matchai.system import InputError, Problems, preparing_threads, sync_folder, write_whole
 from matchai.volumes import implausible_range
 
 FORMAT = 1  # part of the cache's key: raised whenever the preparation changes
@@ -140,10 +141,9 @@ def prepare(
         InputError: With every problem found in the slices, or if the cache cannot be written.
     """
     folder = cache / _key_of(sets, digests, settings)
-    found = _open(folder, settings.hu_window)
-    if found is not None:
+    if (found := _open(folder, settings.hu_window)) is not None:
         return found
-    need = sum(map(len, sets)) * (settings.image_size**2 * 3 + THUMBNAIL**2 * 4)
+    need = sum(map(len, sets)) * bytes_per_slice(settings.image_size)
     try:
         cache.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(cache).free
@@ -171,13 +171,12 @@ def prepare(
 
 def _key_of(sets: Sequence[SliceSet], digests: dict[str, str], settings: InputSettings) -> str:
     """A hash of all that decides what an entry holds; settings of how files are read count where they are not usual."""
-    orientation, rescale, label_map = sets[0].orientation, settings.rescale, list(settings.label_map)
-    reading = {"orientation": orientation, "rescale": rescale, "label_map": label_map}
-    usual = {"orientation": "LP", "rescale": (1, 0), "label_map": []}
+    defaults = {"orientation": "LP", "rescale": (1, 0), "label_map": []}
+    reading = {"orientation": sets[0].orientation, "rescale": settings.rescale, "label_map": [*settings.label_map]}
     parts = [FORMAT, sorted(digests.items()), [s.name for s in sets], settings.hu_window, settings.image_size]
     parts += [len(settings.class_names), settings.background_index]
-    if unusual := sorted((name, value) for name, value in reading.items() if value != usual[name]):
-        parts.append(unusual)
+    if changed := sorted((name, value) for name, value in reading.items() if value != defaults[name]):
+        parts.append(changed)
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
 
 
@@ -197,12 +196,7 @@ def _open(folder: Path, hu_window: tuple[float, float]) -> Slices | None:
         return None
 
 
-def _make(
-    sets: Sequence[SliceSet],
-    folder: Path,
-    settings: InputSettings,
-    progress: Progress | None,
-) -> None:
+def _make(sets: Sequence[SliceSet], folder: Path, settings: InputSettings, progress: Progress | None) -> None:
     num_slices, num_classes, image_size = sum(map(len, sets)), len(settings.class_names), settings.image_size
     shapes: dict[str, tuple[Any, tuple[int, ...]]] = {
         "images": (np.uint16, (image_size, image_size)),
@@ -216,29 +210,27 @@ def _make(
         name: open_memmap(folder / f"{name}.npy", mode="w+", dtype=dtype, shape=(num_slices, *shape))
         for name, (dtype, shape) in shapes.items()
     }
-    low, high = settings.hu_window
 
     def prepare_slice(row: int, number: int, index: int) -> dict[str, Any]:
-        looked = look_at(sets[number], index, num_classes, settings.background_index)
-        if looked.image is None:
-            return looked.found
-        windowed = np.clip((looked.image - np.float32(low)) / np.float32(high - low), 0, 1)
-        resized = resize(windowed, image_size)
-        steps = np.rint(resized * STEPS).astype(np.uint16)
-        labels = cv2.resize(looked.labels, (image_size, image_size), interpolation=cv2.INTER_NEAREST_EXACT)
+        image, target, found = inspect_slice(sets[number], index, num_classes, settings.background_index)
+        if image is None:
+            return found
+        windowed = window(image, settings.hu_window)
+        steps = quantise(resize(windowed, image_size))
+        labels = cv2.resize(target, (image_size, image_size), interpolation=cv2.INTER_NEAREST_EXACT)
         wide = steps.astype(np.uint64)
         out["images"][row], out["targets"][row], out["sets"][row] = steps, labels, number
         out["thumbnails"][row] = resize(windowed, THUMBNAIL)
         out["sums"][row] = wide.sum(), (wide * wide).sum()
         out["pixels"][row] = np.bincount(labels.ravel(), minlength=num_classes)
-        return looked.found
+        return found
 
     found = for_each_slice(sets, prepare_slice, progress)
     refuse_unfit(sets, found, settings.hu_window, settings.class_names, settings.background_index)
     for array in out.values():
         array.flush()
-    meta = {"notes": _notes(sets, found, out["pixels"], settings.class_names, settings.background_index)}
-    meta["digests"] = fingerprint([folder / f"{name}.npy" for name in ARRAYS])  # type: ignore[assignment]
+    digests = fingerprint([folder / f"{name}.npy" for name in ARRAYS])
+    meta = {"notes": _notes(sets, found, out["pixels"].sum(axis=0), settings), "digests": digests}
     write_whole(folder / "meta.json", json.dumps(meta).encode())
 
 
@@ -273,7 +265,7 @@ def for_each_slice(
     return found
 
 
-class Look(NamedTuple):
+class InspectedSlice(NamedTuple):
     """A slice as its files have it.
 
     Attributes:
@@ -287,15 +279,15 @@ class Look(NamedTuple):
     found: dict[str, Any]
 
 
-def look_at(one: SliceSet, index: int, num_classes: int, background_class: int) -> Look:
-    """Reads a slice and its mask, and notes what may be wrong with them."""
+def inspect_slice(one: SliceSet, index: int, num_classes: int, background_class: int) -> InspectedSlice:
+    """Reads a slice and its mask, and notes what may be wrong with them, which `refuse_unfit` then judges."""
     image, target = one.read_image(index), one.read_target(index, num_classes, background_class)
     finite = np.isfinite(image)
     found = {"overlapping": target.num_overlapping, "empty": target.num_empty, "wrong": target.wrong_values}
     if not finite.all():
         first = np.unravel_index(int(np.argmin(finite)), image.shape)
-        return Look(None, target.labels, found | {"non_finite": int((~finite).sum()), "first": first})
-    return Look(image, target.labels, found | {"low": float(image.min()), "high": float(image.max())})
+        return InspectedSlice(None, target.labels, found | {"non_finite": int((~finite).sum()), "first": first})
+    return InspectedSlice(image, target.labels, found | {"low": float(image.min()), "high": float(image.max())})
 
 
 def refuse_unfit(
@@ -305,19 +297,33 @@ def refuse_unfit(
     class_names: Sequence[str],
     background_class: int,
 ) -> None:
-    """Refuses slices that cannot be trained on or judged by, given what `look_at` found in each.
+    """Refuses slices that cannot be trained on or judged by, given what `inspect_slice` found in each.
 
     Raises:
         InputError: With the first `MAX_PROBLEMS` problems.
     """
-    problems: list[str] = []
-    first = 0
+    problems = Problems()
+    rest = iter(found)
     for one in sets:
-        rows = found[first : first + len(one)]
-        first += len(one)
+        rows = list(itertools.islice(rest, len(one)))
         problems += _image_problems(one, rows, hu_window) + _mask_problems(one, rows, class_names, background_class)
-    if problems:
-        raise InputError(*problems[:MAX_PROBLEMS])
+    Problems(problems[:MAX_PROBLEMS]).raise_any()
+
+
+def bytes_per_slice(image_size: int) -> int:
+    """Bytes that a prepared slice takes in the cache: image, target and thumbnail."""
+    return image_size**2 * 3 + THUMBNAIL**2 * 4
+
+
+def window(image: NDArray[np.float32], hu_window: tuple[float, float]) -> NDArray[np.float32]:
+    """Clips HU (..., H, W) to `hu_window` and maps it to 0..1; float32."""
+    low, high = hu_window
+    return np.asarray(np.clip((image - np.float32(low)) / np.float32(high - low), 0, 1))
+
+
+def quantise(windowed: NDArray[np.float32]) -> NDArray[np.uint16]:
+    """Numbers (...) in 0..1 as prepared slices keep them, uint16: 1 becomes `STEPS`."""
+    return np.rint(windowed * STEPS).astype(np.uint16)
 
 
 def resize(image: NDArray[np.float32], size: int) -> NDArray[np.float32]:
@@ -356,27 +362,22 @@ def _mask_problems(
 
 
 def _notes(
-    sets: Sequence[SliceSet],
-    found: list[dict[str, Any]],
-    pixels: NDArray[np.int64],
-    class_names: Sequence[str],
-    background_class: int,
+    sets: Sequence[SliceSet], found: list[dict[str, Any]], totals: NDArray[np.int64], settings: InputSettings
 ) -> list[str]:
     notes = []
     overlapping, empty = (sum(one[name] for one in found) for name in ("overlapping", "empty"))
     if overlapping:
         notes.append(f"{overlapping:,} pixels carry several classes; each takes the first in channel order.")
     if empty:
-        notes.append(f"{empty:,} pixels carry no class; they count as {class_names[background_class]}.")
+        notes.append(f"{empty:,} pixels carry no class; they count as {settings.background_class}.")
     for height, width in dict.fromkeys(one.shape for one in sets if one.shape[0] != one.shape[1]):
         names = [one.image_path.name for one in sets if one.shape == (height, width)]
         which = names[0] if len(names) == 1 else f"{len(names)} files from {names[0]} on"
         notes.append(f"{which}: slices of {height}x{width} pixels are squeezed to a square.")
-    totals = pixels.sum(axis=0)
-    most = int(totals.argmax())
-    if most != background_class:
+    most = settings.class_names[int(totals.argmax())]
+    if most != settings.background_class:
         notes.append(
-            f"The most frequent class is {class_names[most]} ({totals[most] / totals.sum():.0%} of the pixels), not "
-            f"{class_names[background_class]}: check --class-names and --background-class."
+            f"The most frequent class is {most} ({totals.max() / totals.sum():.0%} of the pixels), not "
+            f"{settings.background_class}: check --class-names and --background-class."
         )
     return notes

@@ -43,42 +43,29 @@ class SliceSet(Protocol):
         notes: What the user should know of the files, in sentences.
     """
 
-    @property
-    def name(self) -> str: ...  # noqa: D102 told by the class, as are all below
-    @property
-    def image_path(self) -> Path: ...  # noqa: D102
-    @property
-    def mask_path(self) -> Path: ...  # noqa: D102
-    @property
-    def files(self) -> Sequence[Path]: ...  # noqa: D102
-    @property
-    def shape(self) -> tuple[int, int]: ...  # noqa: D102
-    @property
-    def orientation(self) -> str: ...  # noqa: D102
-    @property
-    def spacing(self) -> tuple[float, float, float] | None: ...  # noqa: D102
-    @property
-    def is_volume(self) -> bool: ...  # noqa: D102
-    @property
-    def notes(self) -> Sequence[str]: ...  # noqa: D102
+    name: str
+    image_path: Path
+    mask_path: Path
+    files: Sequence[Path]
+    shape: tuple[int, int]
+    orientation: str
+    spacing: tuple[float, float, float] | None
+    is_volume: bool
+    notes: Sequence[str]
 
     def __len__(self) -> int: ...
 
     def read_image(self, index: int) -> NDArray[np.float32]:
         """Slice `index` in HU, (H, W) float32; may be called from several threads at once."""
-        ...
 
     def read_target(self, index: int, num_classes: int, background_class: int) -> Target:
         """The class indices of slice `index`, and what is odd about its mask; from several threads, too."""
-        ...
 
     def expected_values(self, class_names: Sequence[str], background_class: int) -> str:
         """What its masks may hold and how to mend others, the end of a sentence."""
-        ...
 
     def close(self) -> None:
         """Frees what reading has opened; what is read later is opened anew."""
-        ...
 
 
 def numbers_of(num_classes: int, background_class: int) -> dict[int, int]:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from matchai.system import InputError
+from matchai.system import InputError, plural
 
 _Floats = NDArray[np.float32]
 _Ints = NDArray[np.int64]
@@ -83,20 +83,17 @@ def find_groups(thumbnails: _Floats, sets: _Ints) -> FoundGroups:
         The groups with what was found. Takes 0.2 s for 1,000 slices and 6 to 10 s for 20,000 on two cores.
     """
     assert len(thumbnails) == len(sets) > 0, (thumbnails.shape, sets.shape)
-    volumes = _find_volumes(thumbnails, sets)
+    is_ordered, is_break = _compare_neighbours(thumbnails, sets)
+    volumes = np.cumsum(is_break | ~is_ordered) - 1  # a slice in no order is a volume of its own
     sizes = np.bincount(volumes)
     is_alone = sizes[volumes] == 1
     groups, num_pairs = _join_duplicates(_describe(thumbnails, *_DUPLICATE_BLURS), volumes, is_alone)
     num_groups, num_volumes, num_alone = int(groups.max()) + 1, int((sizes > 1).sum()), int(is_alone.sum())
-    found, num_stacked = [], len(sets) - num_alone
-    if num_volumes:
-        volumes_found = f"{_count(num_volumes, 'volume')} found by breaks between neighbours"
-        found.append(f"{_count(num_stacked, 'slice')} in {volumes_found}")
-    if num_alone:
-        found.append(f"{_count(num_alone, 'slice')} in no order")
-    found.append(f"{_count(num_pairs, 'near-duplicate pair')} joined")
+    stacked, volumes_found = plural(len(sets) - num_alone, "slice"), plural(num_volumes, "volume")
+    by_breaks = f"{stacked} in {volumes_found} found by breaks between neighbours; " if num_volumes else ""
+    alone = f"{plural(num_alone, 'slice')} in no order; " if num_alone else ""
     description = (
-        f"{'; '.join(found)}: {_count(num_groups, 'group')}. "
+        f"{by_breaks}{alone}{plural(num_pairs, 'near-duplicate pair')} joined: {plural(num_groups, 'group')}. "
         "Patients cannot be told from images: where they are known, give a groups file."
     )
     return FoundGroups(groups, volumes, num_groups, num_volumes, num_alone, num_pairs, description)
@@ -117,16 +114,6 @@ def volume_numbers(sets: _Ints, groups: NDArray[Any], thumbnails: _Floats | None
     if thumbnails is not None:
         is_border |= _compare_neighbours(thumbnails, sets)[1][1:]
     return np.concatenate([[0], np.cumsum(is_border)]).astype(np.int64)
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
-def _find_volumes(thumbnails: _Floats, sets: _Ints) -> _Ints:
-    """Numbers the volumes (N,) int64 by breaks within each array; a slice in no order is a volume of its own."""
-    is_ordered, is_break = _compare_neighbours(thumbnails, sets)
-    return np.cumsum(is_break | ~is_ordered) - 1
 
 
 def _compare_neighbours(thumbnails: _Floats, sets: _Ints) -> tuple[_Bools, _Bools]:
@@ -287,7 +274,7 @@ def assign_folds(groups: NDArray[Any], presence: _Bools, shares: Sequence[float]
     num_groups, num_bins = len(names), len(shares)
     if num_groups < num_bins:
         raise InputError(
-            f"{_count(num_groups, 'group')} of slices found, but the split has {num_bins} parts and each needs at "
+            f"{plural(num_groups, 'group')} of slices found, but the split has {num_bins} parts and each needs at "
             "least one whole group: ask for fewer folds, or give a groups file that tells the patients apart."
         )
     # One column a class and one of ones: the sizes are stratified like the classes. Relative to the class's total.
@@ -357,6 +344,6 @@ def check_groups_array(groups: NDArray[Any], num_slices: int, name: str) -> None
     is_missing = ~np.isfinite(groups) if groups.dtype.kind == "f" else groups == groups.dtype.type()
     if groups.dtype.kind in "fUS" and is_missing.any():
         raise InputError(
-            f"{name}: {_count(int(is_missing.sum()), 'slice')} without a group (NaN, infinite or empty), the first at "
+            f"{name}: {plural(int(is_missing.sum()), 'slice')} without a group (NaN, infinite or empty), the first at "
             f"index {int(is_missing.argmax())}; {wanted}."
         )

@@ -8,7 +8,7 @@ from matchai.system.lazy import lazy_exports
 if TYPE_CHECKING:
     from matchai.drawing.figures import (
         DPI, GRID, INK, MUTED, PALETTE, PAPER, TRAIN_COLOR, VAL_COLOR, class_colors, draw_confusion_matrix,
-        draw_dice_per_class, draw_learning_curves, draw_panels, fill_panel,
+        draw_dice_per_class, draw_learning_curves, draw_panels, fill_panel, save_figure, style_chart,
     )
     from matchai.drawing.page import Answer, Code, Picture, Piece, Points, Section, Table, Text, render_page
 else:
@@ -17,6 +17,6 @@ else:
 __all__ = [
     "DPI", "GRID", "INK", "MUTED", "PALETTE", "PAPER", "TRAIN_COLOR", "VAL_COLOR", "Answer", "Code", "Picture",
     "Piece", "Points", "Section", "Table", "Text", "class_colors", "draw_confusion_matrix", "draw_dice_per_class",
-    "draw_learning_curves", "draw_panels", "fill_panel", "render_page",
+    "draw_learning_curves", "draw_panels", "fill_panel", "render_page", "save_figure", "style_chart",
 ]
 # fmt: on

@@ -4,7 +4,6 @@ Only matplotlib's object interface is used, never pyplot, so that drawing touche
 may draw at once. Every text that a caller can choose is rendered literally: a `$` starts no formula.
 """
 
-import io
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -60,8 +59,7 @@ class _Page:
         self.width, self.y = width, MARGIN
         self.figure = Figure(figsize=(width, 1), dpi=DPI, facecolor=PAPER)
         self.canvas: Any = FigureCanvasAgg(self.figure)  # Any: matplotlib gives no types for it
-        top = ScaledTranslation(0, 1, cast(Affine2DBase, self.figure.transFigure))
-        self._down = self.figure.dpi_scale_trans + top
+        self._down = self.figure.dpi_scale_trans + ScaledTranslation(0, 1, cast(Affine2DBase, self.figure.transFigure))
         self._placed: list[tuple[Axes, tuple[float, float, float, float]]] = []
         self.paragraph(title, size=12, weight="bold")
         self.y += 0.06
@@ -133,14 +131,27 @@ class _Page:
         self.figure.set_size_inches(self.width, height)
         for axes, (left, top, width, tall) in self._placed:
             axes.set_position((left / self.width, 1 - (top + tall) / height, width / self.width, tall / height))
-        png = io.BytesIO()
-        self.canvas.print_png(png)
-        write_whole(path, png.getvalue())
+        write_whole(path, self.canvas.print_png)
 
 
 def _height(lines: Sequence[str], size: float) -> float:
     """Returns the height of a block of lines in inches; `size` in points."""
     return len(lines) * size * LEADING / 72
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Writes a figure as a PNG; its folder must exist."""
+    write_whole(path, cast(Any, FigureCanvasAgg(figure)).print_png)  # Any: matplotlib gives no types for it
+
+
+def style_chart(axes: Axes, steps: Sequence[float]) -> None:
+    """Leaves of a chart's frame the x axis alone, and puts light lines at up to five `steps` behind its curves."""
+    axes.set_axisbelow(True)
+    axes.grid(axis="y", color=GRID, linewidth=0.8)
+    axes.spines[["left", "right", "top"]].set_visible(False)
+    axes.spines["bottom"].set_color(MUTED)
+    axes.tick_params(labelsize=8, colors=MUTED, length=0, pad=4)
+    axes.yaxis.set_major_locator(MaxNLocator(5, steps=steps))
 
 
 def class_colors(num_classes: int, background_class: int | None) -> list[str]:
@@ -300,8 +311,7 @@ def draw_panels(
     page.legend([(class_names[index], square | key) for index, key in keys.items()])
 
     window = f"window {low:g} to {high:g} HU".replace("-", "−")
-    plain = np.full_like(preds, background_class)
-    columns = {f"CT, {window}": plain, "ground truth": targets, "prediction": preds}
+    columns = {f"CT, {window}": np.full_like(preds, background_class), "ground truth": targets, "prediction": preds}
     shown = {head: labels for head, labels in columns.items() if labels is not None}
     width = (page.width - 2 * MARGIN - (len(shown) - 1) * GAP) / len(shown)
     height = round(width * DPI * images.shape[1] / images.shape[2]) / DPI
@@ -365,26 +375,21 @@ def _chart(
     left = MARGIN + TICK_ROOM
     axes = page.axes(left, page.width - left - MARGIN, height)
     page.y += height
-    axes.set_axisbelow(True)
-    axes.grid(axis="y", color=GRID, linewidth=0.8)
-    axes.spines[["left", "right", "top"]].set_visible(False)
-    axes.spines["bottom"].set_color(MUTED)
-    axes.tick_params(labelsize=8, colors=MUTED, length=0, pad=4)
+    style_chart(axes, STEPS)
 
     epochs = np.array([row["epoch"] for row in history], dtype=np.float64)
     for _, values, color in curves:
         gap = np.isnan(np.concatenate(([np.nan], values, [np.nan])))
         dots = (gap[:-2] & gap[2:]) | (len(epochs) <= 10)
         axes.plot(epochs, values, ".-", color=color, linewidth=1.6, markersize=7, markevery=dots, clip_on=False)
-    highest = max(float(np.nanmax(values, initial=0)) for _, values, _ in curves)
-    axes.set_ylim(0, top or 1.05 * highest or 1)
-    if all(np.isnan(values).all() for _, values, _ in curves):
+    shown = np.stack([values for _, values, _ in curves])
+    axes.set_ylim(0, top or 1.05 * float(np.nanmax(shown, initial=0)) or 1)
+    if np.isnan(shown).all():
         axes.text(0.5, 0.5, "undefined in every epoch", transform=axes.transAxes, ha="center", color=MUTED, fontsize=8)
     first, last = (epochs.min(), epochs.max()) if epochs.size else (1, 1)
     room = 0.5 if first == last else 0.015 * (last - first)
     axes.set_xlim(first - room, last + room)
     axes.xaxis.set_major_locator(MaxNLocator(10, steps=STEPS, integer=True, min_n_ticks=1))
-    axes.yaxis.set_major_locator(MaxNLocator(5, steps=STEPS))
     return axes
 
 

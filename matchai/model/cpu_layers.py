@@ -200,7 +200,7 @@ class WinogradConv2d(nn.Conv2d):
     """A convolution of 3 x 3 at stride 1 without bias, by a compiled kernel for maps that are large enough.
 
     The kernel computes in float32 whatever the maps' type. On Zen 5 it takes two thirds of oneDNN's time in bfloat16,
-    too; where the CPU multiplies tiles (`toolchain.has_tiles`), bfloat16 is left to oneDNN.
+    too; where the CPU multiplies tiles (`compiler.has_tiles`), bfloat16 is left to oneDNN.
     """
 
     def forward(self, x: Tensor) -> Tensor:

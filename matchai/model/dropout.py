@@ -17,6 +17,14 @@ class KeyedDropPath(nn.Module):
     Attributes:
         uniforms: (B,) numbers in [0, 1) of the batch to come; a slice keeps the path where its number is below the
             chance of keeping it. Set by `set_dropout`.
+
+    Raises:
+        RuntimeError: When called in training on another number of slices than `set_dropout` was told of.
+
+    >>> layer = KeyedDropPath(drop_prob=0.5)
+    >>> set_dropout([layer], seed=7, epoch=1, positions=[40, 43])
+    >>> layer(torch.ones(2, 3)).tolist()
+    [[2.0, 2.0, 2.0], [0.0, 0.0, 0.0]]
     """
 
     def __init__(self, drop_prob: float) -> None:
@@ -39,6 +47,16 @@ class KeyedDropout(nn.Module):
 
     Attributes:
         seeds: A seed for every slice of the batch to come, set by `set_dropout`.
+
+    Raises:
+        RuntimeError: When called in training on slices that `set_dropout` was not told of.
+
+    >>> layer, x = KeyedDropout(drop_prob=0.5, of_channels=False), torch.ones(2, 100)
+    >>> set_dropout([layer], seed=7, epoch=1, positions=[40, 41])
+    >>> first = layer(x)
+    >>> set_dropout([layer], seed=7, epoch=1, positions=[41])
+    >>> first.unique().tolist(), torch.equal(layer(x[1:]), first[1:])
+    ([0.0, 2.0], True)
     """
 
     def __init__(self, drop_prob: float, *, of_channels: bool) -> None:
@@ -62,7 +80,13 @@ class KeyedDropout(nn.Module):
 
 
 def key_dropout(model: nn.Module) -> None:
-    """Replaces every dropout and drop path in a model by a keyed one; those of chance 0 stay."""
+    """Replaces every dropout and drop path in a model by a keyed one; those of chance 0 stay.
+
+    >>> model = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5))
+    >>> key_dropout(model)
+    >>> model[1], keyed_layers(model) == [model[1]]
+    (KeyedDropout(), True)
+    """
     from timm.layers import DropPath  # noqa: PLC0415 dies where torchvision does not fit, which matchai.model.unetplusplus tells
 
     for module in list(model.modules()):

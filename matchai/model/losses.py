@@ -20,7 +20,7 @@ DICE_EPS = 1e-7  # smp's guard of the Dice denominator, which holds (|P| + |T|) 
 class SegmentationLoss(nn.Module):
     """ce_weight · cross-entropy + dice_weight · Dice + focal_weight · focal.
 
-    Called with a batch it returns the batch's loss, like any loss. For a batch in parts:
+    Called with a batch it returns the batch's loss, like any loss. For a batch in parts::
 
         parts = [loss.sums(logits, target) for logits, target in batch]
         total = sum(part.detach() for part in parts)         # and over the processes
@@ -41,6 +41,13 @@ class SegmentationLoss(nn.Module):
         soft_boundary: Pixels over which the target is softened, see `soften`; with shares q of the classes in place of
             their pixels the terms are Σ w q · -log p / Σ w q, the overlap Σ p q with sizes Σ p and Σ q, and
             q (1 - s)^γ · -log s + (1 - q) s^γ · -log (1 - s).
+
+    >>> loss = SegmentationLoss(class_weights=torch.ones(4))
+    >>> logits, target = torch.zeros(2, 4, 32, 32), torch.zeros(2, 32, 32, dtype=torch.int64)
+    >>> loss(logits, target)
+    tensor(0.4522)
+    >>> loss.value(loss.sums(logits[:1], target[:1]) + loss.sums(logits[1:], target[1:]))
+    tensor(0.4522)
     """
 
     class_weights: Tensor
@@ -182,6 +189,10 @@ def soften(target: Tensor, num_classes: int, width: int, dtype: torch.dtype = to
 
     Returns:
         (B, C, H, W), adding up to 1 over the classes.
+
+    >>> soften(torch.tensor([[[0, 0, 0, 1]]]), num_classes=2, width=1)[0, :, 0]
+    tensor([[1.0000, 1.0000, 0.6667, 0.5000],
+            [0.0000, 0.0000, 0.3333, 0.5000]])
     """
     shares = _one_hot(target.unsqueeze(1), num_classes).to(dtype)
     size = 2 * width + 1
@@ -200,6 +211,9 @@ def balanced_class_weights(pixels: Tensor) -> Tensor:
 
     Returns:
         (C,) float32.
+
+    >>> balanced_class_weights(torch.tensor([100, 300]))
+    tensor([1.5000, 0.5000])
     """
     inverse = 1.0 / pixels.double()
     return (inverse / inverse.mean()).float()

@@ -41,6 +41,11 @@ class SyncBatchNorm(nn.BatchNorm2d):
 
     Raises:
         ValueError: In training, if the whole batch has less than two values a channel.
+
+    >>> norm = SyncBatchNorm(nn.BatchNorm2d(1))
+    >>> y = norm(torch.tensor([1.0, 3.0]).view(2, 1, 1, 1))
+    >>> [round(value) for value in y.flatten().tolist()], norm.running_mean
+    ([-1, 1], tensor([0.2000]))
     """
 
     def __init__(
@@ -59,35 +64,28 @@ class SyncBatchNorm(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         """Normalises by the whole batch's statistics in training, by the running ones in evaluation, and activates."""
         is_running = not self.training and self.running_mean is not None
-        if self._has_kernel(x) and not (is_running and torch.is_grad_enabled()):
-            return self._compiled(x, is_running)
-        if is_running:
-            y = F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+        affine, running = (self.weight, self.bias), (self.running_mean, self.running_var)
+        kernels = self._kernels(x)
+        if kernels is not None and not (is_running and torch.is_grad_enabled()):
+            activation = library.ACTIVATIONS.get(type(self.act)) if type(self.drop) is nn.Identity else None
+            if is_running:
+                y = kernels.norm_running(x, activation or 0, affine, self.eps, running)
+            else:
+                y = _NormaliseActivate.apply(x, *affine, self, kernels, activation or 0)
+            if activation is not None:
+                return y
+        elif is_running:
+            y = F.batch_norm(x, *running, *affine, False, 0.0, self.eps)
         else:
-            y = self._normalised(x)
+            y = _Normalise.apply(x, *affine, self)
         activated: Tensor = self.act(self.drop(y))
         return activated
 
-    def _has_kernel(self, x: Tensor) -> bool:
+    def _kernels(self, x: Tensor) -> library.Kernels | None:
+        """The compiled kernels, if they take this map and what belongs to the norm."""
         own = (self.weight, self.bias, self.running_mean, self.running_var)
         is_plain = all(one is None or (one.dtype == torch.float32 and one.is_contiguous()) for one in own)
-        return is_plain and library.fits(x) and library.load()[0] is not None
-
-    def _compiled(self, x: Tensor, is_running: bool) -> Tensor:
-        kernels = library.load()[0]
-        assert kernels is not None
-        activation = library.ACTIVATIONS.get(type(self.act)) if type(self.drop) is nn.Identity else None
-        y: Tensor
-        if is_running:
-            assert self.running_mean is not None
-            assert self.running_var is not None
-            running = (self.running_mean, self.running_var)
-            y = kernels.norm_running(x, activation or 0, self.weight, self.bias, self.eps, running)
-        else:
-            y = _NormaliseActivate.apply(x, self.weight, self.bias, self, kernels, activation or 0)
-        if activation is None:
-            y = self.act(self.drop(y))
-        return y
+        return library.load()[0] if is_plain and library.fits(x) else None
 
     def _count_batch(self) -> float:
         """Counts a batch, if the running statistics are to be moved; returns by how much of the way to its own."""
@@ -96,36 +94,6 @@ class SyncBatchNorm(nn.BatchNorm2d):
         assert self.num_batches_tracked is not None
         self.num_batches_tracked += 1
         return 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
-
-    def _normalised(self, x: Tensor) -> Tensor:
-        exact = torch.float64 if x.dtype == torch.float64 else torch.float32
-        channels = x.shape[1]
-        own = torch.zeros(1 + 2 * channels, dtype=torch.float64, device=x.device)
-        if x.numel():
-            # with float statistics beside it, a half-precision x gets float ones back; 20 times as fast as var_mean
-            like_running = torch.zeros(channels, dtype=exact), torch.ones(channels, dtype=exact)
-            means, variances = torch.batch_norm_update_stats(x.detach(), *like_running, 0.0)
-            own[0] = x.numel() / channels
-            own[1:] = torch.cat((means.double(), variances.double() * own[0]))
-        parts = self.gather(own)
-        counts, means, deviations = parts[:, :1], parts[:, 1 : 1 + channels], parts[:, 1 + channels :]
-        count = counts.sum()
-        _check_count(float(count))
-        mean = (counts * means).sum(0) / count
-        deviation = (deviations + counts * (means - mean) ** 2).sum(0)
-        rate = self._count_batch()
-        if rate:
-            assert self.running_mean is not None
-            assert self.running_var is not None
-            self.running_mean += rate * (mean.to(exact) - self.running_mean)
-            self.running_var += rate * ((deviation / (count - 1)).to(exact) - self.running_var)
-        var = deviation / count
-        # with float statistics torch takes float parameters alone, beside a half-precision x too
-        weight, bias = (None if one is None else one.to(exact) for one in (self.weight, self.bias))
-        normalised: Tensor = _Normalise.apply(
-            x, weight, bias, mean.to(exact), var.to(exact), self.eps, float(count), self.gather
-        )
-        return normalised
 
 
 def _check_count(count: float) -> None:
@@ -149,7 +117,7 @@ class _NormaliseActivate(torch.autograd.Function):
         parts = norm.gather(kernels.norm_statistics(x)).contiguous()
         rate = norm._count_batch()
         running = (norm.running_mean, norm.running_var) if rate else (None, None)
-        y, saved, count = kernels.norm_forward(x, activation, parts, weight, bias, norm.eps, rate, running)
+        y, saved, count = kernels.norm_forward(x, activation, parts, (weight, bias), norm.eps, rate, running)
         _check_count(count)
         ctx.save_for_backward(x, weight, bias, saved)
         ctx.gather, ctx.kernels, ctx.activation, ctx.count = norm.gather, kernels, activation, count
@@ -160,7 +128,7 @@ class _NormaliseActivate(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, saved = ctx.saved_tensors
         grad = grads[0].contiguous(memory_format=torch.channels_last)
-        settings = ctx.activation, saved, weight, bias
+        settings = ctx.activation, saved, (weight, bias)
         own = ctx.kernels.norm_gradient_sums(x, grad, *settings)
         sums = ctx.gather(own.flatten()).sum(0)
         grad_x = ctx.kernels.norm_gradient(x, grad, *settings, sums, ctx.count)
@@ -171,20 +139,32 @@ class _Normalise(torch.autograd.Function):
     """(x - mean) / sqrt(var + eps) · weight + bias, whose backward pass knows that all parts made mean and var."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        mean: Tensor,
-        var: Tensor,
-        eps: float,
-        count: float,
-        gather: Gather,
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, norm: SyncBatchNorm) -> Tensor:
+        exact, channels = _exact(x), x.shape[1]
+        own = torch.zeros(1 + 2 * channels, dtype=torch.float64, device=x.device)
+        if x.numel():
+            # with float statistics beside it, a half-precision x gets float ones back; 20 times as fast as var_mean
+            like_running = torch.zeros(channels, dtype=exact), torch.ones(channels, dtype=exact)
+            means, variances = torch.batch_norm_update_stats(x, *like_running, 0.0)
+            own[0] = x.numel() / channels
+            own[1:] = torch.cat((means.double(), variances.double() * own[0]))
+        counts, means, deviations = torch.split(norm.gather(own), [1, channels, channels], 1)
+        count = counts.sum()
+        _check_count(float(count))
+        mean = (counts * means).sum(0) / count
+        deviation = (deviations + counts * (means - mean) ** 2).sum(0)
+        rate = norm._count_batch()
+        if rate:
+            assert norm.running_mean is not None
+            assert norm.running_var is not None
+            norm.running_mean += rate * (mean.to(exact) - norm.running_mean)
+            norm.running_var += rate * ((deviation / (count - 1)).to(exact) - norm.running_var)
+        mean, var = mean.to(exact), (deviation / count).to(exact)
         ctx.save_for_backward(x, weight, mean, var)
-        ctx.eps, ctx.count, ctx.gather = eps, count, gather
-        return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
+        ctx.eps, ctx.count, ctx.gather = norm.eps, float(count), norm.gather
+        # with float statistics torch takes float parameters alone, beside a half-precision x too
+        exact_weight, exact_bias = (None if one is None else one.to(exact) for one in (weight, bias))
+        return F.batch_norm(x, mean, var, exact_weight, exact_bias, False, 0.0, norm.eps)
 
     @staticmethod
     @once_differentiable
@@ -194,8 +174,9 @@ class _Normalise(torch.autograd.Function):
         sigma = torch.sqrt(var.double() + ctx.eps)
         own = torch.zeros(2, len(mean), dtype=mean.dtype, device=mean.device)
         if x.numel():
+            exact = None if weight is None else weight.to(mean.dtype)
             _, *sums = torch.ops.aten.native_batch_norm_backward(
-                grads[0], x, weight, mean, var, None, None, False, ctx.eps, [False, True, True]
+                grads[0], x, exact, mean, var, None, None, False, ctx.eps, [False, True, True]
             )
             own = torch.stack(sums)
         along, total = ctx.gather(own.double().flatten()).sum(0).view(2, -1) / ctx.count
@@ -203,13 +184,17 @@ class _Normalise(torch.autograd.Function):
         slope = -scale * along / sigma
         grad_x = _affine(grads[0], scale, torch.zeros_like(scale))
         grad_x += _affine(x, slope, -scale * total - slope * mean)
-        return grad_x, *((None, None) if weight is None else own.to(weight.dtype)), *[None] * 5
+        return grad_x, *((None, None) if weight is None else own.to(weight.dtype)), None
+
+
+def _exact(x: Tensor) -> torch.dtype:
+    """The type in which the statistics of x are kept."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _affine(x: Tensor, slope: Tensor, offset: Tensor) -> Tensor:
     """Computes slope · x + offset for every channel of x in one pass: a trained norm's."""
-    exact = torch.float64 if x.dtype == torch.float64 else torch.float32
-    weight, bias = (value.to(exact) for value in (slope, offset))
+    weight, bias = slope.to(_exact(x)), offset.to(_exact(x))
     return F.batch_norm(x, torch.zeros_like(weight), torch.ones_like(weight), weight, bias, False, 0.0, 0.0)
 
 

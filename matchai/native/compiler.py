@@ -56,18 +56,16 @@ def _build(compiler: list[str]) -> ctypes.CDLL:
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder) / kept.name
         sources = [str(path) for path in sorted(SOURCES.glob("*.cpp"))]
-        subprocess.run(
-            [*compiler, *FLAGS, *sources, "-o", str(made)],
-            check=True,
-            capture_output=True,
-            timeout=PATIENCE,
-            stdin=subprocess.DEVNULL,
-        )
+        _output_of([*compiler, *FLAGS, *sources, "-o", str(made)])
         with contextlib.suppress(OSError):
             kept.parent.mkdir(parents=True, exist_ok=True)
             write_whole(kept, made.read_bytes())
             return ctypes.CDLL(str(kept))  # first: nothing can be loaded from a folder of temporary files without exec
         return ctypes.CDLL(str(made))
+
+
+def _output_of(command: list[str]) -> bytes:
+    return subprocess.run(command, capture_output=True, check=True, timeout=PATIENCE, stdin=subprocess.DEVNULL).stdout
 
 
 def _folder() -> Path:
@@ -80,9 +78,7 @@ def _folder() -> Path:
 def _fingerprint(compiler: list[str]) -> str:
     """Of all that decides what the kernels are: the sources, the compiler and its options, the CPU."""
     # of the whole command: the first word may be one that calls the compiler, as ccache does
-    version = subprocess.run(
-        [*compiler, "--version"], capture_output=True, check=True, timeout=PATIENCE, stdin=subprocess.DEVNULL
-    ).stdout
+    version = _output_of([*compiler, "--version"])
     parts = [path.read_bytes() for path in sorted(SOURCES.iterdir())]
     parts += [shlex.join([*compiler, *FLAGS]).encode(), version, platform.machine().encode(), _cpu()]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:20]

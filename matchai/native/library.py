@@ -23,6 +23,9 @@ ROW = 128  # numbers that a row should have: eight registers, so that no sum wai
 ACTIVATIONS: dict[type[torch.nn.Module], int] = {torch.nn.Identity: 0, torch.nn.ReLU: 1, torch.nn.SiLU: 2}
 """The activations that batch norm can apply at once, and their numbers in cpp/norm.cpp."""
 
+Pair = Sequence[Tensor | None]
+"""Weight and bias, or running mean and variance, each (C,) float32 or None."""
+
 _MAP = "iqqqq"  # type, slices, rows of a slice, width of a row, channels
 _SIGNATURES = {
     "norm_statistics": _MAP + "ppi",
@@ -39,8 +42,8 @@ _SIGNATURES = {
     "winograd_weight_gradient": "iqqqqqpppi",
     "loss_sums": "iqqpppdpi",
     "loss_gradient": "iqqpppdppi",
-    "join_maps": "iqqqqPApi",
-    "split_gradient": "iqqqqPpAi",
+    "join_maps": "iqqqqpPAi",
+    "split_gradient": "iqqqqpPAi",
 }
 _RESULTS = {"norm_forward": ctypes.c_double, "loss_sums": ctypes.c_int}
 _TYPES = {
@@ -66,36 +69,19 @@ class Kernels:
             self._functions[name].argtypes = [_TYPES[letter] for letter in signature]
             self._functions[name].restype = _RESULTS.get(name)
 
-    def _call(self, name: str, x: Tensor, *arguments: Tensor | float | None) -> Any:
-        """Calls the kernel of this name on a map."""
-        slices, channels, height, width = x.shape
-        fold = _fold(channels, height * width)
-        return self._functions[name](
-            x.dtype == torch.bfloat16,
-            slices,
-            height * width // fold,
-            channels * fold,
-            channels,
-            *[one.data_ptr() if isinstance(one, Tensor) else one for one in (x, *arguments)],
-            torch.get_num_threads(),
-        )
+    def _call(self, name: str, sizes: Sequence[int], x: Tensor, *arguments: Any) -> Any:
+        """Calls the kernel of this name for the type of x; tensors are told by their addresses."""
+        values = [one.data_ptr() if isinstance(one, Tensor) else one for one in (x, *arguments)]
+        return self._functions[name](x.dtype == torch.bfloat16, *sizes, *values, torch.get_num_threads())
 
     def norm_statistics(self, x: Tensor) -> Tensor:
         """The number of pixels, then of every channel mean and sum of squared deviations, (1 + 2 C,) float64."""
         own = torch.empty(1 + 2 * x.shape[1], dtype=torch.float64)
-        self._call("norm_statistics", x, own)
+        self._call("norm_statistics", _rows(x.shape), x, own)
         return own
 
     def norm_forward(
-        self,
-        x: Tensor,
-        activation: int,
-        parts: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        eps: float,
-        rate: float,
-        running: Sequence[Tensor | None],
+        self, x: Tensor, activation: int, parts: Tensor, affine: Pair, eps: float, rate: float, running: Pair
     ) -> tuple[Tensor, Tensor, float]:
         """Normalises by the statistics of all parts (P, 1 + 2 C), moves the running ones by `rate`, and activates.
 
@@ -103,70 +89,52 @@ class Kernels:
             The output, (2, C) for the gradient, and the number of pixels of all parts; below two, nothing was done.
         """
         y, saved = torch.empty_like(x), torch.empty(2, x.shape[1])
-        arguments = (activation, parts, len(parts), weight, bias, eps, rate, *running, saved)
-        count: float = self._call("norm_forward", x, y, *arguments)
+        settings = (activation, parts, len(parts), *affine, eps, rate, *running)
+        count: float = self._call("norm_forward", _rows(x.shape), x, y, *settings, saved)
         return y, saved, count
 
-    def norm_running(
-        self,
-        x: Tensor,
-        activation: int,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        eps: float,
-        running: Sequence[Tensor],
-    ) -> Tensor:
+    def norm_running(self, x: Tensor, activation: int, affine: Pair, eps: float, running: Pair) -> Tensor:
         """Normalises by the running statistics and activates."""
         y = torch.empty_like(x)
-        self._call("norm_running", x, y, activation, weight, bias, eps, *running)
+        self._call("norm_running", _rows(x.shape), x, y, activation, *affine, eps, *running)
         return y
 
-    def norm_gradient_sums(
-        self, x: Tensor, grad: Tensor, activation: int, saved: Tensor, weight: Tensor | None, bias: Tensor | None
-    ) -> Tensor:
+    def norm_gradient_sums(self, x: Tensor, grad: Tensor, activation: int, saved: Tensor, affine: Pair) -> Tensor:
         """The gradients of weight and bias over this part's pixels, (2, C) float64."""
         own = torch.empty(2, x.shape[1], dtype=torch.float64)
-        self._call("norm_gradient_sums", x, grad, activation, saved, weight, bias, own)
+        self._call("norm_gradient_sums", _rows(x.shape), x, grad, activation, saved, *affine, own)
         return own
 
     def norm_gradient(
-        self,
-        x: Tensor,
-        grad: Tensor,
-        activation: int,
-        saved: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        sums: Tensor,
-        count: float,
+        self, x: Tensor, grad: Tensor, activation: int, saved: Tensor, affine: Pair, sums: Tensor, count: float
     ) -> Tensor:
         """The gradient of x, given those sums (2, C) and the number of pixels over all parts."""
         grad_x = torch.empty_like(x)
-        self._call("norm_gradient", x, grad, grad_x, activation, saved, weight, bias, sums, count)
+        self._call("norm_gradient", _rows(x.shape), x, grad, grad_x, activation, saved, *affine, sums, count)
         return grad_x
 
     def means(self, x: Tensor) -> Tensor:
         """Means over the pixels, (B, C) float32."""
         means = torch.empty(x.shape[:2])
-        self._call("excite_means", x, means)
+        self._call("excite_means", _rows(x.shape), x, means)
         return means
 
     def scale(self, x: Tensor, gates: Tensor) -> Tensor:
         """Multiplies x by gates (B, C) float32."""
         y = torch.empty_like(x)
-        self._call("excite_scale", x, y, gates)
+        self._call("excite_scale", _rows(x.shape), x, y, gates)
         return y
 
     def gate_gradient(self, x: Tensor, grad: Tensor) -> Tensor:
         """The gradient of the gates, (B, C) float32."""
         grad_gates = torch.empty(x.shape[:2])
-        self._call("excite_gate_gradient", x, grad, grad_gates)
+        self._call("excite_gate_gradient", _rows(x.shape), x, grad, grad_gates)
         return grad_gates
 
     def scale_gradient(self, grad: Tensor, gates: Tensor, grad_means: Tensor) -> Tensor:
         """The gradient of an x that is scaled by `gates` and whose `means` have the gradient `grad_means`."""
         grad_x = torch.empty_like(grad)
-        self._call("excite_gradient", grad, grad_x, gates, grad_means)
+        self._call("excite_gradient", _rows(grad.shape), grad, grad_x, gates, grad_means)
         return grad_x
 
     def depthwise_gradients(
@@ -174,20 +142,15 @@ class Kernels:
         x: Tensor,
         grad: Tensor,
         weight: Tensor,
-        stride: tuple[int, int],
-        padding: tuple[int, int],
+        stride: Sequence[int],
+        padding: Sequence[int],
         wanted: Sequence[bool],
     ) -> tuple[Tensor | None, Tensor | None]:
         """The gradients of x and of a depthwise weight (C, 1, K, K), K 3 or 5, in float32; those that are wanted."""
         exact = weight.float().contiguous()
         made = torch.empty_like(x) if wanted[0] else None, torch.empty_like(exact) if wanted[1] else None
-        self._functions["depthwise_gradients"](
-            x.dtype == torch.bfloat16,
-            weight.shape[2],
-            *[None if one is None else one.data_ptr() for one in (x, grad, exact, *made)],
-            (ctypes.c_int64 * 10)(*x.shape, *grad.shape[2:], *stride, *padding),
-            torch.get_num_threads(),
-        )
+        sizes = (ctypes.c_int64 * 10)(*x.shape, *grad.shape[2:], *stride, *padding)
+        self._call("depthwise_gradients", weight.shape[2:3], x, grad, exact, *made, sizes)
         return made
 
     def convolve(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -199,18 +162,15 @@ class Kernels:
         slices, channels, height, width = x.shape
         y = torch.empty((slices, len(weight), height, width), dtype=x.dtype, memory_format=torch.channels_last)
         turned = weight.permute(2, 3, 1, 0).contiguous()
-        sizes, pointers = (slices, height, width, channels, len(weight)), [one.data_ptr() for one in (x, turned, y)]
-        self._functions["winograd_convolve"](x.dtype == torch.bfloat16, *sizes, *pointers, torch.get_num_threads())
+        self._call("winograd_convolve", (slices, height, width, channels, len(weight)), x, turned, y)
         return y
 
     def convolution_weight_gradient(self, x: Tensor, grad: Tensor) -> Tensor:
         """The gradient of such a weight, in float32, given that of the output."""
         slices, channels, height, width = x.shape
-        grad_weight = torch.empty(3, 3, channels, grad.shape[1])
-        pointers = [one.data_ptr() for one in (x, grad, grad_weight)]
-        sizes = (slices, height, width, channels, grad.shape[1])
-        is_half = x.dtype == torch.bfloat16
-        self._functions["winograd_weight_gradient"](is_half, *sizes, *pointers, torch.get_num_threads())
+        filters = grad.shape[1]
+        grad_weight = torch.empty(3, 3, channels, filters)
+        self._call("winograd_weight_gradient", (slices, height, width, channels, filters), x, grad, grad_weight)
         return grad_weight.permute(3, 2, 0, 1).contiguous(memory_format=torch.channels_last)
 
     def join(self, x: Tensor, skips: Sequence[Tensor]) -> Tensor:
@@ -219,10 +179,8 @@ class Kernels:
         channels = [one.shape[1] for one in (x, *skips)]
         shape = (slices, sum(channels), 2 * height, 2 * width)
         joined = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
-        sizes = (slices, height, width, len(channels), (ctypes.c_int64 * len(channels))(*channels))
-        self._functions["join_maps"](
-            x.dtype == torch.bfloat16, *sizes, _pointers((x, *skips)), joined.data_ptr(), torch.get_num_threads()
-        )
+        sizes = (slices, height, width, len(channels))
+        self._call("join_maps", sizes, joined, _array(channels), _addresses((x, *skips)))
         return joined
 
     def split_gradient(self, grad: Tensor, channels: Sequence[int]) -> list[Tensor]:
@@ -231,10 +189,8 @@ class Kernels:
         scales = [2] + [1] * (len(channels) - 1)
         shapes = [(slices, own, height // s, width // s) for own, s in zip(channels, scales, strict=True)]
         grads = [torch.empty(one, dtype=grad.dtype, memory_format=torch.channels_last) for one in shapes]
-        sizes = (slices, height // 2, width // 2, len(channels), (ctypes.c_int64 * len(channels))(*channels))
-        self._functions["split_gradient"](
-            grad.dtype == torch.bfloat16, *sizes, grad.data_ptr(), _pointers(grads), torch.get_num_threads()
-        )
+        sizes = (slices, height // 2, width // 2, len(channels))
+        self._call("split_gradient", sizes, grad, _array(channels), _addresses(grads))
         return grads
 
     def loss_sums(self, logits: Tensor, target: Tensor, class_weights: Tensor, gamma: float) -> Tensor:
@@ -248,9 +204,8 @@ class Kernels:
         if target.shape != logits[:, 0].shape or class_weights.shape != (num_classes,):
             found = f"a target {tuple(target.shape)} and {len(class_weights)} class weights"
             raise ValueError(f"logits {tuple(logits.shape)} have {found}.")
-        sums = torch.empty(4 + 3 * num_classes, dtype=torch.float64)
-        arguments = _loss_arguments(logits, target, class_weights, gamma)
-        if not self._functions["loss_sums"](*arguments, sums.data_ptr(), torch.get_num_threads()):
+        sums, sizes = torch.empty(4 + 3 * num_classes, dtype=torch.float64), (target.numel(), num_classes)
+        if not self._call("loss_sums", sizes, logits, target, class_weights, gamma, sums):
             raise IndexError(f"a target is {target.min()} or {target.max()}, but there are {num_classes} classes.")
         return sums
 
@@ -258,24 +213,22 @@ class Kernels:
         self, logits: Tensor, target: Tensor, class_weights: Tensor, gamma: float, slopes: Tensor
     ) -> Tensor:
         """The gradient of the logits, given those of the sums, (4 + 3 C,) float32."""
-        grad = torch.empty_like(logits)
-        arguments = _loss_arguments(logits, target, class_weights, gamma)
-        self._functions["loss_gradient"](*arguments, slopes.data_ptr(), grad.data_ptr(), torch.get_num_threads())
+        grad, sizes = torch.empty_like(logits), (target.numel(), logits.shape[1])
+        self._call("loss_gradient", sizes, logits, target, class_weights, gamma, slopes, grad)
         return grad
 
 
-def _loss_arguments(logits: Tensor, target: Tensor, class_weights: Tensor, gamma: float) -> tuple[Any, ...]:
-    pointers = [one.data_ptr() for one in (logits, target, class_weights)]
-    return logits.dtype == torch.bfloat16, target.numel(), logits.shape[1], *pointers, gamma
+def _array(numbers: Sequence[int]) -> Any:
+    return (ctypes.c_int64 * len(numbers))(*numbers)
 
 
-def _pointers(tensors: Sequence[Tensor]) -> Any:
+def _addresses(tensors: Sequence[Tensor]) -> Any:
     return (ctypes.c_void_p * len(tensors))(*[one.data_ptr() for one in tensors])
 
 
 def fits(x: Tensor) -> bool:
     """Whether batch norm and excitation have a kernel for this map: it must also fill whole registers."""
-    return is_map(x) and _fold(x.shape[1], x.shape[2] * x.shape[3]) > 0
+    return is_map(x) and bool(_rows(x.shape))
 
 
 def is_map(x: Tensor) -> bool:
@@ -300,14 +253,15 @@ def is_traced() -> bool:
 
 
 @functools.cache
-def _fold(channels: int, pixels: int) -> int:
-    """How many pixels of a slice side by side make a row of whole registers; 0 if they do not."""
-    fold = LANES // math.gcd(channels, LANES)
+def _rows(shape: Sequence[int]) -> tuple[int, ...]:
+    """Slices, rows of a slice, width of a row, channels, where rows of pixels fill whole registers; else nothing."""
+    slices, channels, height, width = shape
+    pixels, fold = height * width, LANES // math.gcd(channels, LANES)
     if pixels % fold:
-        return 0
+        return ()
     while fold * channels < ROW and pixels % (2 * fold) == 0:
         fold *= 2
-    return fold
+    return slices, pixels // fold, channels * fold, channels
 
 
 @functools.cache

@@ -4,7 +4,7 @@ import json
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,12 @@ from matchai.data import (
     digest_sets,
     for_each_slice,
     group_slices,
-    look_at,
+    inspect_slice,
     open_sets,
     read_groups,
     refuse_unfit,
     resize,
+    window,
 )
 from matchai.drawing import draw_confusion_matrix
 from matchai.metrics import (
@@ -45,7 +46,7 @@ from matchai.metrics import (
 from matchai.prediction.holdout import Choice, choose_slices
 from matchai.prediction.inference import Predictor
 from matchai.settings import EvaluateSettings, InputSettings, TrainConfig, parsing
-from matchai.system import Display, InputError, make_folder, need, sync_folder, write_whole
+from matchai.system import Display, InputError, make_folder, need, plural, sync_folder, write_whole
 from matchai.volumes import kind_of, turn
 
 RESULT, SLICES, VOLUMES, PICTURE = "evaluation.json", "slices.csv", "volumes.csv", "confusion_matrix.png"
@@ -101,45 +102,35 @@ def evaluate(settings: EvaluateSettings, display: Display | None = None) -> dict
     make_folder(output.parent)
     cache = config.input.cache or runs[0].parent / "cache"
     folder = settings.data or config.input.data or built_in_phantom(cache, config.input.phantom_slices)
-    if settings.data is not None:
-        config = _for_the_files(folder, config, settings, predictor.abouts[0]["data_kind"], display)
+    config = config if settings.data is None else _for_the_files(folder, config, settings, predictor, display)
     sets, digests = _open(folder, config.input, cache, output.parent)
     num_slices = sum(map(len, sets))
     choice = choose_slices(runs, digests, num_slices, settings.slices)
     display.say(f"slices: {choice.statement}")
     groups, volumes, note = _find_groups(folder, config.input, sets, choice, predictor, display.show)
-    num_groups = len(np.unique(groups[choice.rows]))
     display.say(f"groups: {note}")
-    display.say(
-        f"evaluated: {len(choice.rows)} of {num_slices} slices, in {num_groups} group{'' if num_groups == 1 else 's'}"
-    )
+    num_groups = len(np.unique(groups[choice.rows]))
+    display.say(f"evaluated: {len(choice.rows)} of {num_slices} slices, in {plural(num_groups, 'group')}")
     if num_groups < MIN_GROUPS:
         display.warn("no interval can be told, as all slices are of one group.")
     scores = _score(predictor, sets, choice, groups, volumes, tolerance, output.parent, display.show)
     display.close()
+    members = zip(runs, predictor.abouts, strict=True)
     result = {
-        "runs": [
-            {"name": run.name, "epoch": about["epoch"]} for run, about in zip(runs, predictor.abouts, strict=True)
-        ],
+        "runs": [{"name": run.name, "epoch": about["epoch"]} for run, about in members],
         "is_synthetic": settings.data is None and config.input.data is None,
         "data": folder.name,
         "data_digests": digests,
         "groups": note,
-        **_describe(choice, predictor),
-        **describe(scores),
-    }
-    _write(output, result, scores)
-    return result
-
-
-def _describe(choice: Choice, predictor: Predictor) -> dict[str, Any]:
-    return {
         "slices": choice.name,
         "slices_in_words": choice.statement,
         "forward_passes": predictor.num_passes,
         "precision": predictor.precision,
         "matchai": metadata.version("matchai"),
+        **describe(scores),
     }
+    _write(output, result, scores)
+    return result
 
 
 def _measures_surfaces(settings: EvaluateSettings, display: Display) -> bool:
@@ -163,8 +154,7 @@ def check_output(output: Path) -> None:
     """
     if output.exists() and not output.is_dir():
         raise InputError(f"{output} is a file; name a folder with --output.")
-    foreign = sorted({path.name for path in output.iterdir()} - set(FILES)) if output.exists() else []
-    if foreign:
+    if foreign := sorted({path.name for path in output.iterdir()} - set(FILES)) if output.exists() else []:
         raise InputError(
             f"{output} holds {foreign[0]}, which no evaluation wrote and none shall replace; name another folder with "
             "--output."
@@ -182,10 +172,10 @@ def _open(
 
 
 def _for_the_files(
-    folder: Path, config: TrainConfig, settings: EvaluateSettings, kind: str, display: Display
+    folder: Path, config: TrainConfig, settings: EvaluateSettings, predictor: Predictor, display: Display
 ) -> TrainConfig:
     """The settings without what they say of how the run's own kind of files is read, where these are of another."""
-    plain = config.updated(**(OF_A_KIND | settings.of_the_data()))
+    plain, kind = config.updated(**(OF_A_KIND | settings.of_the_data())), predictor.abouts[0]["data_kind"]
     if plain == config or kind_of(open_sets(folder, plain.input, settings.folder.parent)[0].files[0]) == kind:
         return config
     display.say(f"the run's settings of how its files are read ({kind}) are not taken for files of another kind.")
@@ -200,30 +190,28 @@ def _find_groups(
     Raises:
         InputError: If slices or masks are such that training would refuse them.
     """
-    numbers = np.repeat(np.arange(len(sets)), [len(one) for one in sets])
     known = read_groups(folder / settings.groups_name, sets)
-    context = predictor.context
-    if choice.groups is not None and (context == 0 or all(one.is_volume for one in sets)):
-        return choice.groups, numbers, "those of the run's split."
-    thumbnails = _look(sets, predictor, show)
-    groups, volumes, note = group_slices(thumbnails, sets, known, settings.groups_name, context)
+    if choice.groups is not None and (predictor.context == 0 or all(one.is_volume for one in sets)):
+        volumes = np.repeat(np.arange(len(sets)), [len(one) for one in sets])
+        return choice.groups, volumes, "those of the run's split."
+    thumbnails = _inspect(sets, predictor, show)
+    groups, volumes, note = group_slices(thumbnails, sets, known, settings.groups_name, predictor.context)
     return (groups, volumes, note) if choice.groups is None else (choice.groups, volumes, "those of the run's split.")
 
 
-def _look(sets: Sequence[SliceSet], predictor: Predictor, show: Show) -> NDArray[np.float32]:
+def _inspect(sets: Sequence[SliceSet], predictor: Predictor, show: Show) -> NDArray[np.float32]:
     """Looks at every slice before any is predicted, as training does; thumbnails (N, 64, 64)."""
-    (low, high), names = predictor.abouts[0]["hu_window"], predictor.class_names
+    hu_window, names = predictor.abouts[0]["hu_window"], predictor.class_names
     thumbnails = np.zeros((sum(map(len, sets)), THUMBNAIL, THUMBNAIL), np.float32)
 
-    def look(row: int, number: int, index: int) -> dict[str, Any]:
-        image, _, found = look_at(sets[number], index, len(names), predictor.background_class)
+    def inspect(row: int, number: int, index: int) -> dict[str, Any]:
+        image, _, found = inspect_slice(sets[number], index, len(names), predictor.background_class)
         if image is not None:
-            windowed = np.clip((image - np.float32(low)) / np.float32(high - low), 0, 1)
-            thumbnails[row] = resize(windowed, THUMBNAIL)
+            thumbnails[row] = resize(window(image, hu_window), THUMBNAIL)
         return found
 
-    found = for_each_slice(sets, look, lambda done, total: show("checking slices", done, total, ""))
-    refuse_unfit(sets, found, (low, high), names, predictor.background_class)
+    found = for_each_slice(sets, inspect, lambda done, total: show("checking slices", done, total, ""))
+    refuse_unfit(sets, found, hu_window, names, predictor.background_class)
     return thumbnails
 
 
@@ -256,7 +244,8 @@ def _score(
         if not len(mine):
             continue
         first_row, spacing = len(confusions), one.spacing if is_by_volume else None
-        with _labels(scratch, (2, len(one), *one.shape), spacing is not None and tolerance is not None) as labels:
+        is_measured = spacing is not None and tolerance is not None
+        with _labels(scratch, (2, len(one), *one.shape)) if is_measured else nullcontext() as labels:
             for index, pred in _predict(predictor, one, volumes[places[:, 0] == number], places[mine, 1]):
                 truth = _read_truth(one, index, predictor)
                 confusions.append(_count(pred, truth, num_classes))
@@ -268,8 +257,8 @@ def _score(
             if spacing is not None:
                 scored.append(ScoredVolume(one.name, np.arange(first_row, len(confusions)), spacing))
             if labels is not None and spacing is not None:
-                is_whole = len(mine) == len(one)
                 undefined = [(math.nan, math.nan)] * len(regions)
+                is_whole = len(mine) == len(one)
                 of_volumes.append(measure(labels[0], labels[1], spacing) if is_whole else undefined)
         one.close()
 
@@ -304,9 +293,8 @@ def _mask(labels: Labels, classes: Sequence[int]) -> NDArray[np.bool_]:
 
 def _count(pred: Labels, truth: Labels, num_classes: int) -> Counts:
     """(C, C) counts of one slice."""
-    on_torch = [torch.from_numpy(np.ascontiguousarray(one))[None] for one in (pred, truth)]
-    counts: Counts = confusion_counts(on_torch[0], on_torch[1], num_classes)[0].numpy()
-    return counts
+    batches = [torch.from_numpy(np.ascontiguousarray(one))[None] for one in (pred, truth)]
+    return np.asarray(confusion_counts(batches[0], batches[1], num_classes)[0])
 
 
 def _predict(predictor: Predictor, one: SliceSet, volumes: Ints, wanted: Ints) -> Iterator[tuple[int, Labels]]:
@@ -339,11 +327,8 @@ def _read_truth(one: SliceSet, index: int, predictor: Predictor) -> Labels:
 
 
 @contextmanager
-def _labels(folder: Path, shape: tuple[int, ...], is_wanted: bool) -> Iterator[Labels | None]:
+def _labels(folder: Path, shape: tuple[int, ...]) -> Iterator[Labels]:
     """Room for labels on disk, not in memory, until the context ends."""
-    if not is_wanted:
-        yield None
-        return
     with tempfile.TemporaryFile(dir=folder) as file:
         yield np.memmap(file, np.uint8, "w+", shape=shape)
 
@@ -357,12 +342,9 @@ def _write(output: Path, result: dict[str, Any], scores: Scores) -> None:
         write_whole(beside / SLICES, as_csv(slice_rows(scores)))
         if scores.volumes:
             write_whole(beside / VOLUMES, as_csv(volume_rows(scores)))
-        title = (
-            f"Evaluation of {' + '.join(one['name'] for one in result['runs'])} on {result['data']}: "
-            f"{result['num_slices']} slices ({result['slices']})"
-        )
-        confusion = scores.confusions.sum(0)
-        draw_confusion_matrix(confusion, scores.class_names, beside / PICTURE, title=title)
+        runs = " + ".join(one["name"] for one in result["runs"])
+        title = f"Evaluation of {runs} on {result['data']}: {result['num_slices']} slices ({result['slices']})"
+        draw_confusion_matrix(scores.confusions.sum(0), scores.class_names, beside / PICTURE, title=title)
         if output.exists():
             output.rename(Path(name) / "old")
         beside.rename(output)

@@ -68,7 +68,7 @@ def pack_onnx(model: nn.Module, about: dict[str, Any]) -> tuple[bytes, Compariso
         ExportError: If torch cannot export the model, or the exported one computes something else.
     """
     onnx, runtime, _ = (need(name, "onnx", "Writing ONNX") for name in ("onnx", "onnxruntime", "onnxscript"))
-    size = sum(value.numel() * value.element_size() for value in model.state_dict().values())
+    size = sum(value.nbytes for value in model.state_dict().values())
     if size > ONE_FILE:
         raise InputError(
             f"The model has {size / 1e9:.1f} GB, more than the 2 GB that an ONNX file can hold: export it with "
@@ -77,8 +77,7 @@ def pack_onnx(model: nn.Module, about: dict[str, Any]) -> tuple[bytes, Compariso
     images = sample(about)
     example = torch.from_numpy(np.repeat(images[:1], 2, axis=0))
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the exporter's own parts, to their authors
+        with warnings.catch_warnings(action="ignore"):  # of the exporter's own parts, to their authors
             program = torch.onnx.export(
                 model,
                 (example,),
@@ -114,13 +113,9 @@ def pack_safetensors(model: nn.Module, about: dict[str, Any]) -> tuple[bytes, Co
     Raises:
         ExportError: If smp's own model does not take the weights, or computes something else.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # smp announces other names for some encoders
+    with warnings.catch_warnings(action="ignore"):  # smp announces other names for some encoders
         plain: Any = smp.UnetPlusPlus(
-            about["encoder"],
-            encoder_weights=None,
-            in_channels=about["in_channels"],
-            classes=len(about["class_names"]),
+            about["encoder"], encoder_weights=None, in_channels=about["in_channels"], classes=len(about["class_names"])
         )
     weights = model.state_dict()
     try:
@@ -191,12 +186,10 @@ def compare(model: nn.Module, other: Callable[[_Floats], _Floats], images: _Floa
     Raises:
         ExportError: If they differ by more than rounding.
     """
-    mine, others = [], []
-    for batch in (images[:1], images[1:]):
-        with torch.inference_mode():
-            mine.append(model(torch.from_numpy(batch)).numpy())
-        others.append(other(batch))
-    first, second = np.concatenate(mine), np.concatenate(others)
+    batches = (images[:1], images[1:])
+    with torch.inference_mode():
+        first = np.concatenate([model(torch.from_numpy(batch)).numpy() for batch in batches])
+    second = np.concatenate([other(batch) for batch in batches])
     difference = float(np.abs(first - second).max())
     bound = ROUNDING * float(np.abs(first).max())
     if not difference <= bound:  # nor is a difference that is not a number
@@ -211,10 +204,8 @@ def compare(model: nn.Module, other: Callable[[_Floats], _Floats], images: _Floa
 def _forget_sources(file: Any) -> None:
     """Takes out what the exporter notes beside each node: places in this machine's source files."""
     graph = file.graph
-    for part in (graph, *graph.node, *graph.value_info, *graph.input, *graph.output, *graph.initializer):
+    functions = [part for function in file.functions for part in (function, *function.node)]
+    tensors = (*graph.value_info, *graph.input, *graph.output, *graph.initializer)
+    for part in (graph, *graph.node, *tensors, *functions):
         del part.metadata_props[:]
         part.doc_string = ""
-    for function in file.functions:
-        for part in (function, *function.node):
-            del part.metadata_props[:]
-            part.doc_string = ""

@@ -52,9 +52,8 @@ def choose_slices(runs: Sequence[Path], image_digests: dict[str, str], num_slice
         known = [name for name, digest in image_digests.items() if digest in recorded.values()]
         split = _read_split(run)
         # the split counts slices over all files, in the order in which the run recorded them
-        is_same = {name: recorded[name] for name in recorded if name in image_digests} == image_digests
-        is_in_order = [name for name in recorded if name in image_digests] == list(image_digests)
-        if not (is_same and is_in_order and len(split["groups"]) == num_slices):
+        recorded_images = [(name, digest) for name, digest in recorded.items() if name in image_digests]
+        if recorded_images != list(image_digests.items()) or len(split["groups"]) != num_slices:
             if known and wanted != "all":
                 raise InputError(
                     f"{known[0]} is among the files that {run} was trained on, but the data is another as a whole, so "
@@ -68,13 +67,12 @@ def choose_slices(runs: Sequence[Path], image_digests: dict[str, str], num_slice
             sides[row] = VALIDATION if sides[row] == UNSEEN else sides[row]
         for row in split["train"]:
             sides[row] = TRAINING
-    is_own = groups is not None
-    if wanted in ("val", "train") and not is_own:
+    if wanted in ("val", "train") and groups is None:
         raise InputError(
             f"--slices {wanted} is for the data that the run was trained on, but this is other data; leave it out to "
             "evaluate all of it."
         )
-    side = {"auto": VALIDATION if is_own else UNSEEN, "val": VALIDATION, "train": TRAINING}.get(wanted)
+    side = {"auto": UNSEEN if groups is None else VALIDATION, "val": VALIDATION, "train": TRAINING}.get(wanted)
     rows = np.array([row for row, one in enumerate(sides) if side in (one, None)], np.int64)
     if not len(rows):
         raise InputError(

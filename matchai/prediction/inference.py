@@ -1,5 +1,6 @@
 """Prediction with the networks that runs kept: from slices in HU to class probabilities at the slices' own size."""
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from matchai.data import STEPS, mirrored, resize
+from matchai.data import STEPS, mirrored, quantise, resize, window
 from matchai.model import build_model, use_cpu_layers
 from matchai.system import InputError, choose_precision, keep_heap, set_threads
 from matchai.training import load_weights
@@ -64,11 +65,10 @@ class _Member:
 
     def prepare(self, image: NDArray[np.float32]) -> NDArray[np.float32]:
         """A slice (H, W) in HU as training prepared its own: windowed, resized, rounded to steps, standardised."""
-        low, high = self.hu_window
-        windowed = np.clip((image - np.float32(low)) / np.float32(high - low), 0, 1)
+        windowed = window(image, self.hu_window)
         resized = windowed if windowed.shape == (self.image_size,) * 2 else resize(windowed, self.image_size)
-        steps = np.rint(resized * STEPS).astype(np.uint16)
-        return (steps.astype(np.float32) * np.float32(1 / STEPS) - np.float32(self.mean)) / np.float32(self.std + 1e-8)
+        values = quantise(resized).astype(np.float32) * np.float32(1 / STEPS)
+        return (values - np.float32(self.mean)) / np.float32(self.std + 1e-8)
 
 
 class Predictor:
@@ -116,13 +116,12 @@ class Predictor:
         self.abouts: list[dict[str, Any]] = []
         self._members = [self._load(run) for run in runs]
         first = self.abouts[0]
-        for run, about in zip(runs, self.abouts, strict=True):
-            for name in ALIKE:
-                if about[name] != first[name]:
-                    raise InputError(
-                        f"{run} has {name} {about[name]}, but {runs[0]} has {first[name]}: runs that predict together "
-                        "must agree on it."
-                    )
+        for (run, about), name in itertools.product(zip(runs, self.abouts, strict=True), ALIKE):
+            if about[name] != first[name]:
+                raise InputError(
+                    f"{run} has {name} {about[name]}, but {runs[0]} has {first[name]}: runs that predict together must "
+                    "agree on it."
+                )
         self.class_names: list[str] = first["class_names"]
         self.background_class = self.class_names.index(first["background_class"])
         self.lesion_classes = [self.class_names.index(name) for name in first["lesion_classes"]]
@@ -166,13 +165,12 @@ class Predictor:
 
     def _load_batch(self, read: ReadSlice, length: int, batch: Sequence[int]) -> tuple[tuple[int, int], list[Tensor]]:
         """The slices' own size, and for each member its images (B, in_channels, S, S)."""
-        context = self.context
-        around = {index: mirrored(index, context, length) for index in batch}
+        around = {index: mirrored(index, self.context, length) for index in batch}
         slices = {index: read(index) for index in sorted({one for places in around.values() for one in places})}
         images = []
         for member in self._members:
             ready = {index: member.prepare(image) for index, image in slices.items()}
-            own = slice(context - member.context, context + member.context + 1)
+            own = slice(self.context - member.context, self.context + member.context + 1)
             images.append(torch.from_numpy(np.stack([[ready[k] for k in around[index][own]] for index in batch])))
         height, width = slices[batch[0]].shape
         return (height, width), images
@@ -191,8 +189,7 @@ class Predictor:
                 probs = F.interpolate(probs, size, mode="bilinear", antialias=True)
             total = probs if total is None else total + probs
         assert total is not None
-        mean: NDArray[np.float32] = (total / self.num_passes).cpu().contiguous().numpy()
-        return mean
+        return np.asarray((total / self.num_passes).cpu().contiguous())
 
     def _forward(self, model: nn.Module, images: Tensor) -> Tensor:
         with torch.autocast(self.device.type, self._dtype, enabled=self._dtype is not None):

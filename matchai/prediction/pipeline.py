@@ -1,22 +1,16 @@
 """From runs and inputs that a user names to a folder of results: opened and checked, predicted, written, told."""
 
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from matchai.prediction.inference import Predictor
-from matchai.prediction.summaries import (
-    Submission,
-    affected_percent,
-    describe_volume,
-    write_label_table,
-    write_summaries,
-)
+from matchai.prediction.summaries import Submission, affected_text, describe_volume, write_label_table, write_summaries
 from matchai.prediction.volume_prediction import VolumeResult, check_volume, predict_volume
 from matchai.settings import PredictSettings
-from matchai.system import Display, InputError, make_folder
+from matchai.system import Display, InputError, Problems, make_folder, plural
 from matchai.training import BEST
 from matchai.volumes import TrainedOn, Volume, file_labels, kind_of, open_volume
 
@@ -48,10 +42,8 @@ def predict(settings: PredictSettings, display: Display | None = None) -> list[s
     volumes = _open_all(inputs, predictor, settings)
     _announce(volumes, runs, predictor, display)
     kaggle = Submission(volumes, predictor.lesion_classes) if settings.submission else None
-    try:
+    with closing(display):  # gives the terminal its cursor back, however this ends
         results, problems = _predict_all(volumes, predictor, settings, kaggle, display)
-    finally:
-        display.close()  # gives the terminal its cursor back, however this ends
     _write(settings.output, predictor, runs, results)
     if kaggle and settings.submission and not problems:
         kaggle.write(settings.submission)
@@ -61,15 +53,14 @@ def predict(settings: PredictSettings, display: Display | None = None) -> list[s
 
 def _announce(volumes: Sequence[Volume], runs: Sequence[Path], predictor: Predictor, display: Display) -> None:
     """Says what will be predicted, with what, and what should be known of it."""
-    for volume in volumes:
-        for note in volume.notes:
-            display.say(f"{volume.name}: {note}")
+    for name, note in ((volume.name, note) for volume in volumes for note in volume.notes):
+        display.say(f"{name}: {note}")
     for run, about in zip(runs, predictor.abouts, strict=True):
         if about["synthetic"]:
             display.warn(f"{run} has learnt from the synthetic phantom alone, and says nothing of patients.")
+    num_slices, passes = sum(volume.shape[0] for volume in volumes), "passes" if predictor.num_passes > 1 else "pass"
     display.say(
-        f"predicting {sum(volume.shape[0] for volume in volumes)} slices of {len(volumes)} input"
-        f"{'s' if len(volumes) > 1 else ''} by {predictor.num_passes} pass{'es' if predictor.num_passes > 1 else ''}; "
+        f"predicting {num_slices} slices of {plural(len(volumes), 'input')} by {predictor.num_passes} {passes}; "
         f"{predictor.device}, precision {predictor.precision}"
     )
 
@@ -83,29 +74,24 @@ def _predict_all(
 ) -> tuple[list[VolumeResult], list[str]]:
     """The results, and what kept the other volumes from having one."""
     results: list[VolumeResult] = []
-    problems: list[str] = []
+    problems = Problems()
     total, begun = sum(volume.shape[0] for volume in volumes), 0
 
     def show(done: int, _: int) -> None:
         display.show("predicting", begun + done, total)
 
     for volume in volumes:
-        try:
-            results.append(
-                predict_volume(
-                    volume,
-                    predictor,
-                    _folder_of(volume, volumes, settings.output),
-                    with_probabilities=settings.probabilities,
-                    with_uncertainty=settings.uncertainty,
-                    each=kaggle.add if kaggle else None,
-                    progress=show,
-                )
+        with problems.collect(), closing(volume):
+            result = predict_volume(
+                volume,
+                predictor,
+                _folder_of(volume, volumes, settings.output),
+                with_probabilities=settings.probabilities,
+                with_uncertainty=settings.uncertainty,
+                each=kaggle.add if kaggle else None,
+                progress=show,
             )
-        except InputError as error:
-            problems += error.problems
-        finally:
-            volume.close()
+            results.append(result)
         begun += volume.shape[0]
     return results, problems
 
@@ -114,9 +100,9 @@ def _open_all(inputs: Sequence[Path], predictor: Predictor, settings: PredictSet
     """Opens and looks at every input; raises InputError with the problems of all."""
     kinds = {TrainedOn(one["data_kind"], one["orientation"], tuple(one["rescale"])) for one in predictor.abouts}
     volumes: list[Volume] = []
-    problems: list[str] = []
+    problems = Problems()
     for path in inputs:
-        try:
+        with problems.collect():
             mine = [trained_on for trained_on in kinds if trained_on.kind == kind_of(path)]
             if len(mine) > 1 and settings.rescale is None:
                 raise InputError(
@@ -136,10 +122,7 @@ def _open_all(inputs: Sequence[Path], predictor: Predictor, settings: PredictSet
             volumes.append(volume)
             if len(inputs) > 1:
                 volume.close()  # what is unpacked on disk, all together, may be large
-        except InputError as error:
-            problems += error.problems
-    if problems:
-        raise InputError(*problems)
+    problems.raise_any()
     return volumes
 
 
@@ -152,18 +135,13 @@ def _listed(trained_on: Sequence[TrainedOn]) -> str:
 
 
 def _check_settings(settings: PredictSettings, inputs: Sequence[Path]) -> None:
-    output, submission, rescale, batch_size = (
-        settings.output,
-        settings.submission,
-        settings.rescale,
-        settings.batch_size,
-    )
+    output, submission, rescale = settings.output, settings.submission, settings.rescale
     if not inputs:
         raise InputError(
             "No input was given; after the run name a .npy array, a NIfTI file, or a folder of DICOM or picture files."
         )
-    if batch_size is not None and batch_size < 1:
-        raise InputError(f"batch_size is {batch_size}, but must be at least 1.")
+    if settings.batch_size is not None and settings.batch_size < 1:
+        raise InputError(f"batch_size is {settings.batch_size}, but must be at least 1.")
     if rescale is not None and not (np.isfinite(rescale).all() and rescale[0]):
         raise InputError(f"rescale is {rescale[0]:g} {rescale[1]:g}, but needs a slope other than 0 and an intercept.")
     kinds = sorted({kind_of(path) for path in inputs})
@@ -207,32 +185,25 @@ def _write(output: Path, predictor: Predictor, runs: Sequence[Path], results: Se
     inputs, slices = [], []
     for result in results:
         volume = result.volume
-        told = describe_volume(volume, result.pixels, names, predictor.lesion_classes, predictor.background_class)
-        files = {what: str(path.relative_to(output)) for what, path in result.files.items()}
         doubts = [one.uncertainty for one in result.slices if one.uncertainty is not None]
-        told["mean_uncertainty_of_lesions"] = float(np.mean(doubts)) if doubts else None
-        inputs.append({**told, "notes": list(volume.notes), "files": files})
+        mean_doubt = float(np.mean(doubts)) if doubts else None
+        files = {what: str(path.relative_to(output)) for what, path in result.files.items()}
+        more = {"mean_uncertainty_of_lesions": mean_doubt, "notes": list(volume.notes), "files": files}
+        inputs.append(describe_volume(volume, result.pixels, names, result.affected_percent) | more)
         for index, one in enumerate(result.slices):
-            row: dict[str, Any] = {"input": str(volume.path), "slice": index}
-            row |= {f"{name} pixels": int(count) for name, count in zip(names, one.pixels, strict=True)}
-            row["percent_of_lung_affected"] = affected_percent(
-                one.pixels, predictor.lesion_classes, predictor.background_class
-            )
-            slices.append({**row, "mean_uncertainty_of_lesions": one.uncertainty})
+            pixels = {f"{name} pixels": int(count) for name, count in zip(names, one.pixels, strict=True)}
+            found = {"percent_of_lung_affected": one.affected_percent, "mean_uncertainty_of_lesions": one.uncertainty}
+            slices.append({"input": str(volume.path), "slice": index, **pixels, **found})
     write_label_table(output / "labels.txt", names, predictor.background_class)
     write_summaries(output, about, inputs, slices)
 
 
 def _say(display: Display, predictor: Predictor, results: Sequence[VolumeResult], output: Path) -> None:
     for result in results:
-        share = affected_percent(result.pixels, predictor.lesion_classes, predictor.background_class)
-        found = "no lung found" if share is None else f"{share:.1f} % of the lung affected"
-        ml = result.volume.voxel_ml
-        if ml is not None:
-            lesions = ", ".join(
-                f"{predictor.class_names[c]} {result.pixels[c] * ml:,.1f} mL" for c in predictor.lesion_classes
-            )
-            found = f"{found}: {lesions}"
+        found, names = affected_text(result.affected_percent), predictor.class_names
+        if (ml := result.volume.voxel_ml) is not None:
+            lesions = (f"{names[c]} {result.pixels[c] * ml:,.1f} mL" for c in predictor.lesion_classes)
+            found = f"{found}: {', '.join(lesions)}"
         display.say(f"{result.volume.name}: {found}")
     if results:
         display.say(f"Masks, panels and numbers: {output}. For research only.")

@@ -27,12 +27,13 @@ def affected_percent(pixels: NDArray[np.int64], lesion_classes: Sequence[int], b
     return None if math.isnan(share) else share
 
 
+def affected_text(percent: float | None) -> str:
+    """What `affected_percent` found, in words."""
+    return "no lung found" if percent is None else f"{percent:.1f} % of the lung affected"
+
+
 def describe_volume(
-    volume: Volume,
-    pixels: NDArray[np.int64],
-    class_names: Sequence[str],
-    lesion_classes: Sequence[int],
-    background_class: int,
+    volume: Volume, pixels: NDArray[np.int64], class_names: Sequence[str], percent: float | None
 ) -> dict[str, Any]:
     """What was found in a volume, in numbers under names.
 
@@ -40,8 +41,7 @@ def describe_volume(
         volume: The volume.
         pixels: (C,) pixels of each class.
         class_names: (C,) names.
-        lesion_classes: Indices of the lesion classes.
-        background_class: Index of the background.
+        percent: Of `affected_percent`.
 
     Returns:
         `input`, `slices`, `voxel_ml`, `percent_of_lung_affected`, and for every class its pixels and millilitres.
@@ -53,7 +53,7 @@ def describe_volume(
         "rows": volume.shape[1],
         "columns": volume.shape[2],
         "spacing_mm": list(volume.spacing) if volume.spacing else None,
-        "percent_of_lung_affected": affected_percent(pixels, lesion_classes, background_class),
+        "percent_of_lung_affected": percent,
         "classes": {
             name: {"pixels": int(count), "ml": int(count) * ml if ml is not None else None}
             for name, count in zip(class_names, pixels, strict=True)
@@ -62,10 +62,7 @@ def describe_volume(
 
 
 def write_summaries(
-    folder: Path,
-    about: dict[str, Any],
-    inputs: Sequence[dict[str, Any]],
-    slices: Sequence[dict[str, Any]],
+    folder: Path, about: dict[str, Any], inputs: Sequence[dict[str, Any]], slices: Sequence[dict[str, Any]]
 ) -> None:
     """Writes summary.json, summary.csv (a row an input) and slices.csv (a row a slice).
 
@@ -81,8 +78,7 @@ def write_summaries(
     for one in inputs:
         row = {key: value for key, value in one.items() if not isinstance(value, dict | list)}
         row["spacing_mm"] = " ".join(f"{value:g}" for value in one["spacing_mm"] or ())
-        for name, found in one["classes"].items():
-            row |= {f"{name} pixels": found["pixels"], f"{name} ml": found["ml"]}
+        row |= {f"{name} {key}": value for name, found in one["classes"].items() for key, value in found.items()}
         rows.append(row)
     write_table(folder / "summary.csv", rows)
     write_table(folder / "slices.csv", slices)
@@ -109,8 +105,7 @@ def write_label_table(path: Path, class_names: Sequence[str], background_class: 
     lines = ["# label red green blue opacity visible mesh name"]
     for label, name, color in sorted(zip(file_labels(len(colors), background_class), class_names, colors, strict=True)):
         red, green, blue = (round(255 * part) for part in to_rgb(color))
-        shown = int(label > 0)
-        plain = name.replace('"', "'")
+        plain, shown = name.replace('"', "'"), int(label > 0)
         lines.append(f'{label:5} {red:5} {green:3} {blue:3} {shown:8} {shown:2} {shown:2}    "{plain}"')
     write_whole(path, "\n".join([*lines, ""]).encode())
 
@@ -140,8 +135,7 @@ class Submission:
 
     def add(self, pred: NDArray[np.uint8]) -> None:
         """Takes the class indices (H, W) of the next slice."""
-        is_lesion = pred[..., None] == self.lesion_classes
-        self._preds.write(np.packbits(is_lesion).tobytes())
+        self._preds.write(np.packbits(pred[..., None] == self.lesion_classes).tobytes())
         self._num_slices += 1
 
     def write(self, path: Path) -> None:

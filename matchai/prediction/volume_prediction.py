@@ -11,16 +11,15 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from matchai.data import THUMBNAIL, find_groups, resize
+from matchai.data import THUMBNAIL, find_groups, quantise, resize, window
 from matchai.drawing import draw_panels
 from matchai.prediction.inference import Predictor, ReadSlice, uncertainty
-from matchai.prediction.summaries import affected_percent
+from matchai.prediction.summaries import affected_percent, affected_text
 from matchai.system import InputError
-from matchai.volumes import STEPS, UPRIGHT, Volume, file_labels, implausible_range, turn
+from matchai.volumes import UPRIGHT, Volume, check_size, file_labels, implausible_range, turn
 
-LEAST = 32  # pixels of height and width
 NUM_PANELS = 6
-NUM_LOOKED_AT = 16  # slices whose range of values is checked before any is predicted
+NUM_INSPECTED = 16  # slices whose range of values is checked before any is predicted
 
 Progress = Callable[[int, int], None]
 
@@ -31,10 +30,12 @@ class SliceResult:
 
     Attributes:
         pixels: (C,) pixels of each class.
+        affected_percent: Pixels of lesions in percent of all that are not background; None where all are.
         uncertainty: Mean over the pixels of predicted lesions; None without them, or where it was not asked for.
     """
 
     pixels: NDArray[np.int64]
+    affected_percent: float | None
     uncertainty: float | None
 
 
@@ -45,18 +46,16 @@ class VolumeResult:
     Attributes:
         volume: The volume.
         slices: One result a slice.
+        pixels: (C,) pixels of each class.
+        affected_percent: Pixels of lesions in percent of all that are not background; None where all are.
         files: What was written, by what it shows.
     """
 
     volume: Volume
     slices: list[SliceResult]
+    pixels: NDArray[np.int64]
+    affected_percent: float | None
     files: dict[str, Path]
-
-    @property
-    def pixels(self) -> NDArray[np.int64]:
-        """(C,) pixels of each class."""
-        total: NDArray[np.int64] = np.sum([one.pixels for one in self.slices], axis=0)
-        return total
 
 
 def check_volume(volume: Volume, hu_windows: Sequence[tuple[float, float]]) -> None:
@@ -65,21 +64,16 @@ def check_volume(volume: Volume, hu_windows: Sequence[tuple[float, float]]) -> N
     Raises:
         InputError: If slices are too small, or their values are no HU.
     """
-    length, height, width = volume.shape
-    if min(height, width) < LEAST:
-        raise InputError(
-            f"{volume.path} has slices of {height}x{width} pixels, but at least {LEAST}x{LEAST} are needed."
-        )
-    places = np.unique(np.linspace(0, length - 1, NUM_LOOKED_AT).round().astype(int)).tolist()
-    looked_at = [_finite(volume, index) for index in places]
-    low, high = min(float(one.min()) for one in looked_at), max(float(one.max()) for one in looked_at)
+    check_size(volume.path, *volume.shape[1:])
+    places = np.unique(np.linspace(0, volume.shape[0] - 1, NUM_INSPECTED).round().astype(int)).tolist()
+    images = [_read_finite(volume, index) for index in places]
+    low, high = min(float(one.min()) for one in images), max(float(one.max()) for one in images)
     for hu_window in hu_windows:
-        problem = implausible_range(str(volume.path), low, high, hu_window, can_choose_window=False)
-        if problem:
+        if problem := implausible_range(str(volume.path), low, high, hu_window, can_choose_window=False):
             raise InputError(problem)
 
 
-def _finite(volume: Volume, index: int) -> NDArray[np.float32]:
+def _read_finite(volume: Volume, index: int) -> NDArray[np.float32]:
     image = volume.read(index)
     finite = np.isfinite(image)
     if not finite.all():
@@ -119,7 +113,7 @@ def predict_volume(
     length, names = volume.shape[0], predictor.class_names
 
     def read(index: int) -> NDArray[np.float32]:
-        return turn(_finite(volume, index), volume.orientation, predictor.orientation)
+        return turn(_read_finite(volume, index), volume.orientation, predictor.orientation)
 
     results: list[SliceResult] = []
     with ExitStack() as stack:
@@ -148,13 +142,19 @@ def predict_volume(
             files[what] = volume.save_map(folder, _mapped(file, np.uint16, volume.shape), what)
         files["panels"] = folder / f"{volume.name}_panels.png"
         _draw(volume, mask, results, predictor, files["panels"])
-    return VolumeResult(volume, results, files)
+    pixels = np.sum([one.pixels for one in results], axis=0)
+    return VolumeResult(volume, results, pixels, _affected(pixels, predictor), files)
 
 
 def _slice_result(pred: NDArray[np.uint8], doubt: NDArray[np.float32] | None, predictor: Predictor) -> SliceResult:
     is_lesion = np.isin(pred, predictor.lesion_classes)
     mean_doubt = float(doubt[is_lesion].mean()) if doubt is not None and is_lesion.any() else None
-    return SliceResult(np.bincount(pred.ravel(), minlength=len(predictor.class_names)), mean_doubt)
+    pixels = np.bincount(pred.ravel(), minlength=len(predictor.class_names))
+    return SliceResult(pixels, _affected(pixels, predictor), mean_doubt)
+
+
+def _affected(pixels: NDArray[np.int64], predictor: Predictor) -> float | None:
+    return affected_percent(pixels, predictor.lesion_classes, predictor.background_class)
 
 
 def _predict_each(volume: Volume, predictor: Predictor, read: ReadSlice) -> Iterator[NDArray[np.float32]]:
@@ -169,9 +169,8 @@ def _volumes_in(volume: Volume, predictor: Predictor, read: ReadSlice) -> list[t
     length = volume.shape[0]
     if predictor.context == 0 or volume.is_volume:
         return [(0, length)]
-    low, high = predictor.abouts[0]["hu_window"]
-    windowed = (np.clip((read(index) - low) / (high - low), 0, 1).astype(np.float32) for index in range(length))
-    thumbnails = np.stack([resize(one, THUMBNAIL) for one in windowed])
+    hu_window = predictor.abouts[0]["hu_window"]
+    thumbnails = np.stack([resize(window(read(index), hu_window), THUMBNAIL) for index in range(length)])
     numbers = find_groups(thumbnails, np.zeros(length, np.int64)).volumes
     borders = [0, *(np.flatnonzero(np.diff(numbers)) + 1).tolist(), length]
     return list(itertools.pairwise(borders))
@@ -179,7 +178,7 @@ def _volumes_in(volume: Volume, predictor: Predictor, read: ReadSlice) -> list[t
 
 def _in_steps(values: NDArray[np.float32], pred: NDArray[np.uint8] | None = None) -> NDArray[np.uint16]:
     """Numbers (C, H, W) in 0..1 in steps of 1 / 65535; the class of `pred`, if given, leads where they tie."""
-    steps = np.rint(np.clip(values, 0, 1) * STEPS).astype(np.uint16)
+    steps = quantise(np.clip(values, 0, 1))
     if pred is not None:
         top = steps.max(0)
         is_tie = (steps == top).sum(0) > 1
@@ -200,11 +199,9 @@ def _draw(
     candidates = np.flatnonzero(lesions) if lesions.any() else np.arange(len(results))
     spread = candidates[np.linspace(0, len(candidates) - 1, NUM_PANELS).round().astype(int)]
     rows = np.unique([*spread[:-1], int(lesions.argmax())] if lesions.any() else spread).tolist()
-    captions = []
-    for row in rows:
-        share = affected_percent(results[row].pixels, predictor.lesion_classes, predictor.background_class)
-        found = "no lung found" if share is None else f"{share:.1f} % of the lung affected"
-        captions.append(f"slice {row} of 0 to {len(results) - 1} · {found}")
+    captions = [
+        f"slice {row} of 0 to {len(results) - 1} · {affected_text(results[row].affected_percent)}" for row in rows
+    ]
     draw_panels(
         np.stack([turn(volume.read(row), volume.orientation, UPRIGHT) for row in rows]),
         None,

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from matchai.data import ArraySet, Data, SliceSet, find_groups
 from matchai.preflight.software import Finding
-from matchai.system import preparing_threads
+from matchai.system import plural, preparing_threads
+from matchai.volumes import format_shape
 
 NUM_BINS = 50
 NUM_OPENED = 10  # sets whose values are counted: a compressed volume takes a second to open
@@ -82,7 +83,7 @@ def check_values(values: Values, hu_window: tuple[float, float]) -> Finding:
     low, high = hu_window
     below, above = (f"{count / values.num_pixels:.1%}" for count in (values.below, values.above))
     text = (
-        f"Values: {values.low:g} to {values.high:g} HU in {_count(values.num_slices, 'slice')}; {below} of the pixels "
+        f"Values: {values.low:g} to {values.high:g} HU in {plural(values.num_slices, 'slice')}; {below} of the pixels "
         f"lie below the window and {above} above it. Between {low:g} and {high:g} HU:"
     )
     return Finding("ok", text, lines=[f"{INDENT}|{values.bars()}|"])
@@ -106,43 +107,26 @@ def class_table(data: Data, class_names: Sequence[str]) -> list[str]:
 def check_split(data: Data) -> list[Finding]:
     """Groups and their sides; slices, or look-alikes, that are on both sides of the split."""
     sides = [np.unique(data.groups[side]) for side in (data.train, data.val)]
-    text = (
-        f"Split: {len(data.train)} training slices in {_count(len(sides[0]), 'group')}, {len(data.val)} validation "
-        f"slices in {len(sides[1])}"
-    )
-    findings = [Finding("ok", text)]
-    if len(sides[1]) < 2:
-        remedy = "the figures have no interval; give groups.npy if these are several patients, or another --seed"
-        findings = [Finding("warning", text, remedy)]
+    train_groups = f"{len(data.train)} training slices in {plural(len(sides[0]), 'group')}"
+    text = f"Split: {train_groups}, {len(data.val)} validation slices in {len(sides[1])}"
+    remedy = "the figures have no interval; give groups.npy if these are several patients, or another --seed"
+    split = Finding("warning", text, remedy) if len(sides[1]) < 2 else Finding("ok", text)
     digests = [hashlib.blake2b(np.asarray(image).tobytes()).digest() for image in data.slices.images]
     train = {digests[index]: index for index in data.train}
     twins = [(train[digests[index]], index) for index in data.val if digests[index] in train]
     if twins:
         shown = ", ".join(f"{first} and {second}" for first, second in twins[:5]) + (" ..." if twins[5:] else "")
-        findings.append(
-            Finding(
-                "warning",
-                f"Duplicates: {len(twins)} validation slices are identical to training slices ({shown}), so the "
-                "validation figures will be too good",
-                "give identical slices one group in groups.npy, or leave one of them out",
-            )
-        )
-        return findings
+        identical = f"Duplicates: {len(twins)} validation slices are identical to training slices ({shown})"
+        remedy = "give identical slices one group in groups.npy, or leave one of them out"
+        return [split, Finding("warning", f"{identical}, so the validation figures will be too good", remedy)]
     alike = find_groups(data.slices.thumbnails, np.asarray(data.slices.sets)).groups
     torn = np.intersect1d(alike[data.train], alike[data.val])
     if len(torn):
-        num_slices = int(np.isin(alike, torn).sum())
-        findings.append(
-            Finding(
-                "warning",
-                f"Look-alikes: {num_slices} slices in {_count(len(torn), 'set')} of neighbours or near-duplicates are "
-                "on both sides of the split",
-                "check groups.npy: slices of one patient or volume must have one group",
-            )
-        )
-    else:
-        findings.append(Finding("ok", "Duplicates: no slice, and none that looks alike, is on both sides of the split"))
-    return findings
+        look_alikes = f"{np.isin(alike, torn).sum()} slices in {plural(len(torn), 'set')} of neighbours"
+        text = f"Look-alikes: {look_alikes} or near-duplicates are on both sides of the split"
+        remedy = "check groups.npy: slices of one patient or volume must have one group"
+        return [split, Finding("warning", text, remedy)]
+    return [split, Finding("ok", "Duplicates: no slice, and none that looks alike, is on both sides of the split")]
 
 
 def check_sampler(
@@ -179,18 +163,14 @@ def _spread(length: int, most: int) -> list[int]:
     return sorted(set(np.linspace(0, length - 1, min(most, length)).round().astype(int).tolist()))
 
 
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
 def describe_sets(sets: Sequence[SliceSet]) -> Finding:
     """How many slices there are, with a line a set: its slices, their size, and how they are stored."""
     lines = []
     for one in sets[:NUM_NAMED]:
         height, width = one.shape
         kind = f", {one.images.dtype} images, {one.masks.dtype} masks" if isinstance(one, ArraySet) else ""
-        grid = f", {' x '.join(f'{length:g}' for length in one.spacing)} mm" if one.spacing else ""
-        lines.append(f"{INDENT}{one.name}: {_count(len(one), 'slice')} of {height} x {width} pixels{kind}{grid}")
+        grid = f", {format_shape(one.spacing, 'g')} mm" if one.spacing else ""
+        lines.append(f"{INDENT}{one.name}: {plural(len(one), 'slice')} of {height} x {width} pixels{kind}{grid}")
     if sets[NUM_NAMED:]:
         lines.append(f"{INDENT}and {len(sets) - NUM_NAMED} more")
-    return Finding("ok", f"Data: {_count(sum(map(len, sets)), 'slice')} in {_count(len(sets), 'set')}:", lines=lines)
+    return Finding("ok", f"Data: {plural(sum(map(len, sets)), 'slice')} in {plural(len(sets), 'set')}:", lines=lines)

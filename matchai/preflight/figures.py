@@ -3,6 +3,7 @@
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -28,9 +29,8 @@ def draw_histogram(counts: NDArray[np.int64], hu_window: tuple[float, float], pa
     """
     figure = Figure(figsize=(8, 3), dpi=DPI, facecolor=PAPER, layout="constrained")
     axes = figure.add_subplot()
-    axes.stairs(
-        counts / max(int(counts.sum()), 1) * 100, np.linspace(*hu_window, len(counts) + 1), fill=True, color=TRAIN_COLOR
-    )
+    percent = counts / max(int(counts.sum()), 1) * 100
+    axes.stairs(percent, np.linspace(*hu_window, len(counts) + 1), fill=True, color=TRAIN_COLOR)
     axes.set_title(title, loc="left", fontsize=9, color=INK, parse_math=False)
     axes.set_xlabel("HU", fontsize=8, color=MUTED)
     axes.set_ylabel("% of the pixels", fontsize=8, color=MUTED)
@@ -67,26 +67,22 @@ def draw_slices(
     figure = Figure(figsize=(width, height), dpi=DPI, facecolor=PAPER)
     colors = dict(enumerate(class_colors(len(class_names), background_class)))
     del colors[background_class]
-    figure.text(
-        0.1 / width, 1 - 0.2 / height, title, fontsize=10, color=INK, weight="bold", va="center", parse_math=False
-    )
+    plain: dict[str, Any] = {"va": "center", "parse_math": False}
+    figure.text(0.1 / width, 1 - 0.2 / height, title, fontsize=10, color=INK, weight="bold", **plain)
     keys = [Patch(color=color, label=" " + class_names[index]) for index, color in colors.items()]
-    legend = figure.legend(
-        handles=keys, loc="center left", bbox_to_anchor=(0, 1 - 0.48 / height), ncols=8, fontsize=8, frameon=False
-    )
+    place = (0, 1 - 0.48 / height)
+    legend = figure.legend(handles=keys, loc="center left", bbox_to_anchor=place, ncols=8, fontsize=8, frameon=False)
     for text in legend.get_texts():
         text.set_parse_math(False)
     for number, (image, target, caption) in enumerate(zip(images, targets, captions, strict=True)):
         row, side = divmod(number, 2)
         bottom = 1 - (head + row * (PANEL + ROOM) + PANEL) / height
         left = 0.1 + side * (2 * PANEL + 0.25)
-        for place, labels in enumerate((np.full_like(target, background_class), target)):
-            corner = (left + place * (PANEL + 0.05)) / width
+        for column, labels in enumerate((np.full_like(target, background_class), target)):
+            corner = (left + column * (PANEL + 0.05)) / width
             axes = figure.add_axes((corner, bottom, PANEL / width, PANEL / height))
             fill_panel(axes, image.astype(np.float64), labels, colors)
-        figure.text(
-            left / width, bottom - 0.13 / height, caption, fontsize=7.5, color=MUTED, va="center", parse_math=False
-        )
+        figure.text(left / width, bottom - 0.13 / height, caption, fontsize=7.5, color=MUTED, **plain)
     _save(figure, path)
 
 

@@ -1,8 +1,10 @@
 """The machine's devices, cores, memory, disks and threads, checked as a training would use them."""
 
+import contextlib
 import math
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -47,21 +49,20 @@ def check_devices(device: torch.device) -> list[Finding]:
     return [*findings, *_check_cpu()]
 
 
-def _check_cpu() -> list[Finding]:
+def _check_cpu() -> Iterator[Finding]:
     cores, granted = num_cores(), _granted_cores()
     text = f"CPU: {cores} of {os.cpu_count()} cores, {'native' if cpu_has_bf16() else 'no native'} bf16"
     if granted < cores:
         threads = max(1, math.floor(granted))
         text += f", but the container grants the time of {granted:g} alone"
-        findings = [Finding("warning", text, f"set OMP_NUM_THREADS={threads}, or grant it more (docker run --cpus)")]
+        yield Finding("warning", text, f"set OMP_NUM_THREADS={threads}, or grant it more (docker run --cpus)")
     else:
-        findings = [Finding("ok", text)]
+        yield Finding("ok", text)
     memory = _free_memory()
     if memory is not None:
         text = f"Memory: {memory / 1e9:.1f} GB free"
         remedy = "choose a smaller --image-size or --encoder, or --accumulate 2 or more"
-        findings.append(Finding("warning", text, remedy) if memory < FEW_MEMORY else Finding("ok", text))
-    return findings
+        yield Finding("warning", text, remedy) if memory < FEW_MEMORY else Finding("ok", text)
 
 
 def check_kernels() -> Finding:
@@ -140,12 +141,8 @@ def check_shared_memory(num_workers: int, batch_size: int, channels: int, image_
 
 def _granted_cores() -> float:
     """The time that control groups grant, in cores; infinite without a limit."""
-    granted = math.inf
-    for text in _control("cpu.max"):
-        quota, period = text.split()[:2]
-        if quota != "max":
-            granted = min(granted, int(quota) / int(period))
-    return granted
+    limits = (text.split()[:2] for text in _control("cpu.max"))
+    return min((int(quota) / int(period) for quota, period in limits if quota != "max"), default=math.inf)
 
 
 def _free_memory() -> float | None:
@@ -155,11 +152,8 @@ def _free_memory() -> float | None:
         free = float(next(line.split()[1] for line in lines if line.startswith("MemAvailable"))) * 1024
     except (OSError, StopIteration):
         return None
-    limits, used = _control("memory.max"), _control("memory.current")
-    for limit, taken in zip(limits, used, strict=False):
-        if limit.strip() != "max":
-            free = min(free, float(limit) - float(taken))
-    return free
+    limits = zip(_control("memory.max"), _control("memory.current"), strict=False)
+    return min([free, *(float(limit) - float(used) for limit, used in limits if limit.strip() != "max")])
 
 
 def _control(name: str) -> list[str]:
@@ -172,8 +166,6 @@ def _control(name: str) -> list[str]:
     folders = [root / place, *(root / place).parents]
     texts = []
     for folder in folders[: folders.index(root) + 1] if root in folders else [root]:
-        try:
+        with contextlib.suppress(OSError):
             texts.append((folder / name).read_text(encoding="ascii"))
-        except OSError:
-            continue
     return texts

@@ -2,14 +2,15 @@
 
 import os
 import tempfile
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from matchai.data import STEPS, THUMBNAIL, Data, open_sets
+from matchai.data import STEPS, Data, bytes_per_slice, open_sets
 from matchai.preflight.data import (
     check_sampler,
     check_split,
@@ -62,8 +63,7 @@ def check_training(config: TrainConfig, pictures: Path) -> Iterator[Finding]:
     yield check_threads(device.type, num_cores())
     yield from check_launcher(torch.cuda.device_count())
     yield from check_trackers(config.machine.tracker)
-    workers = config.machine.num_workers
-    workers = default_workers(device, 1) if workers is None else workers
+    workers = default_workers(device, 1) if config.machine.num_workers is None else config.machine.num_workers
     channels, size = 2 * config.network.context + 1, config.input.image_size
     yield check_shared_memory(workers, config.sampling.batch_size, channels, size)
     yield check_encoder(config.network.encoder, "none" if config.run.init else config.network.encoder_weights)
@@ -83,8 +83,7 @@ def check_training(config: TrainConfig, pictures: Path) -> Iterator[Finding]:
             num_slices = len(data.slices)
         except InputError as error:
             yield from _problems(error.problems)
-    need = num_slices * (size**2 * 3 + THUMBNAIL**2 * 4)
-    yield check_disk(config.input.cache or Path("runs") / "cache", "--cache", need)
+    yield check_disk(config.input.cache or Path("runs") / "cache", "--cache", num_slices * bytes_per_slice(size))
     yield check_disk(Path("runs"), "--output")
 
 
@@ -92,14 +91,11 @@ def _check_data(config: TrainConfig, device: torch.device, pictures: Path) -> Ge
     """Reads the data as training would; returns them, or raises InputError with its problems."""
     settings, names = config.input, config.input.class_names
     assert settings.data is not None
-    _open_pictures(pictures)
+    _make_picture_folder(pictures)
     # the slices are prepared as training does it, but for this once
     with tempfile.TemporaryDirectory(dir=pictures, prefix=PREPARING) as cache:
-        display = Display(True)
-        try:
+        with closing(Display(True)) as display:
             data = read(config, Path(cache), display)
-        finally:
-            display.close()
         sets = open_sets(settings.data, settings, Path(cache))
         yield describe_sets(sets)
         yield from (Finding("ok", f"Note: {note}") for note in data.notes)
@@ -107,21 +103,21 @@ def _check_data(config: TrainConfig, device: torch.device, pictures: Path) -> Ge
         yield check_values(values, settings.hu_window)
         yield Finding("ok", "Classes, at training size:", lines=class_table(data, names))
         yield from check_split(data)
-        targets = config.sampling.target_classes
-        places = [names.index(name) for name in targets]
-        yield check_sampler(data.presence()[data.train], places, targets, config.sampling.sampler_weight)
+        sampling, presence = config.sampling, data.presence()[data.train]
+        targets = [names.index(name) for name in sampling.target_classes]
+        yield check_sampler(presence, targets, sampling.target_classes, sampling.sampler_weight)
         yield from _problems(step_problems(config, len(data.train), 1, device))
         _draw(config, data, values.counts, pictures)
     yield Finding("ok", f"Pictures: {pictures / HISTOGRAM} and {pictures / PANELS}")
     return data
 
 
-def _problems(sentences: list[str] | tuple[str, ...]) -> Iterator[Finding]:
+def _problems(sentences: Sequence[str]) -> Iterator[Finding]:
     """Findings in the words in which training would refuse to start; the sentences hold their remedies."""
     return (Finding("problem", sentence) for sentence in sentences)
 
 
-def _open_pictures(folder: Path) -> None:
+def _make_picture_folder(folder: Path) -> None:
     """Makes the folder of the pictures, or finds it with nothing else in it; raises InputError otherwise."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -147,14 +143,14 @@ def _draw(config: TrainConfig, data: Data, counts: NDArray[np.int64], folder: Pa
     settings, names = config.input, list(config.input.class_names)
     source = settings.data.resolve().name if settings.data else ""
     draw_histogram(counts, settings.hu_window, folder / HISTOGRAM, title=f"{source}: values within the window")
-    rows = choose_slices(data, [names.index(name) for name in settings.lesion_classes])
+    rows = choose_slices(data, settings.lesion_indices)
     sides = dict.fromkeys(data.train, "training") | dict.fromkeys(data.val, "validation")
     draw_slices(
         turn(data.slices.images[rows].astype(np.float32) / STEPS, data.orientation, UPRIGHT),
         turn(data.slices.targets[rows], data.orientation, UPRIGHT),
         [f"slice {row}, group {data.groups[row]}, {sides[row]}" for row in rows],
         names,
-        names.index(settings.background_class),
+        settings.background_index,
         folder / PANELS,
         title=f"{source}: slices and masks; the patient's front must be at the top, the left side at the right",
     )

@@ -66,16 +66,16 @@ def check_packages() -> list[Finding]:
     python, wanted = ".".join(map(str, sys.version_info[:3])), about["Requires-Python"] or ""
     if not SpecifierSet(wanted).contains(python, prereleases=True):
         findings.append(Finding("problem", f"Python {python}, but {wanted} is needed", "make an environment with it"))
-    fitting, wrong = [], []
+    fitting = []
     for requirement in map(Requirement, metadata.requires("matchai") or ()):
         if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
             continue
         version = _version(requirement.name)
         if version is None or not requirement.specifier.contains(version, prereleases=True):
-            wrong.append(f'"{requirement.name}{requirement.specifier}"')
             found = f"{requirement.name} {version or 'is not installed'}"
             need = f", but {requirement.specifier} is needed" if version else ""
-            findings.append(Finding("problem", found + need, f"`pip install {wrong[-1]}`"))
+            remedy = f'`pip install "{requirement.name}{requirement.specifier}"`'
+            findings.append(Finding("problem", found + need, remedy))
         else:
             fitting.append(f"{requirement.name} {version}")
     if not findings:
@@ -116,9 +116,8 @@ def check_torch() -> Finding:
         said = str(error).strip() or type(error).__name__
         return Finding("problem", f"{pair} do not load together ({said.splitlines()[0]}{fault})", remedy)
     if fault:
-        return Finding(
-            "warning", f"{pair} load together, but were not made for each other ({fault.lstrip('; ')})", remedy
-        )
+        text = f"{pair} load together, but were not made for each other ({fault.lstrip('; ')})"
+        return Finding("warning", text, remedy)
     return Finding("ok", f"{pair} fit each other")
 
 
@@ -165,12 +164,9 @@ def check_launcher(num_gpus: int) -> list[Finding]:
         text = f"{here} is here; accelerate launch reads it with --config_file {here}, and not without"
         findings.append(Finding("ok", text))
     home = Path(os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface")
-    for name in ("default_config.yaml", "default_config.json"):
-        default = home.expanduser() / "accelerate" / name
-        if default.exists():
-            findings.append(_check_default_config(default, num_gpus))
-            break
-    return findings
+    defaults = [home.expanduser() / "accelerate" / f"default_config.{suffix}" for suffix in ("yaml", "json")]
+    existing = [path for path in defaults if path.exists()]
+    return findings + [_check_default_config(path, num_gpus) for path in existing[:1]]
 
 
 def _check_default_config(path: Path, num_gpus: int) -> Finding:
@@ -178,11 +174,8 @@ def _check_default_config(path: Path, num_gpus: int) -> Finding:
 
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-        shown = {
-            name: settings[name]
-            for name in ("distributed_type", "num_processes", "mixed_precision")
-            if name in settings
-        }
+        names = ("distributed_type", "num_processes", "mixed_precision")
+        shown = {name: settings[name] for name in names if name in settings}
     except (OSError, ValueError, TypeError, yaml.YAMLError):
         return Finding("warning", f"{path}, which accelerate launch reads, is damaged", "remove it")
     text = f"accelerate launch without --config_file reads {path}: " + ", ".join(f"{k} {v}" for k, v in shown.items())
@@ -221,9 +214,8 @@ def _check_imagenet(encoder: str) -> Finding:
     reason = _why_hub_is_out_of_reach()
     if reason is None:
         return Finding("ok", f"The ImageNet weights of {encoder} will be fetched: the hub, or the proxy to it, answers")
-    return Finding(
-        "problem", f"The ImageNet weights of {encoder} are not in the local cache, and {reason}", OTHER_WEIGHTS
-    )
+    text = f"The ImageNet weights of {encoder} are not in the local cache, and {reason}"
+    return Finding("problem", text, OTHER_WEIGHTS)
 
 
 def _is_cached(repo_id: str, revision: str | None, names: Sequence[str]) -> bool:
@@ -238,25 +230,24 @@ def _why_hub_is_out_of_reach() -> str | None:
 
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE keeps them from being fetched"
-    proxy = next(
-        (urllib.request.getproxies()[kind] for kind in ("https", "http") if kind in urllib.request.getproxies()), ""
-    )
+    proxies = urllib.request.getproxies()
+    proxy = proxies.get("https") or proxies.get("http") or ""
     address = urlsplit(proxy if "//" in proxy else f"//{proxy}") if proxy else urlsplit(constants.ENDPOINT)
     port = address.port or (80 if proxy else 443)
-    told: list[str | None] = []
+    outcome: list[str | None] = []
 
     def connect() -> None:
         try:
             socket.create_connection((address.hostname or "", port), timeout=HUB_PATIENCE).close()
-            told.append(None)
+            outcome.append(None)
         except OSError as error:
-            told.append(error.strerror or str(error))
+            outcome.append(error.strerror or str(error))
 
     # beside, as the search for the name of a host takes what time it likes
     thread = threading.Thread(target=connect, daemon=True)
     thread.start()
     thread.join(HUB_PATIENCE + 0.5)
-    reason = told[0] if told else f"no answer in {HUB_PATIENCE:g} s"
+    reason = outcome[0] if outcome else f"no answer in {HUB_PATIENCE:g} s"
     return reason and f"the {'proxy' if proxy else 'hub'} {address.hostname} cannot be reached ({reason})"
 
 

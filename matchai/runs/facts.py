@@ -118,11 +118,6 @@ class RunFacts:
         return list(self.config.input.class_names)
 
     @property
-    def lesions(self) -> list[int]:
-        """Indices of the lesion classes."""
-        return [self.class_names.index(name) for name in self.config.input.lesion_classes]
-
-    @property
     def is_finished(self) -> bool:
         """Whether all epochs are done."""
         return len(self.history) >= self.config.optimisation.epochs
@@ -168,7 +163,7 @@ class RunFacts:
             return []
         if self.confusions is None:
             return _standings_of_row(self.best, self.class_names)
-        return _standings(self.confusions, self.val_groups, self.class_names, self.lesions)
+        return _standings(self.confusions, self.val_groups, self.class_names, self.config.input.lesion_indices)
 
     def score(self, name: str, metric: str = "Dice") -> Score:
         """A figure of `standings`; undefined where there is none."""

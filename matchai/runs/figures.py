@@ -44,9 +44,7 @@ def draw_figures(
     """
     draw_charts(folder, history, confusions, config, epoch=epoch)
     names = list(config.input.class_names)
-    background = names.index(config.input.background_class)
-    source = _source(config)
-    ranked, dice = rank_by_lesion_dice(confusions, [names.index(name) for name in config.input.lesion_classes])
+    ranked, dice = rank_by_lesion_dice(confusions, config.input.lesion_indices)
     middle = max(0, len(ranked) // 2 - NUM_TYPICAL // 2)
     choices = {"panels": ranked[middle : middle + NUM_TYPICAL], "worst": ranked[:NUM_WORST]}
     dataset = dataset_of(config, data, data.val)
@@ -66,10 +64,10 @@ def draw_figures(
             preds,
             [f"slice {data.val[row]} · lesion Dice of this slice {dice[row]:.2f}" for row in rows],
             names,
-            background,
+            config.input.background_index,
             config.input.hu_window,
             folder / f"{name}.png",
-            title=f"{kind} at epoch {epoch}: {source}",
+            title=f"{kind} at epoch {epoch}: {_source(config)}",
         )
 
 
@@ -90,7 +88,7 @@ def draw_charts(
     about = _source(config) + ("" if confusions is None else f", {len(confusions)} validation slices")
     draw_learning_curves(history, folder / "learning_curves.png", title=f"Learning curves: {about}")
     title = f"Dice per class, pooled over pixels: {about}"
-    background = names.index(config.input.background_class)
+    background = config.input.background_index
     draw_dice_per_class(history, names, folder / "dice_per_class.png", title=title, background_class=background)
     if confusions is not None:
         title = f"Confusion matrix at epoch {epoch}: {about}"

@@ -6,6 +6,7 @@ import numpy as np
 
 from matchai.metrics import MAX_UNDEFINED
 from matchai.runs.facts import ALL_CLASSES, LESION_CLASSES, RunFacts
+from matchai.system import plural
 
 FEW_SLICES, FEW_GROUPS = 50, 10
 
@@ -30,7 +31,7 @@ def limits(facts: RunFacts) -> list[str]:
         sentences.append(f"The split divides no group; {settings.groups_name} says what a group is.")
     if len(facts.history) > 1:
         sentences.append(
-            f"The same validation slices chose the best of {count(len(facts.history), 'epoch')}, so the figures "
+            f"The same validation slices chose the best of {plural(len(facts.history), 'epoch')}, so the figures "
             "flatter it. Slices that took no part tell more: python -m matchai.evaluate."
         )
     easy = [name for name in facts.class_names if name not in settings.lesion_classes]
@@ -43,11 +44,11 @@ def limits(facts: RunFacts) -> list[str]:
         sentences.append("There is no interval, as all validation slices are of one group: more groups give one.")
     elif num_groups < FEW_GROUPS:
         sentences.append(
-            f"{count(num_groups, 'group')} in the validation are few: an interval from them is rough, and rather too "
+            f"{plural(num_groups, 'group')} in the validation are few: an interval from them is rough, and rather too "
             "narrow."
         )
     if num_slices < FEW_SLICES:
-        sentences.append(f"{count(num_slices, 'validation slice')} are few: a single one moves the figures.")
+        sentences.append(f"{plural(num_slices, 'validation slice')} are few: a single one moves the figures.")
     for one in facts.standings[: len(facts.class_names)]:
         if np.isnan(one.scores["Dice"].value):
             sentences.append(
@@ -56,7 +57,7 @@ def limits(facts: RunFacts) -> list[str]:
             )
         elif one.num_slices is not None and one.num_slices < min(10, num_slices / 2):
             sentences.append(
-                f"Only {count(one.num_slices, 'validation slice')} show{'s' * (one.num_slices == 1)} {one.name}."
+                f"Only {plural(one.num_slices, 'validation slice')} show{'s' * (one.num_slices == 1)} {one.name}."
             )
         left_out = one.scores["Dice"].undefined
         if one.scores["Dice"].has_interval and left_out > MAX_UNDEFINED:
@@ -77,15 +78,10 @@ def tell_result(facts: RunFacts) -> str:
     mean, lesion = facts.score(ALL_CLASSES), facts.score(LESION_CLASSES)
     confidence = f"{'rough ' * (facts.num_val_groups < FEW_GROUPS)}95 % interval "
     means = f"mean Dice {mean.tell(confidence)}, lesion Dice {lesion.tell()}"
-    groups = f" in {count(facts.num_val_groups, 'group')}"
-    return f"{means}, pooled over {count(len(facts.val), 'validation slice')}{groups} of {facts.source}"
+    groups = f" in {plural(facts.num_val_groups, 'group')}"
+    return f"{means}, pooled over {plural(len(facts.val), 'validation slice')}{groups} of {facts.source}"
 
 
 def enumerate_names(names: Sequence[str]) -> str:
     """The names as in a sentence: "a, b and c"."""
     return " and ".join([*([", ".join(names[:-1])] if len(names) > 1 else []), *names[-1:]]) or "no class"
-
-
-def count(number: int, noun: str) -> str:
-    """A number and its noun, in the plural where it is due."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"

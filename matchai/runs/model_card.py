@@ -7,8 +7,8 @@ from typing import Any
 
 from matchai.metrics import NUM_RESAMPLES
 from matchai.runs.facts import METRICS, RunFacts
-from matchai.runs.limits import count, enumerate_names, limits, tell_result
-from matchai.system import InputError, write_whole
+from matchai.runs.limits import enumerate_names, limits, tell_result
+from matchai.system import InputError, plural, write_whole
 from matchai.training import BEST
 
 CARD = "MODEL_CARD.md"
@@ -102,10 +102,10 @@ def _data(facts: RunFacts) -> str:
         "found": "the groups were found by likeness",
     }
     lines = [
-        f"{facts.source[0].upper()}{facts.source[1:]}: {count(len(facts.groups), 'slice')} in "
-        f"{count(num_groups, 'group')} ({sources[facts.grouping]}).",
+        f"{facts.source[0].upper()}{facts.source[1:]}: {plural(len(facts.groups), 'slice')} in "
+        f"{plural(num_groups, 'group')} ({sources[facts.grouping]}).",
         f"Split: {sides}, whole groups only, seed {run.seed}: {len(facts.train)} training and {len(facts.val)} "
-        f"validation slices, the latter in {count(facts.num_val_groups, 'group')}.",
+        f"validation slices, the latter in {plural(facts.num_val_groups, 'group')}.",
     ]
     digests: dict[str, str] = facts.recorded.get("data", {})
     if not all(name.endswith(".npy") for name in digests):

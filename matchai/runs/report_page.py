@@ -19,9 +19,9 @@ from matchai.runs.facts import (
     RunFacts,
     rank_by_lesion_dice,
 )
-from matchai.runs.limits import count, limits, tell_result
+from matchai.runs.limits import limits, tell_result
 from matchai.settings import FREE, LEAVES, PLACE, TrainConfig
-from matchai.system import write_whole
+from matchai.system import plural, write_whole
 
 PAGE = "report.html"
 NUM_WORST = 8
@@ -95,9 +95,9 @@ def _answer(facts: RunFacts) -> Answer:
     note = " That is no patient's data." if facts.is_synthetic else ""
     epoch, result = facts.best["epoch"], tell_result(facts)
     if not facts.is_finished:
-        done = f"Unfinished, {len(facts.history)} of {count(epochs, 'epoch')}"
+        done = f"Unfinished, {len(facts.history)} of {plural(epochs, 'epoch')}"
         return Answer(f"{done}; the best so far is epoch {epoch}: {result}.{note}", "open")
-    return Answer(f"The best of {count(epochs, 'epoch')} is epoch {epoch}: {result}.{note}")
+    return Answer(f"The best of {plural(epochs, 'epoch')} is epoch {epoch}: {result}.{note}")
 
 
 def _reading(facts: RunFacts) -> str:
@@ -145,12 +145,13 @@ def _worst(facts: RunFacts, pictures: Mapping[str, bytes]) -> list[Piece]:
     picture = _picture(facts, pictures, "worst")
     if facts.confusions is None:
         return picture
-    ranked, dice = rank_by_lesion_dice(facts.confusions, facts.lesions)
+    ranked, dice = rank_by_lesion_dice(facts.confusions, facts.config.input.lesion_indices)
     groups, truth, pred = facts.val_groups, facts.confusions.sum(2), facts.confusions.sum(1)
+    lesions = facts.config.input.lesion_indices
     lines = []
     for row in ranked[:NUM_WORST]:
-        sizes = [f"{int(sizes[row, facts.lesions].sum()):,}" for sizes in (truth, pred)]
-        reason = explain(facts.confusions[row], facts.class_names, facts.lesions)
+        sizes = [f"{int(sizes[row, lesions].sum()):,}" for sizes in (truth, pred)]
+        reason = explain(facts.confusions[row], facts.class_names, lesions)
         lines.append([str(facts.val[row]), f"{dice[row]:.2f}", reason, *sizes, str(groups[row])])
     head = ["slice", "Dice", "why", "true lesion", "found lesion", "group"]
     caption = (
@@ -161,15 +162,19 @@ def _worst(facts: RunFacts, pictures: Mapping[str, bytes]) -> list[Piece]:
     pieces: list[Piece] = (
         [Table(head, lines, caption=caption)] if lines else [Text("No validation slice shows a lesion.")]
     )
-    false = false_lesion(facts.confusions, facts.lesions)
-    num_healthy = int((truth[:, facts.lesions].sum(1) == 0).sum())
+    false = false_lesion(facts.confusions, lesions)
+    num_healthy = int((truth[:, lesions].sum(1) == 0).sum())
     if num_healthy:
         order = sorted(np.flatnonzero(false).tolist(), key=lambda row: -int(false[row]))
         found = [
-            [str(facts.val[row]), str(groups[row]), explain(facts.confusions[row], facts.class_names, facts.lesions)]
+            [
+                str(facts.val[row]),
+                str(groups[row]),
+                explain(facts.confusions[row], facts.class_names, lesions),
+            ]
             for row in order[:NUM_WORST]
         ]
-        told = f"{count(num_healthy, 'validation slice')} without a lesion; in {len(order)} of them one is found."
+        told = f"{plural(num_healthy, 'validation slice')} without a lesion; in {len(order)} of them one is found."
         pieces += [Text(told), *([Table(["slice", "group", "what"], found)] if found else [])]
     return [*pieces, *picture]
 
@@ -267,7 +272,7 @@ def _provenance(facts: RunFacts) -> list[list[str]]:
     lines += [[f"version of {name}", str(version)] for name, version in recorded.get("versions", {}).items()]
     if facts.history:
         seconds = _known(facts.history, "seconds")
-        lines.append(["time of all epochs", f"{sum(seconds) / 60:.1f} min, {count(len(facts.history), 'epoch')}"])
+        lines.append(["time of all epochs", f"{sum(seconds) / 60:.1f} min, {plural(len(facts.history), 'epoch')}"])
         rate, wait = _known(facts.history, "images_per_second"), _known(facts.history, "data_wait_share")
         if rate:
             lines.append(["training speed", f"{np.median(rate):.1f} slices a second (median epoch)"])

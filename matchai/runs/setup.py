@@ -10,15 +10,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import (
-    DistributedDataParallelKwargs,
-    GradScalerKwargs,
-    ProjectConfiguration,
-    broadcast_object_list,
-)
+from accelerate.utils import DistributedDataParallelKwargs, GradScalerKwargs, ProjectConfiguration
 from torch import nn
 
 from matchai.data import Data, built_in_phantom, read_data
@@ -30,6 +25,7 @@ from matchai.system import (
     alone,
     check_agreement,
     check_launch,
+    decide,
     join_group,
     machine,
     num_restarts,
@@ -80,11 +76,11 @@ def set_up(config: TrainConfig, output: Path, display: Display | None, stack: Ex
     display = display or Display(accelerator.is_main_process)
     stack.callback(display.close)
     greet(config, display)
-    problems += on_main(accelerator, lambda: open_output(output, config, stack, display))
+    problems += decide(lambda: open_output(output, config, stack, display))
     data, model = _read_and_build(config, output, accelerator, display, problems)
     check_agreement(data.digests, "all of them must read the same slices.")
     record = make_record(accelerator, data, precision)
-    problems += on_main(accelerator, lambda: check_experiment(output, config, record))
+    problems += decide(lambda: check_experiment(output, config, record))
     if problems:
         raise InputError(*problems)
     if accelerator.is_main_process:
@@ -101,13 +97,13 @@ def _read_and_build(
     is_resuming = any((output / checkpoint.LAST).glob("state-*"))
     data, model = None, None
     try:
-        data = on_main_first(accelerator, lambda: read(config, cache, display))
+        data = on_main_first(lambda: read(config, cache, display))
         problems += step_problems(config, len(data.train), accelerator.num_processes, accelerator.device)
     except InputError as error:
         problems += error.problems
     display.close()
     try:
-        model = on_main_first(accelerator, lambda: build_model_of(config, is_resuming=is_resuming))
+        model = on_main_first(lambda: build_model_of(config, is_resuming=is_resuming))
     except InputError as error:
         problems += error.problems
     if problems or data is None or model is None:
@@ -303,30 +299,11 @@ def write_split(output: Path, config: TrainConfig, data: Data) -> None:
     write_whole(output / "split.json", json.dumps(split).encode())
 
 
-def on_main(accelerator: Accelerator | PartialState, work: Callable[[], list[str]]) -> list[str]:
-    """Runs `work` on the main process and tells all processes its problems; `accelerator` may be its state alone."""
-    told = [work() if accelerator.is_main_process else None]
-    if accelerator.num_processes > 1:
-        broadcast_object_list(told)
-    return told[0] or []
-
-
-def on_main_first(accelerator: Accelerator | PartialState, work: Callable[[], T]) -> T:
+def on_main_first(work: Callable[[], T]) -> T:
     """Runs `work` on the main process, then, if it could be done, on all others, which find what it has made.
 
-    Raises:
-        InputError: The main process's, on all.
+    What it raises on the main process comes out on all of them, see `matchai.system.decide`.
     """
     done: list[T] = []
-
-    def first() -> list[str]:
-        try:
-            done.append(work())
-        except InputError as error:
-            return list(error.problems) or ["the settings do not allow it"]
-        return []
-
-    problems = on_main(accelerator, first)
-    if problems:
-        raise InputError(*problems)
+    decide(lambda: done.append(work()))
     return done[0] if done else work()

@@ -197,7 +197,7 @@ class Trainer:
 
     def _resume(self) -> bool:
         """Goes to where the run was; returns whether it had begun."""
-        state = on_main_first(self.accelerator, lambda: checkpoint.load_state(self.output))
+        state = on_main_first(lambda: checkpoint.load_state(self.output))
         step = state.record["step"] if state else None
         check_agreement({"a state of step": step}, f"all hosts must see the same {self.output}.")
         if state is not None:
@@ -212,8 +212,7 @@ class Trainer:
         train_epoch(self.training, epoch, meter, lambda is_stopping: self._after_step(epoch, is_stopping))
         began = time.perf_counter()
         val_loss, confusions = validate(self.training, len(self.data.val), len(self.names), self._after_val_batch)
-        lesions = [self.names.index(name) for name in self.config.input.lesion_classes]
-        metrics = summarise(confusions, lesions, self.config.sampling.batch_size)
+        metrics = summarise(confusions, self.config.input.lesion_indices, self.config.sampling.batch_size)
         row = epoch_row(epoch, meter, val_loss, metrics, meter.seconds + time.perf_counter() - began)
         best = self.progress.best_mean_dice
         is_best = best is None or (row["mean_dice"] is not None and row["mean_dice"] > best)

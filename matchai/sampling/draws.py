@@ -1,4 +1,4 @@
-"""Three laws of a weighted draw: which item is draw t of an epoch, each a pure function of (seed, epoch, t).
+"""Three kinds of weighted draws: which item is draw t of an epoch, each a pure function of (seed, epoch, t).
 
 The random words come from the counter-based generator Philox 4x64 (Salmon et al. 2011, "Parallel random numbers: as
 easy as 1, 2, 3") with a key made of (seed, epoch), so a draw needs no other draw, and no generator has a state.
@@ -28,6 +28,10 @@ class IndependentDraws:
 
     Raises:
         ValueError: If the weights are no weights.
+
+    >>> draws = IndependentDraws(np.array([1.0, 3.0, 0.0]))
+    >>> draws.items(seed=7, epoch=0, first=0, count=8), draws.items(seed=7, epoch=0, first=6, count=2)
+    (array([1, 1, 0, 1, 1, 1, 1, 0]), array([1, 0]))
     """
 
     def __init__(self, weights: NDArray[Any]) -> None:
@@ -70,6 +74,10 @@ class DistinctDraws:
 
     Raises:
         ValueError: If the weights are no weights.
+
+    >>> draws = DistinctDraws(np.array([1.0, 3.0, 0.0]))
+    >>> draws.num_items, draws.items(seed=7, epoch=0, first=0, count=2)
+    (2, array([1, 0]))
     """
 
     def __init__(self, weights: NDArray[Any]) -> None:
@@ -112,6 +120,10 @@ class BalancedDraws:
 
     Raises:
         ValueError: If the weights are no weights.
+
+    >>> draws = BalancedDraws(np.array([1.0, 3.0, 0.0]), num_draws=8)
+    >>> np.bincount(draws.items(seed=7, epoch=0, first=0, count=8))
+    array([2, 6])
     """
 
     def __init__(self, weights: NDArray[Any], num_draws: int) -> None:

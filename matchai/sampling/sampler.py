@@ -30,6 +30,10 @@ class Draw(int):
     Attributes:
         epoch: The epoch of the draw.
         position: Its place t in the epoch's stream of draws, over all processes, from 0.
+
+    >>> draw = Draw(2, epoch=1, position=40)
+    >>> "abc"[draw], draw.epoch, draw.position
+    ('c', 1, 40)
     """
 
     epoch: int
@@ -74,6 +78,15 @@ class DistributedWeightedSampler(Sampler[list[int]]):
     Raises:
         ValueError: For negative, non-finite or all-zero weights, a wrong shape, an index out of range, more draws than
             items without replacement, or draws that are to be balanced and without replacement at once.
+        TypeError: If a number is not whole.
+
+    Two processes share the batches of one:
+
+    >>> settings = {"batch_size": 4, "num_samples": 8, "seed": 7}
+    >>> list(DistributedWeightedSampler([1.0, 3.0, 0.0], **settings))
+    [[1, 1, 0, 1], [1, 1, 1, 0]]
+    >>> list(DistributedWeightedSampler([1.0, 3.0, 0.0], **settings, num_processes=2, process_index=1))
+    [[0, 1], [1, 0]]
     """
 
     def __init__(
@@ -90,52 +103,35 @@ class DistributedWeightedSampler(Sampler[list[int]]):
         accumulate: int = 1,
     ) -> None:
         grouped = torch.distributed.is_available() and torch.distributed.is_initialized()
-        if num_processes is None:
-            num_processes = torch.distributed.get_world_size() if grouped else 1
-        if process_index is None:
-            process_index = torch.distributed.get_rank() if grouped else 0
+        world, rank = (torch.distributed.get_world_size(), torch.distributed.get_rank()) if grouped else (1, 0)
         if isinstance(weights, Tensor):
             weights = weights.detach().cpu()
             weights = weights.float() if weights.dtype == torch.bfloat16 else weights  # which numpy does not have
         weights = check_shape(np.asanyarray(weights))
-        batch_size, seed = _whole("batch_size", batch_size), _whole("seed", seed)
-        num_processes, process_index = _whole("num_processes", num_processes), _whole("process_index", process_index)
-        accumulate = _whole("accumulate", accumulate)
-        num_samples = None if num_samples is None else _whole("num_samples", num_samples)
+        self.batch_size, self.seed = _whole("batch_size", batch_size, 1), _whole("seed", seed, 0)
+        self.num_processes = _whole("num_processes", world if num_processes is None else num_processes, 1)
+        self.process_index = _whole("process_index", rank if process_index is None else process_index)
+        if not 0 <= self.process_index < self.num_processes:
+            raise ValueError(f"process_index is {self.process_index}, but must be 0 to {self.num_processes - 1}.")
+        self.accumulate = _whole("accumulate", accumulate, 1)
         if balanced and not replacement:
             raise ValueError("balanced draws repeat an item as often as is expected: they need replacement=True.")
-        self.law: IndependentDraws | DistinctDraws | BalancedDraws
-        if not replacement:
-            self.law = DistinctDraws(weights)
-            num_samples = self.law.num_items if num_samples is None else num_samples
-            if num_samples > self.law.num_items:
-                raise ValueError(
-                    f"num_samples is {num_samples}, but without replacement there are {self.law.num_items} draws at "
-                    "most, one for every weight above 0."
-                )
-        num_samples = len(weights) if num_samples is None else num_samples
-        for name, value, low in (
-            ("batch_size", batch_size, 1),
-            ("num_samples", num_samples, 1),
-            ("num_processes", num_processes, 1),
-            ("seed", seed, 0),
-            ("accumulate", accumulate, 1),
-        ):
-            if value < low:
-                raise ValueError(f"{name} is {value}, but must be at least {low}.")
-        if not 0 <= process_index < num_processes:
-            raise ValueError(f"process_index is {process_index}, but must be 0 to {num_processes - 1}.")
+        self.draws: IndependentDraws | DistinctDraws | BalancedDraws
         if replacement:
-            self.law = BalancedDraws(weights, num_samples) if balanced else IndependentDraws(weights)
-        self.batch_size = batch_size
-        self.num_samples = num_samples
-        self.num_processes = num_processes
-        self.process_index = process_index
-        self.accumulate = accumulate
-        self.seed = seed
+            self.num_samples = _whole("num_samples", len(weights) if num_samples is None else num_samples, 1)
+            self.draws = BalancedDraws(weights, self.num_samples) if balanced else IndependentDraws(weights)
+        else:
+            self.draws = DistinctDraws(weights)
+            most = self.draws.num_items
+            self.num_samples = _whole("num_samples", most if num_samples is None else num_samples, 1)
+            if self.num_samples > most:
+                raise ValueError(
+                    f"num_samples is {self.num_samples}, but without replacement there are {most} draws at most, one "
+                    "for every weight above 0."
+                )
         self.epoch = 0
         self.consumed = 0
-        self._spent = False
+        self._is_used_up = False
 
     def __len__(self) -> int:
         """Steps of a whole epoch, the same on every process."""
@@ -143,11 +139,9 @@ class DistributedWeightedSampler(Sampler[list[int]]):
 
     def set_epoch(self, epoch: int) -> None:
         """Goes to the start of another epoch; naming the current one changes nothing, so a loaded position stays."""
-        epoch = _whole("epoch", epoch)
-        if epoch < 0:
-            raise ValueError(f"epoch is {epoch}, but must be at least 0.")
+        epoch = _whole("epoch", epoch, 0)
         if epoch != self.epoch:
-            self.epoch, self.consumed, self._spent = epoch, 0, False
+            self.epoch, self.consumed, self._is_used_up = epoch, 0, False
 
     def state_dict(self) -> dict[str, int]:
         """The position: `seed`, `epoch`, and `consumed`, the draws dealt so far over all processes."""
@@ -167,36 +161,42 @@ class DistributedWeightedSampler(Sampler[list[int]]):
             raise ValueError(f"seed and epoch are {seed} and {epoch}, but must be at least 0.")
         if not 0 <= consumed <= self.num_samples:
             raise ValueError(f"consumed is {consumed}, but an epoch has {self.num_samples} draws.")
-        self.seed, self.epoch, self.consumed = seed, epoch, consumed
-        self._spent = False
+        self.seed, self.epoch, self.consumed, self._is_used_up = seed, epoch, consumed, False
 
     def __iter__(self) -> Iterator[list[int]]:
         """Yields this process's share of each remaining step as a list of `Draw`; a share may be empty."""
         if self.consumed >= self.num_samples:
-            if not self._spent:
+            if not self._is_used_up:
                 warnings.warn(f"Epoch {self.epoch} is used up; call set_epoch to go on.", stacklevel=2)
-            self._spent = True
+            self._is_used_up = True
         while self.consumed < self.num_samples:
             size = min(self.batch_size, self.num_samples - self.consumed)
             base = self.consumed
             self.consumed += size
             draws: list[int] = []
             for start, stop in micro_shares(size, self.accumulate, self.num_processes, self.process_index):
-                items = self.law.items(self.seed, self.epoch, base + start, stop - start).tolist()
+                items = self.draws.items(self.seed, self.epoch, base + start, stop - start).tolist()
                 draws += [Draw(item, self.epoch, base + start + k) for k, item in enumerate(items)]
             yield draws
 
 
-def _whole(name: str, value: Any) -> int:
+def _whole(name: str, value: Any, least: float = -math.inf) -> int:
     """A whole number of any integer type, as int."""
     try:
-        return operator.index(value)
+        number = operator.index(value)
     except TypeError:
         raise TypeError(f"{name} is {value!r}, but must be a whole number.") from None
+    if number < least:
+        raise ValueError(f"{name} is {number}, but must be at least {least}.")
+    return number
 
 
 def share(size: int, num_processes: int, process_index: int) -> tuple[int, int]:
-    """The part (start, stop) of a batch that a process computes, as even as it goes: 6 on 4 is 2 + 2 + 1 + 1."""
+    """The part (start, stop) of a batch that a process computes, as even as it goes: 6 on 4 is 2 + 2 + 1 + 1.
+
+    >>> [share(6, num_processes=4, process_index=index) for index in range(4)]
+    [(0, 2), (2, 4), (4, 5), (5, 6)]
+    """
     each, rest = divmod(size, num_processes)
     start = process_index * each + min(process_index, rest)
     return start, start + each + (process_index < rest)
@@ -207,6 +207,9 @@ def micro_shares(size: int, accumulate: int, num_processes: int, process_index: 
 
     The batch is cut into `accumulate` micro-batches, as even as it goes and none of them empty, and each of these is
     shared by the processes.
+
+    >>> micro_shares(6, accumulate=2, num_processes=2, process_index=1)
+    [(2, 3), (5, 6)]
     """
     parts = []
     num_parts = min(accumulate, size)
@@ -218,24 +221,28 @@ def micro_shares(size: int, accumulate: int, num_processes: int, process_index: 
 
 
 class _Collate:
-    """See `collate`."""
+    """Makes a batch of items as torch's `default_collate` does; of no items, one of the same structure with B = 0.
+
+    What an item looks like is told by `like`; without it, by the data set where a worker collates, else by the items
+    that this process collated last.
+
+    Args:
+        items: The items, in the structures that `default_collate` takes; may be empty.
+        like: An item, such as `dataset[0]`.
+
+    Raises:
+        ValueError: If there are no items, and nothing tells what one looks like.
+
+    >>> images, labels = collate([], like=(torch.zeros(1, 32, 32), 3))
+    >>> images.shape, labels.dtype
+    (torch.Size([0, 1, 32, 32]), torch.int64)
+    """
 
     def __init__(self) -> None:
         self.like: Any = None
 
     def __call__(self, items: Sequence[Any], like: Any = None) -> Any:
-        """Makes a batch of items as torch's `default_collate` does; of no items, one of the same structure with B = 0.
-
-        What an item looks like is told by `like`; without it, by the data set where a worker collates, else by the
-        items that this process collated last.
-
-        Args:
-            items: The items, in the structures that `default_collate` takes; may be empty.
-            like: An item, such as `dataset[0]`.
-
-        Raises:
-            ValueError: If there are no items, and nothing tells what one looks like.
-        """
+        """Makes the batch."""
         if items:
             self.like = items[-1]
             return default_collate(list(items))
@@ -282,6 +289,9 @@ def slice_weights(
 
     Returns:
         (N,) float64.
+
+    >>> slice_weights(np.array([[True, False], [True, True]]), target_classes=[1], sampler_weight=3)
+    array([1., 3.])
     """
     is_target = presence[:, list(target_classes)].any(axis=1)
     return np.where(is_target, float(sampler_weight), 1.0)

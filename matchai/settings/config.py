@@ -94,6 +94,11 @@ class InputSettings:
         """The background's channel."""
         return self.class_names.index(self.background_class)
 
+    @property
+    def lesion_indices(self) -> list[int]:
+        """The lesion classes' channels."""
+        return [self.class_names.index(name) for name in self.lesion_classes]
+
 
 @dataclass(frozen=True)
 class AugmentationSettings:

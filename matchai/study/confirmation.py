@@ -1,6 +1,7 @@
 """The winner by evidence: the best trials and the recipe, trained again on fresh seeds, and what follows from it."""
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import math
@@ -13,7 +14,7 @@ from typing import Any
 from optuna.trial import FrozenTrial
 
 from matchai.settings import TrainConfig, parsing
-from matchai.study.leases import decided_anew
+from matchai.study.leases import retry_on_lost_lock
 from matchai.study.plan import Plan
 from matchai.study.report_page import write_report
 from matchai.study.significance import Verdict, judge
@@ -34,75 +35,58 @@ class Confirmation:
         recipe = table.recipe()
         best = table.ranking()[: self.plan.settings.confirm]
         self.contenders: list[FrozenTrial] = [recipe, *best] if recipe and best else []
+        self.runs = [(trial, seed) for seed in table.seeds for trial in self.contenders]
 
-    @decided_anew
+    @retry_on_lost_lock
     def next_task(self) -> Task | str:
         """Takes a run that is missing; `WAIT` while others run the rest, `DONE` when none is missing."""
         with self.store.locked(self.plan.name):
             results = self._results()
-            missing = [
-                (trial, seed)
-                for seed in self.table.seeds
-                for trial in self.contenders
-                if (trial.number, seed) not in results
-            ]
+            missing = [(trial, seed) for trial, seed in self.runs if (trial.number, seed) not in results]
             for trial, seed in missing:
                 key = f"{self.plan.name}-confirm-{trial.number:04d}-{seed}"
                 if self.table.leases.take(key):
-                    return Task(
-                        key,
-                        self.table.stage.name,
-                        trial.number,
-                        self.table.settings_of(trial),
-                        self.table.stage.epochs,
-                        seed,
-                        self.plan.confirm_folder(trial.number, seed),
-                        is_confirmation=True,
-                    )
+                    folder = self.plan.confirm_folder(trial.number, seed)
+                    task = self.table.task_of(trial)
+                    return dataclasses.replace(task, key=key, seed=seed, output=folder, is_confirmation=True)
         return WAIT if missing else DONE
 
-    @decided_anew
+    @retry_on_lost_lock
     def finish(self, task: Task, result: dict[str, Any]) -> None:
         """Keeps what a confirming run came to: its `value`, or None with a `reason`."""
         with self.store.locked(self.plan.name):
-            self.store.set_attr(self.table.study, None, _name(task.number, task.seed), result)
+            self.store.set_attr(self.table.study, None, _attribute(task.number, task.seed), result)
             self.table.leases.drop(task.key)
             with contextlib.suppress(OSError):
                 shutil.rmtree(task.output / LAST)
 
     def progress(self) -> tuple[int, int]:
         """Confirming runs done, and their total."""
-        done = self._results()
-        total = [(trial.number, seed) for trial in self.contenders for seed in self.table.seeds]
-        return sum(one in done for one in total), len(total)
+        return len(self._results()), len(self.runs)
 
     def verdict(self) -> Verdict | None:
         """What the confirming runs say; None while one is missing, or where there is nothing to confirm."""
         results = self._results()
+        if not self.contenders or len(results) < len(self.runs):
+            return None
         worst = -math.inf if self.plan.is_maximised else math.inf
-        values = {}
-        for trial in self.contenders:
-            found = [results.get((trial.number, seed)) for seed in self.table.seeds]
-            if any(one is None for one in found):
-                return None
-            values[trial.number] = [worst if one["value"] is None else one["value"] for one in found if one]
-        return (
-            None
-            if not values
-            else judge(values, self.contenders[0].number, self.table.seeds, is_maximised=self.plan.is_maximised)
-        )
+        values: dict[int, list[float]] = {trial.number: [] for trial in self.contenders}
+        for trial, seed in self.runs:
+            value = results[trial.number, seed]["value"]
+            values[trial.number].append(worst if value is None else value)
+        return judge(values, self.contenders[0].number, self.table.seeds, is_maximised=self.plan.is_maximised)
 
     def _results(self) -> dict[tuple[int, int], dict[str, Any]]:
         attributes = self.table.study.user_attrs
-        pairs = [(trial.number, seed) for trial in self.contenders for seed in self.table.seeds]
-        return {pair: attributes[_name(*pair)] for pair in pairs if _name(*pair) in attributes}
+        names = {(trial.number, seed): _attribute(trial.number, seed) for trial, seed in self.runs}
+        return {run: attributes[name] for run, name in names.items() if name in attributes}
 
 
-def _name(number: int, seed: int) -> str:
+def _attribute(number: int, seed: int) -> str:
     return f"confirm {number} {seed}"
 
 
-@decided_anew
+@retry_on_lost_lock
 def conclude(tables: Sequence[TrialTable], say: Callable[[str], None]) -> dict[str, str | None]:
     """Writes the answer's settings and the report, unless they are there.
 
@@ -177,8 +161,7 @@ def chosen(table: TrialTable, verdict: Verdict | None) -> FrozenTrial | None:
     """The trial whose settings are the answer; without confirmation the best one."""
     recipe = table.recipe()
     if verdict is not None:
-        found = [trial for trial in Confirmation(table).contenders if trial.number == verdict.winner]
-        return found[0]
+        return next(trial for trial in Confirmation(table).contenders if trial.number == verdict.winner)
     best = table.ranking()[:1]
     if not best or recipe is None or recipe.value is None or recipe.user_attrs.get("reason"):
         return best[0] if best else recipe
@@ -188,14 +171,13 @@ def chosen(table: TrialTable, verdict: Verdict | None) -> FrozenTrial | None:
 
 def answer(table: TrialTable, verdict: Verdict | None) -> str:
     """What the study found, in one sentence."""
-    plan = table.plan
-    name = plan.settings.objective
+    settings, name = table.plan.settings, table.plan.settings.objective
     if verdict is not None:
         return _say(verdict, name)
     trial = chosen(table, None)
     if trial is None:
         return "No trial is finished yet."
-    if not plan.settings.confirm:
+    if not settings.confirm:
         return (
             f"Trial {trial.number} has the best {name}, {trial.value:.3f} on one seed, not confirmed: such a figure is "
             "declared too high, and the best few differ by less than their seeds do."
@@ -237,14 +219,11 @@ def config_of(plan: Plan, settings: dict[str, Any], *, epochs: int, seed: int, o
 def _write_best(path: Path, table: TrialTable, trial: FrozenTrial, sentence: str) -> None:
     plan = table.plan
     config = plan.config.updated(**table.settings_of(trial))
-    data, cache, init = config.input.data, config.input.cache, config.run.init
+    paths = {"data": config.input.data, "cache": config.input.cache, "init": config.run.init}
     weights = Path(config.network.encoder_weights)
-    config = config.updated(
-        data=data and data.resolve(),
-        cache=cache and cache.resolve(),
-        init=init and init.resolve(),
-        encoder_weights=str(weights.resolve() if weights.is_file() else weights),
-    )
+    weights = weights.resolve() if weights.is_file() else weights
+    places = {name: path and path.resolve() for name, path in paths.items()}
+    config = config.updated(**places, encoder_weights=str(weights))
     found = {"study": plan.name, "trial": trial.number, "answer": sentence, "store": table.store.shown}
     head = f"# Study {plan.name}: {sentence}\n# Train it: {train_command(path)}\noutput: runs/{plan.name}-best\n\n"
     write_whole(path, (head + parsing.dump(config, found)).encode())

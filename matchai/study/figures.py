@@ -5,7 +5,6 @@ as in `matchai.drawing.figures`; Optuna's own pictures go through pyplot's globa
 Texts that a caller can choose are rendered literally: a `$` starts no formula.
 """
 
-import io
 import math
 import textwrap
 from collections.abc import Iterable, Sequence
@@ -15,27 +14,13 @@ from typing import Any, cast
 import numpy as np
 import optuna
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
-from matchai.drawing import GRID, INK, MUTED, PALETTE, PAPER, TRAIN_COLOR, VAL_COLOR
-from matchai.study.rows import (
-    Row,
-    capitalise,
-    find_best,
-    find_importances,
-    find_recipe,
-    format_setting,
-    is_maximised,
-    label_objective,
-    read_epochs,
-    read_rows,
-    read_settings,
-)
-from matchai.system import write_whole
+from matchai.drawing import INK, MUTED, PALETTE, PAPER, TRAIN_COLOR, VAL_COLOR, save_figure, style_chart
+from matchai.study.rows import Row, StudyFacts, capitalise, find_importances, format_setting
 
 WIDTH, DPI = 5.2, 200  # inches, 1,040 pixels: text of 9 points is as high as 8.6 CSS pixels on a phone 390 wide
 TEXT_SIZE, SMALL_SIZE = 9.0, 8.0  # points
@@ -43,6 +28,8 @@ STEPS = [1, 2, 2.5, 5, 10]
 NUM_TICKS = 5  # at most, on an axis half as wide as the picture
 RECIPE: dict[str, Any] = {"color": TRAIN_COLOR, "marker": "D", "markersize": 6, "zorder": 6}
 BEST: dict[str, Any] = {"color": VAL_COLOR, "marker": "*", "markersize": 12, "zorder": 7}
+RECIPE_LINE: dict[str, Any] = {"color": TRAIN_COLOR, "linewidth": 2.0, "linestyle": (0, (4, 1.5))}
+BEST_LINE: dict[str, Any] = {"color": VAL_COLOR, "linewidth": 2.0}
 LOOKS: dict[str, dict[str, Any]] = {
     "complete": {"color": INK, "marker": "o", "markersize": 4.5, "markerfacecolor": "none"},
     "pruned": {"color": PALETTE[0], "marker": "v", "markersize": 5},
@@ -65,22 +52,19 @@ def draw_study(folder: Path, study: optuna.Study, objective: str) -> dict[str, P
         there are enough trials.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    rows, settings, maximised = read_rows(study), read_settings(study), is_maximised(study)
-    label = label_objective(objective)
+    facts = StudyFacts(study, objective)
     figures = {
-        "history": _draw_history(rows, label, maximised),
-        "learning_curves": _draw_curves(rows, label, maximised, read_epochs(study)),
-        "slices": _draw_slices(rows, settings, label, maximised),
-        "parallel_coordinates": _draw_parallel(rows, settings, label, maximised),
-        "importance": _draw_importance(study),
+        "history": _draw_history(facts),
+        "learning_curves": _draw_curves(facts),
+        "slices": _draw_slices(facts),
+        "parallel_coordinates": _draw_parallel(facts),
+        "importance": _draw_importance(facts),
     }
     drawn = {}
     for name, figure in figures.items():
         if figure is not None:
-            png = io.BytesIO()
-            cast(Any, FigureCanvasAgg(figure)).print_png(png)  # matplotlib gives no types for it
             drawn[name] = folder / f"{name}.png"
-            write_whole(drawn[name], png.getvalue())
+            save_figure(figure, drawn[name])
     return drawn
 
 
@@ -93,32 +77,16 @@ def _page(title: str, height: float) -> Figure:
     return figure
 
 
-def _dress(axes: Axes) -> None:
-    axes.set_axisbelow(True)
-    axes.grid(axis="y", color=GRID, linewidth=0.8)
-    axes.spines[["left", "right", "top"]].set_visible(False)
-    axes.spines["bottom"].set_color(MUTED)
-    axes.tick_params(labelsize=SMALL_SIZE, colors=MUTED, length=0, pad=4)
-    axes.yaxis.set_major_locator(MaxNLocator(NUM_TICKS, steps=STEPS))
+def _number_x_axis(axes: Axes, label: str) -> None:
+    axes.set_xlabel(label, fontsize=TEXT_SIZE, color=MUTED)
+    axes.xaxis.set_major_locator(MaxNLocator(8, steps=STEPS, integer=True, min_n_ticks=1))
 
 
 def _legend(figure: Figure, axes: Axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
     kept = dict(zip(labels, handles, strict=True))
-    figure.legend(
-        kept.values(),
-        kept.keys(),
-        loc="outside lower center",
-        ncols=2,
-        frameon=False,
-        fontsize=TEXT_SIZE,
-        labelcolor=INK,
-    )
-
-
-def _shown(rows: Iterable[Row]) -> list[float]:
-    """The values that count: not those of trials that failed."""
-    return [row.value for row in rows if row.kind in {"complete", "pruned"} and math.isfinite(row.value)]
+    style: dict[str, Any] = {"frameon": False, "fontsize": TEXT_SIZE, "labelcolor": INK}
+    figure.legend(kept.values(), kept.keys(), loc="outside lower center", ncols=2, **style)
 
 
 def _limits(values: Iterable[float], maximised: bool) -> tuple[float, float]:
@@ -136,85 +104,80 @@ def _limits(values: Iterable[float], maximised: bool) -> tuple[float, float]:
     return low - room, high + room
 
 
-def _mark(axes: Axes, places: Sequence[float], rows: Sequence[Row], best: Row | None, maximised: bool) -> None:
+def _mark(axes: Axes, places: Sequence[float], rows: Sequence[Row], facts: StudyFacts) -> None:
     """Marks every trial at its place on the x axis and its value; those without a value on the scale, at the edge."""
     low, high = axes.get_ylim()
-    edge = 0.0 if maximised else 1.0  # of the axes: where the bad values are
-    for kind, look in LOOKS.items():
-        inside: list[tuple[float, float]] = []
-        outside: list[tuple[float, float]] = []
-        for place, row in zip(places, rows, strict=True):
-            is_on_scale = low <= row.value <= high and row.kind in {"complete", "pruned"}
-            is_far = math.isfinite(row.value) and row.kind in {"complete", "pruned"} and not is_on_scale
-            shown = "off the scale" if is_far else row.kind
-            if shown == kind and row is not best and not (row.is_recipe and is_on_scale):
-                (inside if is_on_scale else outside).append((place, row.value))
-        style = look | {"linestyle": "none", "label": kind, "clip_on": False, "zorder": 4}
-        if inside:
-            axes.plot(*zip(*inside, strict=True), **style)
-        if outside:
-            at_edge = [edge] * len(outside)
-            axes.plot([place for place, _ in outside], at_edge, transform=axes.get_xaxis_transform(), **style)
+    edge = 0.0 if facts.is_maximised else 1.0  # of the axes: where the bad values are
+    inside: dict[str, list[tuple[float, float]]] = {kind: [] for kind in LOOKS}
+    outside: dict[str, list[float]] = {kind: [] for kind in LOOKS}
     for place, row in zip(places, rows, strict=True):
-        for is_it, look, label in ((row.is_recipe, RECIPE, "recipe"), (row is best, BEST, "best")):
+        is_on_scale = row.counts and low <= row.value <= high
+        if not is_on_scale and row is not facts.best:
+            outside["off the scale" if row.counts else row.kind].append(place)
+        elif row is not facts.best and not row.is_recipe:
+            inside[row.kind].append((place, row.value))
+    for kind, look in LOOKS.items():
+        style = look | {"linestyle": "none", "label": kind, "clip_on": False, "zorder": 4}
+        if inside[kind]:
+            axes.plot(*zip(*inside[kind], strict=True), **style)
+        if outside[kind]:
+            axes.plot(outside[kind], [edge] * len(outside[kind]), transform=axes.get_xaxis_transform(), **style)
+    for place, row in zip(places, rows, strict=True):
+        for is_it, look, label in ((row.is_recipe, RECIPE, "recipe"), (row is facts.best, BEST, "best")):
             if is_it and low <= row.value <= high:
                 axes.plot([place], [row.value], linestyle="none", label=label, clip_on=False, **look)
 
 
-def _draw_history(rows: Sequence[Row], label: str, maximised: bool) -> Figure | None:
-    rows = [row for row in rows if row.kind not in {"running", "waiting"}]
+def _draw_history(facts: StudyFacts) -> Figure | None:
+    rows = [row for row in facts.rows if row.kind not in {"running", "waiting"}]
     if not rows:
         return None
-    best, recipe = find_best(rows, maximised), find_recipe(rows)
-    figure = _page(f"Every trial's {label}", 3.6)
+    figure = _page(f"Every trial's {facts.objective}", 3.6)
     axes = figure.add_subplot()
-    _dress(axes)
-    axes.set_ylim(_limits(_shown(rows), maximised))
+    style_chart(axes, STEPS)
+    axes.set_ylim(_limits((row.value for row in rows if row.counts), facts.is_maximised))
     complete = [row for row in rows if row.kind == "complete"]
     if complete:
-        accumulate = np.maximum.accumulate if maximised else np.minimum.accumulate
-        so_far = accumulate([row.value for row in complete])
+        so_far = facts.sign * np.maximum.accumulate([facts.sign * row.value for row in complete])
         ends = [*(row.number for row in complete), rows[-1].number]
         axes.step(ends, [*so_far, so_far[-1]], where="post", color=VAL_COLOR, linewidth=1.4, label="best so far")
-    if recipe is not None and recipe.kind == "complete":
-        axes.axhline(recipe.value, color=TRAIN_COLOR, linewidth=1, linestyle=(0, (4, 3)), label="recipe's value")
-    _mark(axes, [row.number for row in rows], rows, best, maximised)
-    axes.set_xlabel("trial", fontsize=TEXT_SIZE, color=MUTED)
+    if facts.recipe in complete:
+        axes.axhline(facts.recipe.value, color=TRAIN_COLOR, linewidth=1, linestyle=(0, (4, 3)), label="recipe's value")
+    _mark(axes, [row.number for row in rows], rows, facts)
     axes.margins(x=0.03)
-    axes.xaxis.set_major_locator(MaxNLocator(8, steps=STEPS, integer=True, min_n_ticks=1))
+    _number_x_axis(axes, "trial")
     _legend(figure, axes)
     return figure
 
 
-def _draw_curves(rows: Sequence[Row], label: str, maximised: bool, epochs: int | None) -> Figure | None:
-    rows = [row for row in rows if row.curve]
+def _draw_curves(facts: StudyFacts) -> Figure | None:
+    rows = [row for row in facts.rows if row.curve]
     if not rows:
         return None
-    best = find_best(rows, maximised)
-    figure = _page(f"{capitalise(label)} over the epochs, all trials", 3.6)
+    figure = _page(f"{capitalise(facts.objective)} over the epochs, all trials", 3.6)
     axes = figure.add_subplot()
-    _dress(axes)
+    style_chart(axes, STEPS)
     looks: dict[str, dict[str, Any]] = {
         "other trials": {"color": MUTED, "linewidth": 0.8, "alpha": 0.55, "zorder": 2},
         "pruned": {"color": PALETTE[0], "linewidth": 1.0, "alpha": 0.9, "zorder": 3},
-        "recipe": {"color": TRAIN_COLOR, "linewidth": 2.0, "linestyle": (0, (4, 1.5)), "zorder": 5},
-        "best": {"color": VAL_COLOR, "linewidth": 2.0, "zorder": 6},
+        "recipe": RECIPE_LINE | {"zorder": 5},
+        "best": BEST_LINE | {"zorder": 6},
     }
     for row in rows:
-        name = "best" if row is best else "recipe" if row.is_recipe else row.kind
-        look = looks.get(name, looks["other trials"])
-        axes.plot(list(row.curve), list(row.curve.values()), label=name if name in looks else "other trials", **look)
+        name = "best" if row is facts.best else "recipe" if row.is_recipe else row.kind
+        name = name if name in looks else "other trials"
+        axes.plot(list(row.curve), list(row.curve.values()), label=name, **looks[name])
         if row.kind == "pruned" or len(row.curve) == 1:
-            axes.plot(*list(row.curve.items())[-1], marker="v" if row.kind == "pruned" else "o", markersize=4, **look)
+            marker = "v" if row.kind == "pruned" else "o"
+            axes.plot(*list(row.curve.items())[-1], marker=marker, markersize=4, **looks[name])
     last = max(max(row.curve) for row in rows)
     # the first sixth is a climb that all share: it may run out of the picture, so that what differs is seen
     late = [value for row in rows for epoch, value in row.curve.items() if epoch >= last / 6]
-    axes.set_ylim(_limits(late, maximised))
-    if (epochs or last) > 1:
-        half = (epochs or last) / 2
-        axes.axvline(half, color=INK, linewidth=0.8, linestyle=(0, (2, 2)), zorder=1, label="half-time")
-    axes.set_xlabel("epoch", fontsize=TEXT_SIZE, color=MUTED)
-    axes.xaxis.set_major_locator(MaxNLocator(8, steps=STEPS, integer=True, min_n_ticks=1))
+    axes.set_ylim(_limits(late, facts.is_maximised))
+    epochs = facts.epochs or last
+    if epochs > 1:
+        axes.axvline(epochs / 2, color=INK, linewidth=0.8, linestyle=(0, (2, 2)), zorder=1, label="half-time")
+    _number_x_axis(axes, "epoch")
     _legend(figure, axes)
     return figure
 
@@ -259,77 +222,65 @@ def _ticks(distribution: BaseDistribution) -> list[tuple[float, str]]:
     return [(_place(value, distribution), _cut(format_setting(value), 14)) for value in values][::step]
 
 
-def _draw_slices(
-    rows: Sequence[Row], settings: dict[str, BaseDistribution], label: str, maximised: bool
-) -> Figure | None:
-    rows = [row for row in rows if row.kind not in {"running", "waiting", "failed for the machine"}]
-    if not settings or not _shown(rows):
+def _draw_slices(facts: StudyFacts) -> Figure | None:
+    rows = [row for row in facts.rows if row.kind not in {"running", "waiting", "failed for the machine"}]
+    values = [row.value for row in rows if row.counts]
+    if not facts.settings or not values:
         return None
-    best = find_best(rows, maximised)
-    num_rows = math.ceil(len(settings) / 2)
-    figure = _page(f"{capitalise(label)} over each setting", 0.8 + 1.75 * num_rows)
-    limits = _limits(_shown(rows), maximised)
+    num_rows = math.ceil(len(facts.settings) / 2)
+    figure = _page(f"{capitalise(facts.objective)} over each setting", 0.8 + 1.75 * num_rows)
+    limits = _limits(values, facts.is_maximised)
     panels = figure.subplots(num_rows, 2, sharey=True, squeeze=False).ravel()
-    for axes, (name, distribution) in zip(panels, settings.items(), strict=False):
-        _dress(axes)
+    for axes, (name, distribution) in zip(panels, facts.settings.items(), strict=False):
+        style_chart(axes, STEPS)
         axes.set_ylim(limits)
         axes.set_xlim(-0.03, 1.03)
         places = [_place(row.settings.get(name), distribution) for row in rows]
-        _mark(axes, places, rows, best, maximised)
-        ticks = _ticks(distribution)
-        axes.set_xticks([place for place, _ in ticks], [text for _, text in ticks], parse_math=False)
+        _mark(axes, places, rows, facts)
+        axes.set_xticks(*zip(*_ticks(distribution), strict=True), parse_math=False)
         suffix = " (log)" if getattr(distribution, "log", False) else ""
         axes.set_title(f"{_cut(name, 28)}{suffix}", fontsize=TEXT_SIZE, color=INK, loc="left", parse_math=False)
-    for axes in panels[len(settings) :]:
+    for axes in panels[len(facts.settings) :]:
         axes.set_visible(False)
     _legend(figure, panels[0])
     return figure
 
 
-def _draw_parallel(
-    rows: Sequence[Row], settings: dict[str, BaseDistribution], label: str, maximised: bool
-) -> Figure | None:
-    complete = [row for row in rows if row.kind == "complete"]
-    if not settings or len(complete) < 2:
+def _draw_parallel(facts: StudyFacts) -> Figure | None:
+    complete = [row for row in facts.rows if row.kind == "complete"]
+    if not facts.settings or len(complete) < 2:
         return None
-    best, recipe = find_best(rows, maximised), find_recipe(complete)
-    low, high = _limits((row.value for row in complete), maximised)
-    bottom = len(settings)
-    figure = _page(f"Settings and {label} of the complete trials", 1.2 + 0.62 * (bottom + 1))
+    low, high = _limits((row.value for row in complete), facts.is_maximised)
+    bottom = len(facts.settings)
+    figure = _page(f"Settings and {facts.objective} of the complete trials", 1.2 + 0.62 * (bottom + 1))
     axes = figure.add_subplot()
     axes.set_axis_off()
     axes.set(xlim=(-0.02, 1.02), ylim=(bottom + 0.42, -0.5))
 
     def path(row: Row) -> list[tuple[float, float]]:
-        places = [_place(row.settings.get(name), distribution) for name, distribution in settings.items()]
-        return list(
-            zip([*places, min(1.0, max(0.0, (row.value - low) / (high - low)))], range(bottom + 1), strict=True)
-        )
+        places = [_place(row.settings.get(name), distribution) for name, distribution in facts.settings.items()]
+        places.append(min(1.0, max(0.0, (row.value - low) / (high - low))))
+        return list(zip(places, range(bottom + 1), strict=True))
 
     # The best are drawn last, and darkest: cividis is the same with and without red-green vision.
-    ranked = sorted(complete, key=lambda row: row.value if maximised else -row.value)
-    paths = [path(row) for row in ranked]
+    paths = [path(row) for row in sorted(complete, key=lambda row: facts.sign * row.value)]
     good = np.array([way[-1][0] for way in paths])
     alpha = min(0.75, max(0.2, 40 / len(paths)))  # hundreds of lines would become one patch
     lines = LineCollection(paths, cmap="cividis_r", linewidths=0.9, alpha=alpha, zorder=2)
-    lines.set_array(good if maximised else 1 - good)
+    lines.set_array(good if facts.is_maximised else 1 - good)
     axes.add_collection(lines)
     axes.plot([], [], color="#0B2A5B", linewidth=1, label="the darker, the better")
-    if recipe is not None:
-        axes.plot(
-            *zip(*path(recipe), strict=True), color=TRAIN_COLOR, linewidth=2, linestyle=(0, (4, 1.5)), label="recipe"
-        )
-    if best is not None:
-        axes.plot(*zip(*path(best), strict=True), color=VAL_COLOR, linewidth=2, label="best")
+    if facts.recipe in complete:
+        axes.plot(*zip(*path(facts.recipe), strict=True), label="recipe", **RECIPE_LINE)
+    if facts.best is not None:
+        axes.plot(*zip(*path(facts.best), strict=True), label="best", **BEST_LINE)
 
-    values = [
-        float(value) for value in MaxNLocator(NUM_TICKS, steps=STEPS).tick_values(low, high) if low <= value <= high
-    ]
-    marks = [((value - low) / (high - low), f"{value:.4g}") for value in values]
-    scales = [(name, _ticks(distribution)) for name, distribution in settings.items()]
+    values = MaxNLocator(NUM_TICKS, steps=STEPS).tick_values(low, high)
+    marks = [((value - low) / (high - low), f"{value:.4g}") for value in values if low <= value <= high]
+    scales = [(name, _ticks(distribution)) for name, distribution in facts.settings.items()]
     box = {"facecolor": PAPER, "edgecolor": "none", "alpha": 0.75, "pad": 0.8}
     style: dict[str, Any] = {"bbox": box, "parse_math": False, "zorder": 8}
-    for row_number, (name, ticks) in enumerate([*scales, (label, marks)]):
+    for row_number, (name, ticks) in enumerate([*scales, (facts.objective, marks)]):
         axes.axhline(row_number, color=MUTED, linewidth=1, zorder=3)
         axes.text(-0.01, row_number - 0.12, _cut(name, 40), fontsize=TEXT_SIZE, weight="bold", color=INK, **style)
         for place, text in ticks:
@@ -339,15 +290,15 @@ def _draw_parallel(
     return figure
 
 
-def _draw_importance(study: optuna.Study) -> Figure | None:
-    shares = find_importances(study)
+def _draw_importance(facts: StudyFacts) -> Figure | None:
+    shares = find_importances(facts.study)
     if not shares:
         return None
-    num_trials = sum(row.kind == "complete" for row in read_rows(study))
+    num_trials = sum(row.kind == "complete" for row in facts.rows)
     title = f"Importance of the settings by fANOVA, resting on {num_trials} complete trials"
     figure = _page(title, 0.9 + 0.34 * len(shares))
     axes = figure.add_subplot()
-    _dress(axes)
+    style_chart(axes, STEPS)
     axes.grid(visible=False)
     axes.spines["bottom"].set_visible(False)
     axes.barh(range(len(shares)), list(shares.values()), height=0.6, color=TRAIN_COLOR)

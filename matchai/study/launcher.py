@@ -83,89 +83,88 @@ def supervise(plan: Plan, display: StudyDisplay, stop: StopSignal) -> int:
     """
     gpus = _gpus()
     if gpus and plan.config.machine.num_workers is None:
-        loaders = max(0, min(8, num_cores() // plan.settings.workers - 1))
-        plan = dataclasses.replace(plan, num_workers=loaders)
-    seats = [_Slot(number) for number in range(plan.settings.workers)]
+        plan = dataclasses.replace(plan, num_workers=max(0, min(8, num_cores() // plan.settings.workers - 1)))
+    slots = [_Slot(number) for number in range(plan.settings.workers)]
     statuses: list[int] = []
-    asked_at = None
+    stopping_since = None
     try:
         with stop.listening():
             while True:
                 if stop.received is None and not {BROKEN, MISTAKE} & set(statuses):
-                    waiting = (seat for seat in seats if seat.process is None and not seat.is_over)
-                    for seat in [one for one in waiting if one.number == 0 or seats[0].is_ready]:
-                        _start(plan, seat, gpus)
-                elif stop.received is not None and asked_at is None:
-                    asked_at = time.monotonic()
-                    display.say(f"stopping {len(seats)} workers; all trials stay resumable")
-                    _signal(seats, signal.SIGTERM)
-                elif asked_at is not None and time.monotonic() - asked_at > PATIENCE:
-                    _signal(seats, signal.SIGKILL)
-                if not any(seat.process for seat in seats):
+                    for slot in slots if slots[0].is_ready else slots[:1]:
+                        if slot.process is None and not slot.is_over:
+                            _start(plan, slot, gpus)
+                elif stop.received is not None and stopping_since is None:
+                    stopping_since = time.monotonic()
+                    display.say(f"stopping {len(slots)} workers; all trials stay resumable")
+                    _signal(slots, signal.SIGTERM)
+                elif stopping_since is not None and time.monotonic() - stopping_since > PATIENCE:
+                    _signal(slots, signal.SIGKILL)
+                if not any(slot.process for slot in slots):
                     return 0 if display.answer else max(statuses, default=0)
-                _listen(seats, display)
-                statuses += [status for seat in seats if (status := _reap(seat, display, asked_at is not None))]
+                _listen(slots, display)
+                statuses += [status for slot in slots if (status := _reap(slot, display, stopping_since is not None))]
     finally:
-        _signal(seats, signal.SIGKILL)
+        _signal(slots, signal.SIGKILL)
 
 
-def _start(plan: Plan, seat: _Slot, gpus: list[str]) -> None:
+def _start(plan: Plan, slot: _Slot, gpus: list[str]) -> None:
     context = multiprocessing.get_context("spawn")
     inbox, outbox = context.Pipe(duplex=False)
-    seat.process = context.Process(target=_work, args=(plan, seat.number, outbox), name=f"matchai worker {seat.number}")
-    with _environment(plan.settings.workers, seat.number, gpus):
-        seat.process.start()
+    slot.process = context.Process(target=_work, args=(plan, slot.number, outbox), name=f"matchai worker {slot.number}")
+    with _environment(plan.settings.workers, slot.number, gpus):
+        slot.process.start()
     outbox.close()
-    seat.inbox = inbox
+    slot.inbox = inbox
 
 
-def _listen(seats: list[_Slot], display: StudyDisplay) -> None:
+def _listen(slots: list[_Slot], display: StudyDisplay) -> None:
     """Hears what workers tell for a moment; a word that a killed one left half said is dropped with its pipe."""
-    inboxes = {seat.inbox: seat for seat in seats if seat.inbox}
+    inboxes = {slot.inbox: slot for slot in slots if slot.inbox}
     for inbox in wait(list(inboxes), timeout=0.2):
         assert isinstance(inbox, Connection)
-        seat = inboxes[inbox]
+        slot = inboxes[inbox]
         try:
             event = inbox.recv()
         except (EOFError, OSError, ValueError):
-            seat.inbox = None
+            slot.inbox = None
             continue
         if event["kind"] == "ready":
-            seat.is_ready = True
+            slot.is_ready = True
         elif event["kind"] == "begin":
-            seat.keys.add(event["key"])
-        elif event["kind"] == "epoch" and event["epoch"] > seat.epochs.get(event["key"], 0):
+            slot.keys.add(event["key"])
+        elif event["kind"] == "epoch" and event["epoch"] > slot.epochs.get(event["key"], 0):
             # a run that goes on tells its old epochs again
-            seat.epochs[event["key"]], seat.deaths = event["epoch"], 0
+            slot.epochs[event["key"]], slot.deaths = event["epoch"], 0
         display.hear(event)
 
 
-def _reap(seat: _Slot, display: StudyDisplay, is_stopping: bool) -> int:
+def _reap(slot: _Slot, display: StudyDisplay, is_stopping: bool) -> int:
     """Takes leave of a worker that has ended; returns the status that the study deserves for it."""
-    if seat.process is None or seat.process.is_alive() or seat.inbox is not None:
+    if slot.process is None or slot.process.is_alive() or slot.inbox is not None:
         return 0
-    seat.process.join()
-    code, seat.process = seat.process.exitcode, None
-    display.forget(sorted(seat.keys))
-    seat.keys.clear()
+    slot.process.join()
+    code, slot.process = slot.process.exitcode, None
+    display.forget(sorted(slot.keys))
+    slot.keys.clear()
     if code >= 0 or is_stopping:  # it has said itself what is wrong
-        seat.is_over = True
+        slot.is_over = True
         return 0 if is_stopping else int(code)
-    seat.deaths += 1
+    slot.deaths += 1
     how = f"by {signal.Signals(-code).name}"
-    if seat.deaths >= MAX_DEATHS:
-        seat.is_over = True
-        display.say(f"worker {seat.number} ended {how} {MAX_DEATHS} times without an epoch in between; it is given up")
+    if slot.deaths >= MAX_DEATHS:
+        slot.is_over = True
+        display.say(f"worker {slot.number} ended {how} {MAX_DEATHS} times without an epoch in between; it is given up")
         return 1
-    display.say(f"worker {seat.number} ended {how}; another takes its place, and its trial goes on")
+    display.say(f"worker {slot.number} ended {how}; another takes its place, and its trial goes on")
     return 0
 
 
-def _signal(seats: list[_Slot], number: int) -> None:
-    for seat in seats:
-        if seat.process is not None and seat.process.is_alive():
+def _signal(slots: list[_Slot], number: int) -> None:
+    for slot in slots:
+        if slot.process is not None and slot.process.is_alive():
             with contextlib.suppress(ProcessLookupError):
-                os.kill(seat.process.pid, number)
+                os.kill(slot.process.pid, number)
 
 
 @contextlib.contextmanager
@@ -176,16 +175,14 @@ def _environment(num_workers: int, number: int, gpus: list[str]) -> Iterator[Non
         share["CUDA_VISIBLE_DEVICES"] = gpus[number % len(gpus)]
     if "OMP_NUM_THREADS" not in os.environ:
         share["OMP_NUM_THREADS"] = str(max(1, num_cores() // num_workers))
-    before = {name: os.environ.get(name) for name in share}
+    before = {name: os.environ[name] for name in share if name in os.environ}
     os.environ.update(share)
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+        for name in share:
+            del os.environ[name]
+        os.environ.update(before)
 
 
 def _gpus() -> list[str]:
@@ -197,7 +194,7 @@ def _gpus() -> list[str]:
         listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return []
-    return [str(place) for place, line in enumerate(filter(lambda line: line.startswith("GPU "), listed.splitlines()))]
+    return [str(place) for place in range(sum(line.startswith("GPU ") for line in listed.splitlines()))]
 
 
 def _work(plan: Plan, number: int, outbox: Connection) -> None:

@@ -29,7 +29,7 @@ Parameters = ParamSpec("Parameters")
 T = TypeVar("T")
 
 
-def decided_anew(decide: Callable[Parameters, T]) -> Callable[Parameters, T]:
+def retry_on_lost_lock(decide: Callable[Parameters, T]) -> Callable[Parameters, T]:
     """Makes a function that holds a lock of the store's begin again where the lock was lost with its connection."""
 
     @functools.wraps(decide)
@@ -95,7 +95,7 @@ class Leases:
             raise
         return True
 
-    @decided_anew
+    @retry_on_lost_lock
     def renew(self, key: str, step: int) -> None:
         """Writes down that the work has come to `step`, as long as it is still this worker's.
 

@@ -153,34 +153,26 @@ def refused_values(plan: Plan, data: Data, num_processes: int, device: torch.dev
             return list(plan.space.choices[name].values())
         return list(range(entry["low"], entry["high"] + 1, entry.get("step", 1))) if entry else []
 
-    def hold(names: list[str], combination: tuple[Any, ...], check_it: Callable[[TrainConfig], list[str]]) -> None:
-        config = plan.config.updated(**dict(zip(names, combination, strict=True)))
-        try:
-            found = check_it(config)
-        except InputError as error:
-            found = list(error.problems)
-        shown = ", ".join(f"{name} {value}" for name, value in zip(names, combination, strict=True))
-        problems.extend(f"The space's {shown} would be refused: {problem}" for problem in found)
+    def check_step(config: TrainConfig) -> None:
+        if found := step_problems(config, len(data.train), num_processes, device):
+            raise InputError(*found)
 
-    sizes = [name for name in ("batch_size", "accumulate", "image_size") if values(name)]
-    for combination in itertools.islice(itertools.product(*map(values, sizes)), MOST_CHECKED if sizes else 0):
-        hold(sizes, combination, lambda config: step_problems(config, len(data.train), num_processes, device))
-    for precision in values("mixed_precision"):
-        hold(["mixed_precision"], (precision,), lambda config: _precision_problems(config, device))
-    networks = [name for name in ("encoder", "encoder_weights") if values(name)]
-    for combination in itertools.product(*map(values, networks)) if networks else ():
-        hold(networks, combination, _model_problems)
+    checks: dict[tuple[str, ...], Callable[[TrainConfig], object]] = {
+        ("batch_size", "accumulate", "image_size"): check_step,
+        ("mixed_precision",): lambda config: choose_precision(config.optimisation.mixed_precision, device),
+        ("encoder", "encoder_weights"): lambda config: build_model_of(config, is_resuming=False),
+    }
+    for names, check_it in checks.items():
+        searched = [name for name in names if values(name)]
+        combinations = itertools.product(*map(values, searched)) if searched else ()
+        for combination in itertools.islice(combinations, MOST_CHECKED):
+            chosen = dict(zip(searched, combination, strict=True))
+            try:
+                check_it(plan.config.updated(**chosen))
+            except InputError as error:
+                shown = ", ".join(f"{name} {value}" for name, value in chosen.items())
+                problems += [f"The space's {shown} would be refused: {problem}" for problem in error.problems]
     return problems[:20]
-
-
-def _precision_problems(config: TrainConfig, device: torch.device) -> list[str]:
-    choose_precision(config.optimisation.mixed_precision, device)
-    return []
-
-
-def _model_problems(config: TrainConfig) -> list[str]:
-    build_model_of(config, is_resuming=False)
-    return []
 
 
 def fresh_seeds(plan: Plan, read: Callable[[TrainConfig], Data]) -> list[int]:
@@ -204,7 +196,7 @@ def fresh_seeds(plan: Plan, read: Callable[[TrainConfig], Data]) -> list[int]:
 def describe(plan: Plan, stage: Stage, data: Data, seeds: Sequence[int]) -> dict[str, Any]:
     """What makes a stage this study and no other, and its fresh seeds; plain JSON values."""
     recipe = plan.config.updated(epochs=stage.epochs).flat()
-    split = json.dumps([data.train, data.val]).encode()
+    split = hashlib.sha256(json.dumps([data.train, data.val]).encode()).hexdigest()[:16]
     found = {
         "space": plan.space.entries,
         "objective": plan.settings.objective,
@@ -214,7 +206,7 @@ def describe(plan: Plan, stage: Stage, data: Data, seeds: Sequence[int]) -> dict
         "data": data.digests,
         "fresh_seeds": list(seeds),
         "is_synthetic": plan.config.input.data is None,
-        "split": hashlib.sha256(split).hexdigest()[:16],
+        "split": split,
     }
     plain: dict[str, Any] = json.loads(json.dumps(found, default=str))
     return plain
@@ -222,23 +214,21 @@ def describe(plan: Plan, stage: Stage, data: Data, seeds: Sequence[int]) -> dict
 
 def differences(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """How a study in the store differs from the one asked for, in words."""
-    found = []
-    for name in ("objective", "direction", "screen_epochs"):
-        if was.get(name) != now[name]:
-            found.append(f"{name} was {was.get(name)} and is {now[name]}")
-    for part, words in (("recipe", "the recipe's {}"), ("space", "the space's {}")):
+    found = [
+        f"{name} was {was.get(name)} and is {now[name]}"
+        for name in ("objective", "direction", "screen_epochs")
+        if was.get(name) != now[name]
+    ]
+    for part in ("recipe", "space"):
         old, new = was.get(part, {}), now[part]
         found += [
-            f"{words.format(name)} was {_shown(old, name)} and is {_shown(new, name)}"
+            f"the {part}'s {name} was {_shown(old, name)} and is {_shown(new, name)}"
             for name in dict.fromkeys([*new, *old])
             if old.get(name) != new.get(name)
         ]
     old, new = was.get("data", {}), now["data"]
-    found += [
-        f"the content of {name} is another"
-        for name in sorted(old.keys() | new.keys())
-        if old.get(name) != new.get(name)
-    ]
+    changed = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
+    found += [f"the content of {name} is another" for name in changed]
     if was.get("split") != now["split"] and not found:
         found.append("the split into training and validation slices is another")
     return found

@@ -1,31 +1,18 @@
 """The report of a study: what won, by how much over the recipe and over noise, and how to train it, on one page."""
 
+import functools
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import optuna
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 from matchai.drawing import Answer, Code, Picture, Piece, Points, Section, Table, Text, render_page
 from matchai.study.figures import draw_study
-from matchai.study.rows import (
-    SHARES,
-    Row,
-    capitalise,
-    find_best,
-    find_recipe,
-    format_setting,
-    is_maximised,
-    label_objective,
-    read_epochs,
-    read_rows,
-    read_searched,
-    read_settings,
-)
+from matchai.study.rows import SHARES, Row, StudyFacts, capitalise, format_number, format_setting
 from matchai.study.significance import Contender, Verdict
 from matchai.system import write_whole
 
@@ -37,14 +24,7 @@ CAPTIONS = {
     "importance": "The share of the variance between trials that each setting explains alone. At few trials this is "
     "rough: in 12 simulated studies of 50 trials each, fANOVA named the truly most important setting in 9.",
 }
-KINDS = {
-    "complete": "complete",
-    "pruned": "pruned",
-    "failed for its settings": "failed for their settings",
-    "failed for the machine": "failed for the machine",
-    "running": "running",
-    "waiting": "waiting",
-}
+KINDS = ("complete", "pruned", "failed for its settings", "failed for the machine", "running", "waiting")
 
 
 def write_report(
@@ -75,27 +55,28 @@ def write_report(
     Returns:
         The path of the page.
     """
-    rows, maximised, label = read_rows(study), is_maximised(study), label_objective(objective)
-    searched = read_searched(study)
+    facts, figures = StudyFacts(study, objective), folder / "figures"
+    rows = facts.rows
     sections = [
-        Section("", _answer(rows, maximised, label, evidence, is_confirming)),
-        *([Section("Recipe and challengers on fresh seeds", _compare(rows, evidence, label))] if evidence else []),
-        Section("Settings", _settings(rows, read_settings(study), maximised, evidence)),
+        Section("", _answer(facts, evidence, is_confirming)),
+        *([Section("Recipe and challengers on fresh seeds", _compare(facts, evidence))] if evidence else []),
+        Section("Settings", _settings(facts, evidence)),
         Section("How to train it", _training(folder, command, best)),
-        Section("How the trials went", [Text(_count(rows)), *_pictures(folder / "figures", study, objective)]),
-        Section("What was searched", _space(study, searched)),
-        Section("All trials", [_trials(rows, read_settings(study), maximised)]),
-        Section("What the value is, and its limits", [Points([*_limits(label, maximised, evidence), *notes])]),
+        Section("How the trials went", [Text(_count(rows)), *_pictures(figures, study, objective)]),
+        Section("What was searched", _space(facts)),
+        Section("All trials", [_trials(facts)]),
+        Section("What the value is, and its limits", [Points([*_limits(facts, evidence), *notes])]),
     ]
     if screen is not None:
-        sections.append(
-            Section("Screening with short cycles", _screening(folder / "figures" / "screen", screen, objective))
-        )
-    facts = [*_flatten(searched, ()), *_provenance([*rows, *(read_rows(screen) if screen else [])])]
-    sections.append(Section("Fixed settings, data and versions", [Table(["what", "value"], facts)], is_folded=True))
+        screened = StudyFacts(screen, objective)
+        pieces = _screening(screened, _pictures(figures / "screen", screen, objective))
+        sections.append(Section("Screening with short cycles", pieces))
+        rows = [*rows, *screened.rows]
+    fixed = [*_flatten(facts.searched, ()), *_provenance(rows)]
+    sections.append(Section("Fixed settings, data and versions", [Table(["what", "value"], fixed)], is_folded=True))
 
-    direction = "more" if maximised else "less"
-    subtitle = f"{label}, {direction} is better · {len(rows)} trials{_hours(rows)}"
+    direction = "more" if facts.is_maximised else "less"
+    subtitle = f"{facts.objective}, {direction} is better · {len(facts.rows)} trials{_hours(facts.rows)}"
     page = render_page(f"Study {study.study_name}", subtitle, sections)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "report.html"
@@ -103,23 +84,21 @@ def write_report(
     return path
 
 
-def _answer(
-    rows: Sequence[Row], maximised: bool, label: str, evidence: Verdict | None, is_confirming: bool
-) -> list[Piece]:
+def _answer(facts: StudyFacts, evidence: Verdict | None, is_confirming: bool) -> list[Piece]:
     """The headline, and below it what it rests on."""
     if evidence is not None:
-        return _confirmed(rows, label, evidence)
-    best, recipe = find_best(rows, maximised), find_recipe(rows)
+        return _confirmed(facts, evidence)
+    best, recipe = facts.best, facts.recipe
     if best is None:
         return [Answer("No trial is complete yet: there is nothing to compare.", "open")]
-    digits = _digits(rows) - 1
-    value = f"{_write(best.value, digits)} {label}"
+    digits = facts.digits - 1
+    value = f"{format_number(best.value, digits)} {facts.objective}"
     if best is recipe:
         lead = f"the recipe itself leads with {value}"
     elif recipe is None or recipe.kind != "complete":
         lead = f"trial {best.number} leads with {value}, and the recipe has no value to compare it with"
     else:
-        gain = _write(abs(best.value - recipe.value), digits)
+        gain = format_number(abs(best.value - recipe.value), digits)
         lead = f"trial {best.number} leads with {value}, {gain} better than the recipe"
     if is_confirming:
         return [
@@ -132,83 +111,75 @@ def _answer(
     ]
 
 
-def _confirmed(rows: Sequence[Row], label: str, evidence: Verdict) -> list[Piece]:
-    digits, seeds = _digits(rows) - 1, f"{len(evidence.seeds)} fresh seeds"
-    confidence = f"{evidence.confidence * 100:g} %"
+def _confirmed(facts: StudyFacts, evidence: Verdict) -> list[Piece]:
+    write = functools.partial(format_number, digits=facts.digits - 1)
 
     def interval(one: Contender) -> str:
-        if not (math.isfinite(one.low) and math.isfinite(one.high)):
-            return f"no interval, {seeds}"
-        return f"{confidence} interval {_write(one.low, digits)} to {_write(one.high, digits)}, {seeds}"
+        is_known = math.isfinite(one.low) and math.isfinite(one.high)
+        ends = f"{evidence.confidence * 100:g} % interval {write(one.low)} to {write(one.high)}"
+        return f"{ends if is_known else 'no interval'}, {len(evidence.seeds)} fresh seeds"
 
     if evidence.is_difference:
         winner = next(one for one in evidence.challengers if one.number == evidence.winner)
-        gain = f"{_write(winner.difference, digits)} {label}"
-        says = f"beats the recipe by {gain} ({interval(winner)})"
+        says = f"beats the recipe by {write(winner.difference)} {facts.objective} ({interval(winner)})"
         says = says if math.isfinite(winner.difference) else "is the answer, as the recipe failed on a fresh seed"
         pieces: list[Piece] = [Answer(f"Trial {winner.number} {says}.", "good")]
     elif evidence.challengers:
         nearest = evidence.challengers[0]
         side = "better" if nearest.difference >= 0 else "worse"
-        gain = f"{_write(abs(nearest.difference), digits)} {side} in {label}"
+        gain = f"{write(abs(nearest.difference))} {side} in {facts.objective}"
         detail = f"the best challenger, trial {nearest.number}, is {gain} ({interval(nearest)})"
         pieces = [Answer(f"No difference: the recipe stays the answer; {detail}.")]
     else:
         pieces = [Answer("The recipe stays the answer: there was no challenger.")]
     halves = [(one.high - one.low) / 2 for one in evidence.challengers if math.isfinite(one.high - one.low)]
     if halves:
-        half = _write(halves[0], digits)
+        half = write(halves[0])
         pieces.append(Text(f"With these seeds, differences below {half} cannot be told from the noise between seeds."))
     return pieces
 
 
-def _compare(rows: Sequence[Row], evidence: Verdict, label: str) -> list[Piece]:
-    digits = _digits(rows)
-
-    def line(one: Contender, name: str, says: str) -> list[str]:
-        is_recipe = one is evidence.recipe
-        ends = (_write(one.low, digits, sign="+"), _write(one.high, digits, sign="+"))
-        return [
-            name,
-            _write(one.mean, digits),
-            _write(one.sd, digits),
-            "" if is_recipe else _write(one.difference, digits, sign="+"),
-            "" if is_recipe else " to ".join(ends) if "–" not in ends else "unknown",
-            says,
-            *(_write(value, digits) for value in one.values),
-        ]
-
-    has_failed = not math.isfinite(evidence.recipe.mean)
-    says = "failed on a seed" if has_failed else "" if evidence.is_difference else "the answer"
-    lines = [line(evidence.recipe, f"recipe (trial {evidence.recipe.number})", says)]
-    for one in evidence.challengers:
-        says = "better" if one.low > 0 else "worse" if one.high < 0 else "no difference shown"
-        says = says if math.isfinite(one.mean) else "failed on a seed"
-        lines.append(line(one, f"trial {one.number}", "better: the answer" if one.number == evidence.winner else says))
-    numbers = [evidence.recipe.number, *(one.number for one in evidence.challengers)]
+def _compare(facts: StudyFacts, evidence: Verdict) -> list[Piece]:
+    write = functools.partial(format_number, digits=facts.digits)
+    lines = []
+    contenders = [evidence.recipe, *evidence.challengers]
+    for one in contenders:
+        is_recipe, is_answer = one is evidence.recipe, one.number == evidence.winner
+        if not math.isfinite(one.mean):
+            says = "failed on a seed"
+        elif is_recipe:
+            says = "the answer" if is_answer else ""
+        else:
+            says = "better" if one.low > 0 else "worse" if one.high < 0 else "no difference shown"
+            says = "better: the answer" if is_answer else says
+        name = f"recipe (trial {one.number})" if is_recipe else f"trial {one.number}"
+        ends = (write(one.low, sign="+"), write(one.high, sign="+"))
+        interval = " to ".join(ends) if "–" not in ends else "unknown"
+        difference = ["", ""] if is_recipe else [write(one.difference, sign="+"), interval]
+        lines.append([name, write(one.mean), write(one.sd), *difference, says, *map(write, one.values)])
     caption = (
-        f"{label} on the same fresh seeds for all, none of them used in the search. sd: between seeds. The intervals "
-        f"of the difference to the recipe hold all together with {evidence.confidence * 100:g} %; positive is better."
+        f"{facts.objective} on the same fresh seeds for all, none of them used in the search. sd: between seeds. The "
+        f"intervals of the difference to the recipe hold all together with {evidence.confidence * 100:g} %; positive "
+        "is better."
     )
     columns = ("configuration", "mean", "sd", "difference", "interval", "says")
     head = [*columns, *(f"seed {seed}" for seed in evidence.seeds)]
-    return [Table(head, lines, marked=[numbers.index(evidence.winner)], caption=capitalise(caption))]
+    marked = [place for place, one in enumerate(contenders) if one.number == evidence.winner]
+    return [Table(head, lines, marked=marked, caption=capitalise(caption))]
 
 
-def _settings(
-    rows: Sequence[Row], settings: Mapping[str, BaseDistribution], maximised: bool, evidence: Verdict | None
-) -> list[Piece]:
+def _settings(facts: StudyFacts, evidence: Verdict | None) -> list[Piece]:
     """The settings of the best beside the recipe's."""
-    recipe, best = find_recipe(rows), find_best(rows, maximised)
+    recipe, best = facts.recipe, facts.best
     if evidence is not None and evidence.challengers:
         number = evidence.winner if evidence.is_difference else evidence.challengers[0].number
-        best = next((row for row in rows if row.number == number), None)
+        best = next((row for row in facts.rows if row.number == number), None)
     columns = [("recipe", recipe)] if recipe is not None else []
     if best is not None and best is not recipe:
         columns.append((f"trial {best.number}", best))
-    if not columns or not settings:
+    if not columns or not facts.settings:
         return [Text("There are no settings to show yet.")]
-    lines = [[name, *(format_setting(row.settings.get(name)) for _, row in columns)] for name in settings]
+    lines = [[name, *(format_setting(row.settings.get(name)) for _, row in columns)] for name in facts.settings]
     return [Table(["setting", *(name for name, _ in columns)], lines)]
 
 
@@ -221,18 +192,16 @@ def _training(folder: Path, command: str, best: Path | None) -> list[Piece]:
 
 
 def _pictures(folder: Path, study: optuna.Study, objective: str) -> list[Piece]:
-    drawn = draw_study(folder, study, objective)
     return [
         Picture(path.read_bytes(), f"{name.replace('_', ' ')} of study {study.study_name}", CAPTIONS[name])
-        for name, path in drawn.items()
+        for name, path in draw_study(folder, study, objective).items()
     ]
 
 
-def _space(study: optuna.Study, searched: Mapping[str, Any]) -> list[Piece]:
-    settings = read_settings(study)
-    is_simplex = all(name in settings for name in SHARES)
+def _space(facts: StudyFacts) -> list[Piece]:
+    is_simplex = all(name in facts.settings for name in SHARES)
     lines = []
-    for name, distribution in settings.items():
+    for name, distribution in facts.settings.items():
         if isinstance(distribution, CategoricalDistribution):
             reach, scale = ", ".join(format_setting(choice) for choice in distribution.choices), "choice"
         else:
@@ -244,22 +213,18 @@ def _space(study: optuna.Study, searched: Mapping[str, Any]) -> list[Piece]:
             if isinstance(distribution, IntDistribution):
                 scale += ", whole numbers"
         lines.append([name, reach, "shares that add up to 1, uniform" if is_simplex and name in SHARES else scale])
-    facts = {
-        "preset": searched.get("preset"),
-        "epochs a trial:": read_epochs(study),
-        "seed of the study:": searched.get("seed"),
-    }
-    told = [f"{words} {value}" for words, value in facts.items() if value is not None]
+    preset, seed = facts.searched.get("preset"), facts.searched.get("seed")
+    same = {"preset": preset, "epochs a trial:": facts.epochs, "seed of the study:": seed}
+    told = [f"{words} {value}" for words, value in same.items() if value is not None]
     pieces: list[Piece] = [Table(["setting", "range", "scale"], lines)] if lines else [Text("No trial has begun yet.")]
     return [*pieces, Text(f"In all trials: {', '.join(told)}.")] if told else pieces
 
 
 def _count(rows: Sequence[Row]) -> str:
     counts = Counter(row.kind for row in rows)
-    told = [
-        f"{counts[kind]} {words}" for kind, words in KINDS.items() if counts[kind] or kind in {"complete", "pruned"}
-    ]
-    return f"{len(rows)} trials: {', '.join(told)}."
+    shown = [kind for kind in KINDS if counts[kind] or kind in {"complete", "pruned"}]
+    told = ", ".join(f"{counts[kind]} {kind}" for kind in shown).replace("for its settings", "for their settings")
+    return f"{len(rows)} trials: {told}."
 
 
 def _hours(rows: Sequence[Row]) -> str:
@@ -270,31 +235,23 @@ def _hours(rows: Sequence[Row]) -> str:
     return f" · {seconds / 3600:.1f} h of training" if seconds >= 3600 else f" · {seconds / 60:.1f} min of training"
 
 
-def _trials(rows: Sequence[Row], settings: Mapping[str, BaseDistribution], maximised: bool) -> Piece:
-    if not rows:
+def _trials(facts: StudyFacts) -> Piece:
+    if not facts.rows:
         return Text("There is none yet.")
-    digits, best = _digits(rows), find_best(rows, maximised)
-    has_reason = any(_reason(row) for row in rows)
-    head = ["trial", "state", "value", "best epoch", *settings, "seconds", *(["reason"] if has_reason else [])]
+    has_reason = any(map(_reason, facts.rows))
+    head = ["trial", "state", "value", "best epoch", *facts.settings, "seconds", *(["reason"] if has_reason else [])]
     lines = []
-    sign = -1 if maximised else 1
-    order = list(KINDS)
-    rows = sorted(rows, key=lambda row: (order.index(row.kind), sign * row.value if row.kind == "complete" else 0))
+    rows = sorted(
+        facts.rows, key=lambda row: (KINDS.index(row.kind), -facts.sign * row.value if row.kind == "complete" else 0)
+    )
     for row in rows:
-        seconds = _number(row.attributes.get("seconds"))
-        roles = [role for role, is_it in (("recipe", row.is_recipe), ("best", row is best)) if is_it]
-        lines.append(
-            [
-                str(row.number),
-                ", ".join([row.kind, *roles]),
-                _write(row.value, digits),
-                _best_epoch(row, maximised),
-                *(format_setting(row.settings.get(name)) for name in settings),
-                "–" if seconds is None else f"{seconds:.0f}",
-                *([_reason(row)] if has_reason else []),
-            ]
-        )
-    marked = [place for place, row in enumerate(rows) if row is best or row.is_recipe]
+        roles = [role for role, is_it in (("recipe", row.is_recipe), ("best", row is facts.best)) if is_it]
+        state, value = ", ".join([row.kind, *roles]), format_number(row.value, facts.digits)
+        settings = (format_setting(row.settings.get(name)) for name in facts.settings)
+        seconds = format_number(_number(row.attributes.get("seconds")), 0)
+        line = [str(row.number), state, value, _best_epoch(row, facts.sign), *settings, seconds, _reason(row)]
+        lines.append(line[: len(head)])
+    marked = [place for place, row in enumerate(rows) if row is facts.best or row.is_recipe]
     caption = (
         "Complete trials first, the best on top. The value of a pruned or running trial is its best epoch's so far."
     )
@@ -305,21 +262,22 @@ def _reason(row: Row) -> str:
     """Why a trial failed: for its settings, or the last error of the machine."""
     errors = row.attributes.get("errors") if row.kind == "failed for the machine" else None
     last = errors[-1][1:] if isinstance(errors, list) and errors and isinstance(errors[-1], list) else []
-    return _plain(row.attributes.get("reason") or " ".join(map(str, last)), "")
+    return str(row.attributes.get("reason") or " ".join(map(str, last)))
 
 
-def _best_epoch(row: Row, maximised: bool) -> str:
+def _best_epoch(row: Row, sign: int) -> str:
     """As its attribute says, or as its curve does where it has not ended."""
-    if "best_epoch" in row.attributes or row.kind not in {"pruned", "running"} or not row.curve:
-        return _plain(row.attributes.get("best_epoch"))
-    return str((max if maximised else min)(row.curve, key=lambda epoch: row.curve[epoch]))
+    best = row.attributes.get("best_epoch")
+    if "best_epoch" not in row.attributes and row.kind in {"pruned", "running"} and row.curve:
+        best = max(row.curve, key=lambda epoch: sign * row.curve[epoch])
+    return "–" if best is None else str(best)
 
 
-def _limits(label: str, maximised: bool, evidence: Verdict | None) -> Iterator[str]:
-    highest = "highest" if maximised else "lowest"
+def _limits(facts: StudyFacts, evidence: Verdict | None) -> Iterator[str]:
+    highest = "highest" if facts.is_maximised else "lowest"
     yield (
-        f"The value of a trial is the {highest} {label} of its epochs, on the validation slices. Choosing the best "
-        "epoch on the slices that it is judged by flatters it slightly."
+        f"The value of a trial is the {highest} {facts.objective} of its epochs, on the validation slices. Choosing "
+        "the best epoch on the slices that it is judged by flatters it slightly."
     )
     yield "Each trial is one training with one seed; among the best, the seed may decide more than the settings."
     if evidence is not None:
@@ -329,32 +287,28 @@ def _limits(label: str, maximised: bool, evidence: Verdict | None) -> Iterator[s
         )
 
 
-def _screening(folder: Path, screen: optuna.Study, objective: str) -> list[Piece]:
-    rows = read_rows(screen)
-    epochs = read_epochs(screen)
-    cycle = f" of {epochs} epochs" if epochs is not None else ""
+def _screening(screened: StudyFacts, pictures: list[Piece]) -> list[Piece]:
+    cycle = "" if screened.epochs is None else f" of {screened.epochs} epochs"
     told = (
-        f"Before the full trainings, study {screen.study_name} searched with complete short cycles{cycle}; the best "
-        f"of it went on to full length above. {_count(rows)} Values of the two studies are never compared."
+        f"Before the full trainings, study {screened.study.study_name} searched with complete short cycles{cycle}; the "
+        f"best of it went on to full length above. {_count(screened.rows)} Values of the two studies are never "
+        "compared."
     )
-    trials = _trials(rows, read_settings(screen), is_maximised(screen))
-    return [Text(told), *_pictures(folder, screen, objective), trials]
+    return [Text(told), *pictures, _trials(screened)]
 
 
 def _provenance(rows: Sequence[Row]) -> Iterator[list[str]]:
     """What the trials say of where and with what they ran; several values where they differ."""
-    found: dict[str, list[str]] = {}
+    found: dict[str, dict[str, None]] = {}  # by name its values, each once and in their order
     for row in rows:
         versions = row.attributes.get("versions")
-        facts = {f"version of {name}": value for name, value in versions.items()} if isinstance(versions, dict) else {}
-        facts |= {"git revision": row.attributes.get("git_revision"), "host": row.attributes.get("host")}
-        for name, value in facts.items():
-            values = found.setdefault(name, [])
-            if value is not None and str(value) not in values:
-                values.append(str(value))
+        told = {f"version of {name}": value for name, value in versions.items()} if isinstance(versions, dict) else {}
+        told |= {"git revision": row.attributes.get("git_revision"), "host": row.attributes.get("host")}
+        for name, value in told.items():
+            if value is not None:
+                found.setdefault(name, {})[str(value)] = None
     for name, values in sorted(found.items()):
-        if values:
-            yield [name, ", ".join(values)]
+        yield [name, ", ".join(values)]
 
 
 def _flatten(value: object, path: tuple[str, ...]) -> Iterator[list[str]]:
@@ -369,20 +323,3 @@ def _flatten(value: object, path: tuple[str, ...]) -> Iterator[list[str]]:
 
 def _number(value: object) -> float | None:
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
-
-
-def _plain(value: object, absent: str = "–") -> str:
-    return absent if value is None else str(value)
-
-
-def _digits(rows: Sequence[Row]) -> int:
-    """Decimals that show four figures of the usual value: 4 for a Dice."""
-    sizes = sorted(abs(row.value) for row in rows if row.kind == "complete" and row.value)
-    return min(12, max(1, 3 - math.floor(math.log10(sizes[len(sizes) // 2])))) if sizes else 4
-
-
-def _write(value: float, digits: int, sign: str = "-") -> str:
-    """A number with a true minus sign; "–" where it is not finite."""
-    if not math.isfinite(value):
-        return "–"
-    return f"{round(value, digits) + 0.0:{sign}.{digits}f}".replace("-", "−")

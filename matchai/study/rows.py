@@ -40,6 +40,39 @@ class Row:
     is_recipe: bool
     attributes: dict[str, Any]
 
+    @property
+    def counts(self) -> bool:
+        """Whether it has a value to compare: it is complete, or pruned after an epoch."""
+        return self.kind in {"complete", "pruned"} and math.isfinite(self.value)
+
+
+class StudyFacts:
+    """What pictures and report show of a study.
+
+    Attributes:
+        study: The study.
+        objective: Words for it.
+        is_maximised: Whether more of it is better.
+        sign: 1 where more is better, else -1.
+        rows: Of all trials, in the order of their numbers.
+        settings: What was searched, and over what.
+        best: The best complete trial; None where none is complete.
+        recipe: The recipe's trial; None where there is none yet.
+        searched: What the study says of itself.
+        epochs: Of a trial; None where neither study nor trials tell.
+        digits: Decimals that show four figures of the usual value: 4 for a Dice.
+    """
+
+    def __init__(self, study: optuna.Study, objective: str) -> None:
+        self.study, self.objective = study, label_objective(objective)
+        self.is_maximised = is_maximised(study)
+        self.sign = 1 if self.is_maximised else -1
+        self.rows, self.settings = read_rows(study), read_settings(study)
+        self.searched, self.epochs = read_searched(study), read_epochs(study)
+        self.best, self.recipe = find_best(self.rows, self.is_maximised), find_recipe(self.rows)
+        sizes = sorted(abs(row.value) for row in self.rows if row.kind == "complete" and row.value)
+        self.digits = min(12, max(1, 3 - math.floor(math.log10(sizes[len(sizes) // 2])))) if sizes else 4
+
 
 def read_rows(study: optuna.Study) -> list[Row]:
     """Reads what is shown of every trial, in the order of their numbers."""
@@ -125,6 +158,13 @@ def format_setting(value: object) -> str:
     if 0 < abs(value) < 0.01:
         return np.format_float_scientific(value, precision=3, trim="-", exp_digits=1)
     return f"{value:.4g}"
+
+
+def format_number(value: float | None, digits: int, sign: str = "-") -> str:
+    """A number with a true minus sign; "–" where there is none, or it is not finite."""
+    if value is None or not math.isfinite(value):
+        return "–"
+    return f"{round(value, digits) + 0.0:{sign}.{digits}f}".replace("-", "−")
 
 
 def find_importances(study: optuna.Study) -> dict[str, float]:

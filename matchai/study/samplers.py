@@ -8,6 +8,7 @@ alike. A pruner's verdict is a pure function of the trial's values and of the fi
 import contextlib
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -93,29 +94,30 @@ def propose(name: str, seed: int, study: Study, number: int, space: dict[str, Ba
     free = {setting: space[setting] for setting in sorted(space) if not space[setting].single()}
     fixed = {setting: _only_value(space[setting]) for setting in space if space[setting].single()}
     models = _MODELS[name]
-    known = [row for row in rows if row.state in _FINISHED]
-    proposal: dict[str, Any] = {}
-    with _quiet():
+
+    def draws() -> Iterator[dict[str, Any]]:
+        known = [row for row in rows if row.state in _FINISHED]
+        running = [row for row in rows if row.state == TrialState.RUNNING]
         if models and free and len(known) >= STARTUP:
             model = models[number % len(models)]
-            running = [row for row in rows if row.state == TrialState.RUNNING]
             for attempt in range(ATTEMPTS):
                 copy, trial = _copy(known, running, study.direction, free)
-                drawn = model(_word(seed, number, attempt)).sample_relative(copy, trial, free)
-                proposal = {setting: (fixed | drawn)[setting] for setting in space}
-                if _point(proposal, space) not in taken:
-                    return proposal
-        chance = RandomSampler(seed=_word(seed, number, ATTEMPTS))
+                yield model(_seed(seed, number, attempt)).sample_relative(copy, trial, free)
+        chance = RandomSampler(seed=_seed(seed, number, ATTEMPTS))
         copy, trial = _copy([], [], study.direction, free)
         for _ in range(DRAWS):
-            drawn = {key: chance.sample_independent(copy, trial, key, value) for key, value in free.items()}
+            yield {key: chance.sample_independent(copy, trial, key, value) for key, value in free.items()}
+
+    proposal: dict[str, Any] = {}
+    with _quiet():
+        for drawn in draws():
             proposal = {setting: (fixed | drawn)[setting] for setting in space}
             if _point(proposal, space) not in taken:
                 break
     return proposal
 
 
-def _word(seed: int, number: int, attempt: int) -> int:
+def _seed(seed: int, number: int, attempt: int) -> int:
     return int(seed_sequence(_STREAM, seed, number, attempt).generate_state(1)[0])
 
 
@@ -145,7 +147,7 @@ def _copy(
     A model writes notes into its study, which here never reach the store.
     """
     copy = optuna.create_study(direction="maximize")
-    for row, value in zip(known, _told(known, direction), strict=True):
+    for row, value in zip(known, _values(known, direction), strict=True):
         copy.add_trial(create_trial(value=value, params=_of(row, space), distributions=space))
     for row in running:
         copy.add_trial(create_trial(state=TrialState.RUNNING, params=_of(row, space), distributions=space))
@@ -157,7 +159,7 @@ def _of(row: FrozenTrial, space: dict[str, BaseDistribution]) -> dict[str, Any]:
     return {setting: row.params[setting] for setting in space}
 
 
-def _told(rows: list[FrozenTrial], direction: StudyDirection) -> list[float]:
+def _values(rows: list[FrozenTrial], direction: StudyDirection) -> list[float]:
     """The values of finished trials as a model sees them: higher is better.
 
     A pruned trial counts with its best epoch, one that failed for its settings (attribute `reason`) as the worst.
@@ -223,12 +225,12 @@ def half_time(epochs: int) -> int:
     return -(-epochs // 2)
 
 
+@dataclass
 class _SparingPruner(BasePruner):
     """Another pruner, but never for the recipe, against which all is measured, nor after the last epoch."""
 
-    def __init__(self, pruner: BasePruner, epochs: int) -> None:
-        self.pruner = pruner
-        self.epochs = epochs
+    pruner: BasePruner
+    epochs: int
 
     def prune(self, study: Study, trial: FrozenTrial) -> bool:
         is_recipe = trial.number == 0 or bool(trial.user_attrs.get("is_recipe"))

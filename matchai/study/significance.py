@@ -85,10 +85,10 @@ def judge(
         raise ValueError(f"every trial needs one value for each of two or more seeds, not {dict(values)}")
     sign = 1.0 if is_maximised else -1.0
     rows = {number: sign * np.asarray(row, float) for number, row in values.items()}
-    pool = [number for number, row in rows.items() if number == recipe or np.isfinite(row).all()]
-    challengers = [number for number in values if number != recipe]
+    means = {number: float(row.mean()) if np.isfinite(row).all() else -math.inf for number, row in rows.items()}
+    pool = [number for number, mean in means.items() if number == recipe or mean > -math.inf]
     half = math.inf
-    if len(pool) > 1 and np.isfinite(rows[recipe]).all():
+    if len(pool) > 1 and means[recipe] > -math.inf:
         table = np.stack([rows[number] for number in pool])
         residual = table - table.mean(1, keepdims=True) - table.mean(0, keepdims=True) + table.mean()
         freedom = (len(pool) - 1) * (len(seeds) - 1)
@@ -96,22 +96,14 @@ def judge(
         half = quantile * math.sqrt(2 * float((residual**2).sum()) / freedom / len(seeds))
 
     def contender(number: int) -> Contender:
-        row, has_failed = rows[number], not np.isfinite(rows[number]).all()
-        mean = -math.inf if has_failed else float(row.mean())
-        if number == recipe:
-            difference, low, high = 0.0, 0.0, 0.0
-        elif has_failed:
-            difference, low, high = -math.inf, -math.inf, -math.inf
-        elif not np.isfinite(rows[recipe]).all():
-            difference, low, high = math.inf, math.inf, math.inf
-        else:
-            difference = mean - float(rows[recipe].mean())
-            low, high = difference - half, difference + half
-        sd = math.nan if has_failed else float(row.std(ddof=1))
-        return Contender(
-            number, tuple(float(value) for value in values[number]), sign * mean, sd, difference, low, high
-        )
+        mean, has_failed = means[number], means[number] == -math.inf
+        difference = 0.0 if number == recipe else -math.inf if has_failed else mean - means[recipe]
+        margin = 0.0 if number == recipe or math.isinf(difference) else half
+        ends = difference - margin, difference + margin
+        sd = math.nan if has_failed else float(rows[number].std(ddof=1))
+        return Contender(number, tuple(map(float, values[number])), sign * mean, sd, difference, *ends)
 
-    ranked = sorted((contender(number) for number in challengers), key=lambda one: (-sign * one.mean, one.number))
+    challengers = (contender(number) for number in values if number != recipe)
+    ranked = sorted(challengers, key=lambda one: (-sign * one.mean, one.number))
     winner = next((one.number for one in ranked if one.number in pool and one.low > 0), recipe)
     return Verdict(contender(recipe), tuple(ranked), winner, tuple(seeds))

@@ -123,11 +123,11 @@ def default_space() -> Path:
     Raises:
         InputError: If it is in neither.
     """
-    places = [Path(__file__).parents[2] / "studies", Path(sys.prefix) / "share" / "matchai" / "studies"]
-    for place in places:
-        if (place / "default.yaml").is_file():
-            return place / "default.yaml"
-    raise InputError(f"studies/default.yaml is not in {places[0].parent}; name a search space with --space FILE.")
+    source = Path(__file__).parents[2]
+    for folder in (source, Path(sys.prefix) / "share" / "matchai"):
+        if (folder / "studies" / "default.yaml").is_file():
+            return folder / "studies" / "default.yaml"
+    raise InputError(f"studies/default.yaml is not in {source}; name a search space with --space FILE.")
 
 
 def load_space(path: Path, config: TrainConfig, fixed: Collection[str] = ()) -> Space:
@@ -148,32 +148,31 @@ def load_space(path: Path, config: TrainConfig, fixed: Collection[str] = ()) -> 
     problems: list[str] = []
     searched: list[str] = []
     for name, entry in load_mapping(path, "--space", "settings to search").items():
-        where = f"{path}, {name}: "
         try:
             if isinstance(entry, dict) and set(entry) == {"simplex"}:
-                names = _simplex(str(name), entry["simplex"], where)
+                names = _simplex(str(name), entry["simplex"])
                 searched += names
                 chosen = [one for one in names if one in fixed]
                 if chosen and len(chosen) < len(names):
                     missing = " and ".join(f"--{one.replace('_', '-')}" for one in names if one not in fixed)
-                    raise InputError(
+                    problems.append(
                         f"--{chosen[0].replace('_', '-')} fixes one share of the searched mixture {name}: give "
                         f"{missing} too, or none of them."
                     )
-                if not chosen:
+                elif not chosen:
                     simplexes[name], entries[name] = names, {"simplex": list(names)}
                     distributions |= {one: FloatDistribution(0.0, 1.0) for one in _parameters(name, len(names))}
                 continue
-            _check_name(name, where)
+            _check_name(name)
             searched.append(name)
-            distribution, values = _distribution(name, entry, config, where)
+            distribution, values = _distribution(name, entry, config)
             if name in fixed:
                 continue
             distributions[name], entries[name] = distribution, _plain(distribution)
             if isinstance(distribution, CategoricalDistribution):
                 choices[name] = dict(zip(distribution.choices, values, strict=True))
         except InputError as error:
-            problems += error.problems
+            problems += [f"{path}, {name}: {problem}" for problem in error.problems]
     problems += [f"{path}: {name} is searched twice." for name in sorted(set(searched)) if searched.count(name) > 1]
     if not problems and not entries:
         problems.append(f"{path} leaves nothing to search beside the flags; drop a flag, or give another --space.")
@@ -188,69 +187,68 @@ def _parameters(name: str, num_shares: int) -> list[str]:
     return [f"{name}_{number}" for number in range(1, num_shares)]
 
 
-def _simplex(name: str, found: Any, where: str) -> tuple[str, ...]:
+def _simplex(name: str, found: Any) -> tuple[str, ...]:
     if name in LEAVES:
-        raise InputError(f"{where}a mixture needs a name of its own, and this is a setting's; rename it.")
+        raise InputError("a mixture needs a name of its own, and this is a setting's; rename it.")
     if not isinstance(found, list) or len(found) < 2 or len(set(map(str, found))) < len(found):
-        raise InputError(f"{where}a simplex is a list of two or more different settings, not {found!r}.")
+        raise InputError(f"a simplex is a list of two or more different settings, not {found!r}.")
     for one in found:
-        _check_name(one, where)
+        _check_name(one)
         if LEAVES[one][1].type is not float:
-            raise InputError(f"{where}{one} is no number that could be a share of a mixture.")
+            raise InputError(f"{one} is no number that could be a share of a mixture.")
     return tuple(found)
 
 
-def _check_name(name: Any, where: str) -> None:
+def _check_name(name: Any) -> None:
     if name not in LEAVES:
         near = difflib.get_close_matches(str(name), LEAVES, 1, 0.5)
-        hint = f"did you mean {near[0]}?" if near else "python -m matchai.tune --help lists all settings."
-        raise InputError(f"{where}there is no setting {name!r}: {hint}")
+        hint = f"did you mean {near[0]}?" if near else "python -m matchai.tune --help-all lists all settings."
+        raise InputError(f"there is no setting {name!r}: {hint}")
     if name in NOT_SEARCHED:
         raise InputError(
-            f"{where}this setting cannot be searched, as trials with different ones are not comparable; give it by "
-            "its flag."
+            "this setting cannot be searched, as trials with different ones are not comparable; give it by its flag."
         )
 
 
-def _distribution(name: str, entry: Any, config: TrainConfig, where: str) -> tuple[BaseDistribution, list[Any]]:
+def _distribution(name: str, entry: Any, config: TrainConfig) -> tuple[BaseDistribution, list[Any]]:
     """The distribution of one setting, and of choices the values behind the labels."""
     form = "{low: …, high: …}, with log: true or step: … if wanted, or {choices: […]}"
     if not isinstance(entry, dict) or not (
         set(entry) == {"choices"} or {"low", "high"} <= set(entry) <= {"low", "high", "log", "step"}
     ):
-        raise InputError(f"{where}found {entry!r}, but a setting to search is {form}.")
+        raise InputError(f"found {entry!r}, but a setting to search is {form}.")
     if "choices" in entry:
         found = entry["choices"]
         if not isinstance(found, list) or len(found) < 2:
-            raise InputError(f"{where}choices are a list of two or more values, not {found!r}.")
-        values = [_accepted(name, value, config, where) for value in found]
+            raise InputError(f"choices are a list of two or more values, not {found!r}.")
+        values = [_accepted(name, value, config) for value in found]
         labels = [", ".join(map(str, value)) if isinstance(value, tuple) else value for value in values]
         labels = [label if label is None or isinstance(label, bool | int | float) else str(label) for label in labels]
         if len(set(map(str, labels))) < len(labels):
-            raise InputError(f"{where}a choice is given twice.")
+            raise InputError("a choice is given twice.")
         return CategoricalDistribution(labels), values
     kind = LEAVES[name][1].type
     if kind is not float and kind not in (int, int | None):
-        raise InputError(f"{where}low and high are for numbers; give {{choices: […]}}.")
+        raise InputError("low and high are for numbers; give {choices: […]}.")
     if not isinstance(entry.get("log", False), bool):
-        raise InputError(f"{where}log is {entry['log']!r}, but must be true or false.")
+        raise InputError(f"log is {entry['log']!r}, but must be true or false.")
     is_log = entry.get("log", False)
-    low, high = (_accepted(name, entry[end], config, where) for end in ("low", "high"))
-    step = None if entry.get("step") is None else _number(entry["step"], kind, where)
+    low, high = (_accepted(name, entry[end], config) for end in ("low", "high"))
+    step = None if entry.get("step") is None else _number(entry["step"], kind)
     if not (math.isfinite(low) and math.isfinite(high) and low < high):
-        raise InputError(f"{where}low is {low} and high {high}, but a range must rise.")
+        raise InputError(f"low is {low} and high {high}, but a range must rise.")
     if is_log and (low <= 0 or step is not None):
-        raise InputError(f"{where}a logarithmic range begins above 0 and has no step.")
+        raise InputError("a logarithmic range begins above 0 and has no step.")
     if step is not None and not 0 < step <= high - low:
-        raise InputError(f"{where}step is {step}, but must be above 0 and fit into the range.")
+        raise InputError(f"step is {step}, but must be above 0 and fit into the range.")
     if kind is float:
-        whole = None if step is None else low + step * math.floor((high - low) / step + 1e-9)
-        return FloatDistribution(low, high if whole is None else whole, log=is_log, step=step), []
+        high = high if step is None else low + step * math.floor((high - low) / step + 1e-9)
+        return FloatDistribution(low, high, log=is_log, step=step), []
     step = step or 1
     high = low + (high - low) // step * step
     inside = range(low, high + 1, step)
     for value in inside if len(inside) <= MOST_CHECKED else ():
-        _accepted(name, value, config, where)
+        _accepted(name, value, config)
     return IntDistribution(low, high, log=is_log, step=1 if is_log else step), []
 
 
@@ -270,22 +268,22 @@ def _is_inside(value: Any, entry: Mapping[str, Any]) -> bool:
     return bool(abs(steps - round(steps)) < 1e-9)
 
 
-def _number(value: Any, kind: Any, where: str) -> Any:
+def _number(value: Any, kind: Any) -> Any:
     try:
         if isinstance(value, bool):
             raise TypeError
         return float(value) if kind is float else int(value)
     except (TypeError, ValueError):
-        raise InputError(f"{where}step is {value!r}, but must be a number.") from None
+        raise InputError(f"step is {value!r}, but must be a number.") from None
 
 
-def _accepted(name: str, value: Any, config: TrainConfig, where: str) -> Any:
+def _accepted(name: str, value: Any, config: TrainConfig) -> Any:
     """The value as the setting takes it; InputError where the setting refuses it."""
-    changed = config.updated_from({name: value}, where)
+    changed = config.updated_from({name: value})
     before = check(config)
     problems = [problem for problem in check(changed) if problem not in before]
     if problems:
-        raise InputError(*(f"{where}{problem}" for problem in problems))
+        raise InputError(*problems)
     return changed.flat()[name]
 
 

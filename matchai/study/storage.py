@@ -35,6 +35,7 @@ from matchai.system import HostLocks, InputError, LockLostError, StoppedError, S
 PATIENCE = 900.0  # seconds that a call waits for a busy store, or for a server that went away
 SAY_AFTER = 5.0  # seconds of waiting that are not worth a word
 T = TypeVar("T")
+Direction = Literal["maximize", "minimize"]
 
 
 def open_store(storage: str, say: Callable[[str], None] = print, *, may_create: bool = True) -> "Store":
@@ -87,12 +88,10 @@ class Store:
 
     def _open(self) -> None:
         if self.is_server:
-            arguments = storage_url.connect_args(self._url)
-            self._locks = sql.create_engine(
-                self._url, poolclass=sql.NullPool, isolation_level="AUTOCOMMIT", connect_args=arguments
-            )
+            options: dict[str, Any] = {"poolclass": sql.NullPool, "isolation_level": "AUTOCOMMIT"}
+            self._locks = sql.create_engine(self._url, connect_args=storage_url.connect_args(self._url), **options)
             sql.event.listen(self._locks, "connect", storage_url.set_up)
-            self._patiently(self._check_server)
+            self._with_retries(self._check_server)
         else:
             file = Path(str(self._url.database))
             storage_url.check_place(file, self.say)
@@ -100,7 +99,7 @@ class Store:
             self._host_locks = HostLocks(real.parent, f"{real.name}.lock")
             try:
                 if not self._host_locks.path.exists():
-                    self._patiently(lambda: storage_url.check_file(file, is_sole=True))
+                    self._with_retries(lambda: storage_url.check_file(file, is_sole=True))
             except InputError:
                 if not self._host_locks.path.exists():  # else the tables are being made: looked at again under the lock
                     raise
@@ -114,16 +113,16 @@ class Store:
                 ) from None
         with self.locked("the tables"):
             if not self.is_server:
-                self._patiently(lambda: storage_url.check_file(file, is_sole=False))
+                self._with_retries(lambda: storage_url.check_file(file, is_sole=False))
             try:
-                self._storage = self._patiently(lambda: _PatientReads(self))
+                self._storage = self._with_retries(lambda: _RetryingStorage(self))
                 if not self.is_server:
-                    self._patiently(self._keep_log)
+                    self._with_retries(self._set_wal_mode)
             except StoreError as error:
                 raise InputError(f"{error} See that it can be written, or name another with --storage.") from None
         self._cached = _CachedStorage(self._storage)
 
-    def _keep_log(self) -> None:
+    def _set_wal_mode(self) -> None:
         # the file remembers it; readers and the writer do not wait for each other then
         with self._storage.engine.connect() as connection:
             connection.execute(sql.text("PRAGMA journal_mode=WAL"))
@@ -161,7 +160,7 @@ class Store:
         since, pause, is_told = time.monotonic(), 0.01, False
         waiting: list[sql.Connection] = []
         try:
-            while not self._patiently(lambda: self._take(name, waiting)):
+            while not self._with_retries(lambda: self._take(name, waiting)):
                 if not is_told and time.monotonic() - since > SAY_AFTER:
                     is_told = True
                     self.say(f"another process works at {name} in the store {self.shown}; waiting for it")
@@ -205,15 +204,12 @@ class Store:
 
     def has_study(self, name: str) -> bool:
         """Whether there is a study of this name."""
-        try:
+        with contextlib.suppress(KeyError):
             self._storage.get_study_id_from_name(name)
-        except KeyError:
-            return False
-        return True
+            return True
+        return False
 
-    def open_study(
-        self, name: str, direction: Literal["maximize", "minimize"], attrs: dict[str, Any]
-    ) -> "optuna.Study":
+    def open_study(self, name: str, direction: Direction, attrs: dict[str, Any]) -> optuna.Study:
         """The study of a name, as it is; created in one transaction with direction and user attributes if absent.
 
         Its reads, a search sampler's among them, are as patient as the store's.
@@ -231,16 +227,16 @@ class Store:
                     text = json.dumps(value)
                     session.add(models.StudyUserAttributeModel(study_id=row.study_id, key=key, value_json=text))
 
-        self._patiently(create)
-        return self._patiently(lambda: optuna.load_study(study_name=name, storage=self._cached))
+        self._with_retries(create)
+        return self._with_retries(lambda: optuna.load_study(study_name=name, storage=self._cached))
 
-    def trials(self, study: "optuna.Study") -> list[FrozenTrial]:
+    def trials(self, study: optuna.Study) -> list[FrozenTrial]:
         """All trials of a study as they are now, by number; shared with the study, so not to be altered."""
         return self._cached.get_all_trials(study._study_id, deepcopy=False)
 
     def add_running(
         self,
-        study: "optuna.Study",
+        study: optuna.Study,
         params: dict[str, Any],
         distributions: dict[str, BaseDistribution],
         attrs: dict[str, Any],
@@ -271,9 +267,9 @@ class Store:
                 session.flush()
                 return int(row.number)
 
-        return self._patiently(add)
+        return self._with_retries(add)
 
-    def report(self, study: "optuna.Study", number: int, value: float, step: int) -> None:
+    def report(self, study: optuna.Study, number: int, value: float, step: int) -> None:
         """Writes a trial's objective at a step; one that is there already stays as it is."""
 
         def write() -> None:
@@ -281,9 +277,9 @@ class Store:
             if step not in trial.intermediate_values:
                 self._storage.set_trial_intermediate_value(trial._trial_id, step, float(value))
 
-        self._patiently(write)
+        self._with_retries(write)
 
-    def set_attr(self, study: "optuna.Study", number: int | None, key: str, value: Any) -> None:
+    def set_attr(self, study: optuna.Study, number: int | None, key: str, value: Any) -> None:
         """Writes a user attribute of a trial, or of the study itself if `number` is None; `value` as of JSON.
 
         Raises:
@@ -297,9 +293,9 @@ class Store:
             else:
                 self._storage.set_trial_user_attr(self._trial(study, number)._trial_id, key, value)
 
-        self._patiently(write)
+        self._with_retries(write)
 
-    def finish(self, study: "optuna.Study", number: int, state: TrialState, value: float | None) -> None:
+    def finish(self, study: optuna.Study, number: int, state: TrialState, value: float | None) -> None:
         """Ends a trial; done already with the same state and value, it stays as it is.
 
         Args:
@@ -328,15 +324,15 @@ class Store:
                     f"{trial.values} already, and cannot end {state.name} with {values}."
                 )
 
-        self._patiently(write)
+        self._with_retries(write)
 
-    def _trial(self, study: "optuna.Study", number: int) -> FrozenTrial:
+    def _trial(self, study: optuna.Study, number: int) -> FrozenTrial:
         return self._storage.get_trial(self._cached.get_trial_id_from_study_id_trial_number(study._study_id, number))
 
     def _session(self) -> contextlib.AbstractContextManager[Any]:
         return _create_scoped_session(self._storage.scoped_session)
 
-    def _patiently(self, action: Callable[[], T]) -> T:
+    def _with_retries(self, action: Callable[[], T]) -> T:
         since, pause, is_told = time.monotonic(), 0.05, False
         while True:
             try:
@@ -369,14 +365,12 @@ class Store:
         return text.rstrip(".")
 
 
-class _PatientReads(RDBStorage):
+class _RetryingStorage(RDBStorage):
     """Optuna's storage whose reads wait as the store does, so that what a search sampler reads does too."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        arguments: dict[str, Any] = {"connect_args": storage_url.connect_args(store._url)}
-        if store.is_server:
-            arguments |= {"pool_pre_ping": True}
+        arguments = {"connect_args": storage_url.connect_args(store._url), "pool_pre_ping": store.is_server}
         # braces are Optuna's own
         super().__init__(store.url.replace("{", "{{").replace("}", "}}"), arguments)
         sql.event.listen(self.engine, "connect", storage_url.set_up)
@@ -385,7 +379,7 @@ class _PatientReads(RDBStorage):
     def __getattribute__(self, name: str) -> Any:
         found = super().__getattribute__(name)
         if name.startswith("get_") or name in {"_get_trials", "_get_best_trial_id"}:
-            return lambda *args, **kwargs: self._store._patiently(lambda: found(*args, **kwargs))
+            return lambda *args, **kwargs: self._store._with_retries(lambda: found(*args, **kwargs))
         return found
 
 

@@ -13,6 +13,7 @@ import socket
 import subprocess
 import tempfile
 import uuid
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from matchai.runs import versions
-from matchai.study.leases import Leases, LostLeaseError, decided_anew
+from matchai.study.leases import Leases, LostLeaseError, retry_on_lost_lock
 from matchai.study.plan import Plan, Stage, differences
 from matchai.study.samplers import make_pruner, propose
 from matchai.study.storage import Store
@@ -109,7 +110,7 @@ class TrialTable:
             )
         return found
 
-    @decided_anew
+    @retry_on_lost_lock
     def next_task(self, ranking: list[FrozenTrial] | None = None) -> Task | str:
         """Takes a trial: one whose worker is gone, else a new one; else `WAIT`, or `DONE`.
 
@@ -121,44 +122,34 @@ class TrialTable:
             running = [trial for trial in trials if trial.state == TrialState.RUNNING]
             for trial in running:
                 if self.leases.take(self._key(trial.number)):
-                    return self._task(trial)
+                    return self.task_of(trial)
             finished = sum(trial.state in FINISHED for trial in trials)
             if finished + len(running) >= self.plan.total(self.stage):
                 return WAIT if running else DONE
-            number = len(trials)
+            settings, seed = self.plan.settings, self.plan.config.run.seed
+            space, number = self.plan.space, len(trials)
             is_recipe = not any(trial.user_attrs.get("is_recipe") for trial in trials if trial.state != TrialState.FAIL)
             if is_recipe:
-                params = self.plan.space.params(self.plan.config)
+                params = space.params(self.plan.config)
             elif ranking is not None:
                 tried = [trial.params for trial in trials]
                 params = next((trial.params for trial in ranking if trial.params not in tried), {})
                 if not params:
                     return WAIT if running else DONE
             else:
-                settings = self.plan.settings
-                seed = self.plan.config.run.seed
-                params = propose(settings.search_sampler, seed, self.study, number, self.plan.space.distributions)
-            attributes = self.plan.space.attributes(
-                self.plan.config.flat() if is_recipe else self.plan.space.settings(params)
-            )
-            added = self.store.add_running(
-                self.study,
-                params,
-                self.plan.space.distributions,
-                {
-                    **attributes,
-                    **({"is_recipe": True} if is_recipe else {}),
-                    "seed": self.plan.config.run.seed,
-                    "epochs": self.stage.epochs,
-                    "run": str(self.plan.trial_folder(self.stage, number)),
-                    "host": socket.gethostname(),
-                    "git_revision": git_revision(),
-                    "versions": {**versions(), "optuna": optuna.__version__},
-                },
-            )
-            if not self.leases.begin(self._key(added)):
-                return WAIT
-            return self._task(self.store.trials(self.study)[added])
+                params = propose(settings.search_sampler, seed, self.study, number, space.distributions)
+            attributes: dict[str, Any] = {
+                **space.attributes(self.plan.config.flat() if is_recipe else space.settings(params)),
+                **({"is_recipe": True} if is_recipe else {}),
+                "seed": seed,
+                "epochs": self.stage.epochs,
+                "run": str(self.plan.trial_folder(self.stage, number)),
+                "host": socket.gethostname(),
+                "git_revision": git_revision(),
+                "versions": {**versions(), "optuna": optuna.__version__},
+            }
+            added = self.store.add_running(self.study, params, space.distributions, attributes)
+            return self.task_of(self._trial(added)) if self.leases.begin(self._key(added)) else WAIT
 
     def report(self, task: Task, row: dict[str, Any]) -> bool:
         """Tells the row of an epoch, whose state is saved; returns whether the trial is hopeless.
@@ -166,15 +157,13 @@ class TrialTable:
         Raises:
             LostLeaseError: If another worker has taken it over.
         """
-        if not self.leases.is_mine(task.key):
-            raise LostLeaseError(f"trial {task.number} was taken over by another worker.")
+        self._check_lease(task)
         value = row[self.plan.settings.objective]
         if value is not None:
             self.store.report(self.study, task.number, value, row["epoch"])
-        trial = self.store.trials(self.study)[task.number]
-        return bool(self.pruner.prune(self.study, trial))
+        return bool(self.pruner.prune(self.study, self._trial(task.number)))
 
-    @decided_anew
+    @retry_on_lost_lock
     def finish(self, task: Task, state: TrialState, value: float | None, attributes: dict[str, Any]) -> None:
         """Tells how a trial ended, and lets go of it.
 
@@ -182,16 +171,15 @@ class TrialTable:
             LostLeaseError: If another worker has taken it over.
         """
         with self.store.locked(self.stage.name):
-            if not self.leases.is_mine(task.key):
-                raise LostLeaseError(f"trial {task.number} was taken over by another worker.")
-            stale = {"reason": None} if self.store.trials(self.study)[task.number].user_attrs.get("reason") else {}
+            self._check_lease(task)
+            stale = {"reason": None} if self._trial(task.number).user_attrs.get("reason") else {}
             for name, attribute in (stale | attributes).items():
                 self.store.set_attr(self.study, task.number, name, attribute)
             self.store.finish(self.study, task.number, state, value)
             self.leases.drop(task.key)
             self.tidy()
 
-    @decided_anew
+    @retry_on_lost_lock
     def note_error(self, task: Task, message: str, epochs: int) -> bool:
         """Keeps an error of the machine with the trial, which has come to an epoch; the third there makes it fail.
 
@@ -201,8 +189,7 @@ class TrialTable:
         with self.store.locked(self.stage.name):
             if not self.leases.is_mine(task.key):
                 return False
-            trial = self.store.trials(self.study)[task.number]
-            errors = [*trial.user_attrs.get("errors", []), [epochs, message]][-MAX_ERRORS:]
+            errors = [*self._trial(task.number).user_attrs.get("errors", []), [epochs, message]][-MAX_ERRORS:]
             self.store.set_attr(self.study, task.number, "errors", errors)
             has_failed = len(errors) == MAX_ERRORS and len({epoch for epoch, _ in errors}) == 1
             if has_failed:
@@ -213,7 +200,7 @@ class TrialTable:
     def counts(self) -> dict[str, Any]:
         """How far the stage is, for people: trials of each kind, the best and the recipe, seconds of a trial."""
         trials = self.store.trials(self.study)
-        count = {state: sum(trial.state == state for trial in trials) for state in TrialState}
+        count = Counter(trial.state for trial in trials)
         best, recipe = self.ranking()[:1], self.recipe()
         seconds = [trial.user_attrs["seconds"] for trial in trials if "seconds" in trial.user_attrs]
         return {
@@ -256,12 +243,18 @@ class TrialTable:
                     with contextlib.suppress(OSError):
                         (folder / BEST).unlink(missing_ok=True)
 
-    def _task(self, trial: FrozenTrial) -> Task:
-        folder = self.plan.trial_folder(self.stage, trial.number)
-        seed = self.plan.config.run.seed
-        key = self._key(trial.number)
-        settings = self.settings_of(trial)
-        return Task(key, self.stage.name, trial.number, settings, self.stage.epochs, seed, folder)
+    def task_of(self, trial: FrozenTrial) -> Task:
+        """The run of a trial."""
+        key, folder = self._key(trial.number), self.plan.trial_folder(self.stage, trial.number)
+        epochs, seed = self.stage.epochs, self.plan.config.run.seed
+        return Task(key, self.stage.name, trial.number, self.settings_of(trial), epochs, seed, folder)
+
+    def _check_lease(self, task: Task) -> None:
+        if not self.leases.is_mine(task.key):
+            raise LostLeaseError(f"trial {task.number} was taken over by another worker.")
+
+    def _trial(self, number: int) -> FrozenTrial:
+        return self.store.trials(self.study)[number]
 
     def _key(self, number: int) -> str:
         return f"{self.stage.name}-{number:04d}"

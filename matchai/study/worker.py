@@ -1,6 +1,7 @@
 """A worker of a study: claims a trial, runs it, tells it, until the study has all it shall have and is confirmed."""
 
 import contextlib
+import functools
 import gc
 import math
 import time
@@ -118,11 +119,11 @@ class Worker:
             self.tell = lambda event: None
         display = Display(state.is_main_process)
         stack.callback(display.close)
-        assert plan.config.input.cache is not None
         cache = plan.config.input.cache
-        data = on_main_first(state, lambda: read(plan.config, cache, display))
+        assert cache is not None
+        data = on_main_first(lambda: read(plan.config, cache, display))
         display.close()
-        on_main_first(state, lambda: build_model_of(plan.config, is_resuming=False))  # fetches pretrained weights once
+        on_main_first(lambda: build_model_of(plan.config, is_resuming=False))  # fetches pretrained weights once
         problems = step_problems(plan.config, len(data.train), state.num_processes, state.device)
         choose_precision(plan.config.optimisation.mixed_precision, state.device)
         problems += refused_values(plan, data, state.num_processes, state.device)
@@ -183,14 +184,9 @@ class Worker:
         config = config_of(self.plan, task.settings, epochs=task.epochs, seed=task.seed, output=task.output)
         try:
             with self._log(task) as display:
-                result = run(
-                    config,
-                    lambda row: self._after_epoch(task, row),
-                    on_step=lambda step, total: self._after_step(task, step, total),
-                    stop=self.stop,
-                    display=display,
-                    draw_every=math.inf,
-                )
+                on_epoch = functools.partial(self._after_epoch, task)
+                on_step = functools.partial(self._after_step, task)
+                result = run(config, on_epoch, on_step=on_step, stop=self.stop, display=display, draw_every=math.inf)
         except _HopelessError:
             return _End(TrialState.PRUNED)
         except DivergedError as error:
@@ -215,23 +211,21 @@ class Worker:
         """Tells how a run of the study ended, unless it is left as it is; returns it in words."""
         if how.state is None:
             return how.words
+        state, value, reason = how.state, how.value, how.attributes.get("reason")
         attributes = {**how.attributes, "seconds": self.seconds}
 
         def tell() -> None:
             if task.is_confirmation:
-                value = None if "reason" in attributes else how.value
-                Confirmation(self.tables[-1]).finish(task, {**attributes, "value": value})
+                Confirmation(self.tables[-1]).finish(task, {**attributes, "value": None if reason else value})
             else:
-                assert how.state is not None
-                self._table(task).finish(task, how.state, how.value, attributes)
+                self._table(task).finish(task, state, value, attributes)
             self._tell_counts(self._table(task))
 
         decide(tell)
         self.errors_in_row = self.failed_in_row = 0
-        if "reason" not in attributes:
-            self.memory_errors_in_row = 0
-        figure = "" if how.value is None else f", {self.plan.settings.objective} {how.value:.4f}"
-        return how.state.name.lower() + figure + (f" ({attributes['reason']})" if "reason" in attributes else "")
+        self.memory_errors_in_row = self.memory_errors_in_row if reason else 0
+        figure = "" if value is None else f", {self.plan.settings.objective} {value:.4f}"
+        return state.name.lower() + figure + (f" ({reason})" if reason else "")
 
     def _survive(self, task: Task, error: Exception) -> _End:
         """After an error in a run: out of memory is the settings' fault, all else the machine's; a kill is nobody's.

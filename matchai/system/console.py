@@ -7,8 +7,8 @@ from typing import IO, Any
 
 from rich.console import Console
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TimeRemainingColumn
+from rich.table import Column, Table
 
 FEW_GROUPS = 10
 PLAIN_EVERY = 30.0  # seconds between lines about a long epoch where there is no terminal
@@ -45,15 +45,9 @@ class Display:
             return
         if self.console.is_terminal:
             if self.progress is None:
-                self.progress = Progress(
-                    TextColumn("{task.description}"),
-                    BarColumn(bar_width=None),
-                    MofNCompleteColumn(),
-                    TextColumn("{task.fields[detail]}"),
-                    TimeRemainingColumn(),
-                    console=self.console,
-                    transient=True,
-                )
+                bar, counts, left = BarColumn(bar_width=None), MofNCompleteColumn(), TimeRemainingColumn()
+                columns = ("{task.description}", bar, counts, "{task.fields[detail]}", left)
+                self.progress = Progress(*columns, console=self.console, transient=True)
                 self.task = self.progress.add_task(label, total=total, detail=detail)
                 self.progress.start()
             assert self.task is not None
@@ -131,9 +125,7 @@ class StudyDisplay:
     def _show(self) -> None:
         if not self.console.is_terminal:
             return
-        table = Table(title=self._line(), title_justify="left", box=None, pad_edge=False)
-        for name in ("run", "epoch", self.objective, "time left"):
-            table.add_column(name)
+        table = _table(self._line(), "run", "epoch", self.objective, "time left")
         for run in self.runs.values():
             epochs = f"{run['epoch']}/{run['epochs']}"
             table.add_row(run["title"], epochs, _figure(run["value"]), _duration(_rest(run)))
@@ -159,6 +151,10 @@ class StudyDisplay:
             runs = counts["total"] - done + counts["to_confirm"] - counts["confirmed"]
             parts.append(f"about {_duration(runs * counts['seconds'] / self.num_workers)} left")
         return " · ".join(parts)
+
+
+def _table(title: str, *columns: str | Column) -> Table:
+    return Table(*columns, title=title, title_justify="left", box=None, pad_edge=False)
 
 
 def _rest(run: dict[str, Any]) -> float | None:
@@ -191,20 +187,14 @@ def epoch_line(row: dict[str, Any], epochs: int, class_names: Sequence[str], is_
 
 def best_line(row: dict[str, Any], class_names: Sequence[str], num_slices: int, *, is_phantom: bool) -> str:
     """One line about the best epoch of a finished run, validated on `num_slices` slices, for people."""
-    dice = ", ".join(
-        f"{name} {'undefined' if value is None else f'{value:.3f}'}"
-        for name, value in zip(
-            ["mean", "lesion", *class_names],
-            [row["mean_dice"], row["lesion_dice"], *row["dice_per_class"]],
-            strict=True,
-        )
-    )
+    names, values = ["mean", "lesion", *class_names], [row["mean_dice"], row["lesion_dice"], *row["dice_per_class"]]
+    dice = ", ".join(f"{name} {_figure(value, 'undefined')}" for name, value in zip(names, values, strict=True))
     note = " on the synthetic phantom, not on patients" if is_phantom else ""
     return f"Done: best at epoch {row['epoch']}; Dice pooled over {num_slices} validation slices{note}: {dice}."
 
 
-def _figure(value: float | None) -> str:
-    return "none" if value is None else f"{value:.3f}"
+def _figure(value: float | None, missing: str = "none") -> str:
+    return missing if value is None else f"{value:.3f}"
 
 
 def show_evaluation(result: dict[str, Any], display: Display) -> None:
@@ -251,10 +241,7 @@ def _print_table(
     title: str, columns: dict[str, str], classes: dict[str, Any], display: Display, with_interval: Sequence[str]
 ) -> None:
     """A row for each class, with the figure that each column names."""
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
-    table.add_column("")
-    for column in columns:
-        table.add_column(column, justify="right")
+    table = _table(title, "", *(Column(name, justify="right") for name in columns))
     for name, figures in classes.items():
         cells = (
             _with_interval(figures[key]) if column in with_interval else _figure(figures[key]["value"])

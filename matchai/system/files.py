@@ -65,16 +65,12 @@ def sync_file(path: Path) -> None:
 
 def sync_folder(folder: Path) -> None:
     """Makes the names in `folder` durable; does nothing where a folder cannot be opened, as on Windows."""
-    try:
+    with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(descriptor)
-    except OSError:
-        pass  # some network file systems refuse to sync a folder; the rename itself is still atomic
-    finally:
-        os.close(descriptor)
+        try:
+            os.fsync(descriptor)  # some network file systems refuse to sync a folder; a rename itself is still atomic
+        finally:
+            os.close(descriptor)
 
 
 class HostLocks:
@@ -118,15 +114,12 @@ class HostLocks:
 
     def _opened(self) -> tuple[int, set[str]]:
         key = (os.getpid(), str(self.path))
-        opened = _OPENED.get(key)
-        try:
-            is_same = opened is not None and os.path.samestat(os.fstat(opened[0]), self.path.stat())
-        except FileNotFoundError:
-            is_same = False
-        if opened is None or not is_same:  # a file that was deleted protects nothing any more
-            opened = os.open(self.path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o666), set()
-            _OPENED[key] = opened
-        return opened
+        with contextlib.suppress(KeyError, FileNotFoundError):
+            # a file that was deleted protects nothing any more
+            if os.path.samestat(os.fstat(_OPENED[key][0]), self.path.stat()):
+                return _OPENED[key]
+        _OPENED[key] = os.open(self.path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o666), set()
+        return _OPENED[key]
 
 
 @contextlib.contextmanager

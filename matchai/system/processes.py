@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, parse_flag_from_env
+from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
 
 from matchai.system.errors import InputError
 
@@ -170,27 +170,24 @@ class StopSignal:
         try:
             yield
         finally:
-            self._restore()
+            for number, handler in self._before.items():
+                signal.signal(number, handler)
+            self._before = {}
 
     def _handle(self, number: int, frame: Any) -> None:
         self.received = self.received or signal.Signals(number)
         if number == signal.SIGINT:
             signal.signal(number, self._before[number])
 
-    def _restore(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before = {}
-
 
 def is_main_process() -> bool:
     """Whether this is the process that writes; the only one outside of a group."""
-    return not dist.is_initialized() or dist.get_rank() == 0
+    return num_processes() == 1 or dist.get_rank() == 0
 
 
 def num_processes() -> int:
     """Processes of the group; 1 outside of one."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def decide(work: Callable[[], T]) -> T:
@@ -223,11 +220,7 @@ def _is_portable(error: Exception) -> bool:
 
 def any_process(claim: bool) -> bool:
     """Whether it holds on any process; all of them must ask together."""
-    if num_processes() == 1:
-        return claim
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, claim)
-    return any(found)
+    return claim if num_processes() == 1 else any(gather_object([claim]))
 
 
 def share_error(error: Exception) -> Exception:
@@ -260,7 +253,7 @@ def share_error(error: Exception) -> Exception:
 
 def is_lost_process(error: BaseException) -> bool:
     """Whether an error means that another process of the group does not answer any more."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+    if num_processes() == 1:
         return False
     if isinstance(error, dist.DistError):
         return True
@@ -294,10 +287,9 @@ def check_agreement(values: dict[str, Any], remedy: str) -> None:
     Raises:
         InputError: On all processes, if one of them has something else than the main one.
     """
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+    if num_processes() == 1:
         return
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, (socket.gethostname(), values))
+    found = gather_object([(socket.gethostname(), values)])
     for rank, (host, other) in enumerate(found):
         for name, value in found[0][1].items():
             if other.get(name) != value:

@@ -1,5 +1,6 @@
 """From settings and data to the parts of the training loop."""
 
+import dataclasses
 import functools
 import math
 import os
@@ -40,13 +41,10 @@ AIR = -1000.0  # HU
 
 def build_model_of(config: TrainConfig, *, is_resuming: bool) -> nn.Module:
     """The model that the settings ask for; with random weights where `init` or a stored state will replace them."""
-    weights = "none" if config.run.init or is_resuming else config.network.encoder_weights
+    network, num_classes, in_channels = config.network, len(config.input.class_names), num_channels(config)
+    weights = "none" if config.run.init or is_resuming else network.encoder_weights
     return build_model(
-        config.network.encoder,
-        len(config.input.class_names),
-        in_channels=num_channels(config),
-        encoder_weights=weights,
-        seed=config.run.seed,
+        network.encoder, num_classes, in_channels=in_channels, encoder_weights=weights, seed=config.run.seed
     )
 
 
@@ -106,19 +104,15 @@ def build_training(
     config: TrainConfig, accelerator: Accelerator, data: Data, model: nn.Module, is_asked_to_stop: Callable[[], bool]
 ) -> Training:
     """Builds and prepares everything that the loop needs."""
+    optimisation, ema = config.optimisation, None
     model = model.to(accelerator.device).to(memory_format=torch.channels_last)
     if accelerator.device.type == "cpu":
         use_cpu_layers(model)
-    ema = None
-    if config.optimisation.ema_decay:
-        average = get_ema_multi_avg_fn(config.optimisation.ema_decay)  # type: ignore[no-untyped-call]
+    if optimisation.ema_decay:
+        average = get_ema_multi_avg_fn(optimisation.ema_decay)  # type: ignore[no-untyped-call]
         ema = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
-    optimizer = torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad],
-        lr=config.optimisation.max_lr,
-        weight_decay=config.optimisation.weight_decay,
-        fused=True,
-    )
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=optimisation.max_lr, weight_decay=optimisation.weight_decay, fused=True)
     sampler = DistributedWeightedSampler(
         slice_weights_of(config, data),
         config.sampling.batch_size,
@@ -127,11 +121,8 @@ def build_training(
         process_index=accelerator.process_index,
         accumulate=config.sampling.accumulate,
     )
-    total_steps = config.optimisation.epochs * len(sampler)
-    scheduler = OneCycleLR(optimizer, max_lr=config.optimisation.max_lr, total_steps=total_steps)
     model = _prepare_model(config, accelerator, model)
     buffers = join_buffers(model)  # after Accelerate, which puts other tensors in their place
-    deterministic = _deterministic_gradient(config, accelerator, model)
     loss, val_loss = _losses(config, accelerator.device, data)
     loader, val_loader, num_val_batches = _loaders(config, accelerator, data, sampler)
     return Training(
@@ -142,15 +133,15 @@ def build_training(
         loss=loss,
         val_loss=val_loss,
         optimizer=optimizer,
-        scheduler=scheduler,
+        scheduler=OneCycleLR(optimizer, optimisation.max_lr, total_steps=optimisation.epochs * len(sampler)),
         sampler=sampler,
         loader=loader,
         val_loader=val_loader,
         num_val_batches=num_val_batches,
-        deterministic=deterministic,
+        deterministic=_deterministic_gradient(config, accelerator, model, loss),
         ema=ema,
         seed=config.run.seed,
-        clip_grad_norm=config.optimisation.clip_grad_norm,
+        clip_grad_norm=optimisation.clip_grad_norm,
         is_asked_to_stop=is_asked_to_stop,
     )
 
@@ -169,21 +160,21 @@ def _prepare_model(config: TrainConfig, accelerator: Accelerator, model: nn.Modu
 
 
 def _deterministic_gradient(
-    config: TrainConfig, accelerator: Accelerator, model: nn.Module
+    config: TrainConfig, accelerator: Accelerator, model: nn.Module, loss: SegmentationLoss
 ) -> DeterministicGradient | None:
     if not _is_deterministic(config, accelerator.device):
         return None
     torch.set_num_threads(1)
-    batch_size = config.sampling.batch_size
-    return DeterministicGradient(model, batch_size, accelerator.num_processes, accelerator.process_index)
+    place = (config.sampling.batch_size, accelerator.num_processes, accelerator.process_index)
+    return DeterministicGradient(model, *place, loss=loss, seed=config.run.seed, autocast=accelerator.autocast)
 
 
 def _losses(config: TrainConfig, device: torch.device, data: Data) -> tuple[SegmentationLoss, SegmentationLoss]:
     """The loss of the training, and that of the validation, which judges by the labels as they are."""
     class_weights = balanced_class_weights(torch.from_numpy(np.asarray(data.slices.pixels)[data.train].sum(axis=0)))
-    shares = dict(vars(config.loss))
-    loss, val_loss = (SegmentationLoss(class_weights, **one) for one in (shares, {**shares, "soft_boundary": 0}))
-    return loss.to(device), val_loss.to(device)
+    judging = dataclasses.replace(config.loss, soft_boundary=0)
+    loss, val_loss = (SegmentationLoss(class_weights, **vars(one)).to(device) for one in (config.loss, judging))
+    return loss, val_loss
 
 
 def _loaders(
@@ -219,11 +210,8 @@ def _loaders(
     # validation has its own workers, which wait while the others work; half as many, as a slice that is not augmented
     # loads in a fifth of the time, and a forward pass takes a third of a step
     val_loader = load(val_set, val_batches, (workers + 1) // 2)
-    return (
-        load(train_set, sampler, workers),
-        val_loader,
-        math.ceil(math.ceil(len(data.val) / num_processes) / batch_size),
-    )
+    num_val_batches = math.ceil(math.ceil(len(data.val) / num_processes) / batch_size)
+    return load(train_set, sampler, workers), val_loader, num_val_batches
 
 
 def end_workers(training: Training) -> None:

@@ -39,6 +39,10 @@ class State:
         tensors: Every tensor by name.
         record: Everything else, JSON.
         best: The best weights so far, a complete safetensors file, or None.
+
+    >>> import torch
+    >>> State({"model.bias": torch.zeros(4)}, {"step": 7}, best=None).record["step"]
+    7
     """
 
     tensors: dict[str, Tensor]
@@ -47,7 +51,12 @@ class State:
 
 
 def pack_weights(weights: dict[str, Tensor], about: dict[str, Any]) -> bytes:
-    """A safetensors file of weights whose header says under `matchai` what prediction needs, as JSON."""
+    """A safetensors file of weights whose header says under `matchai` what prediction needs, as JSON.
+
+    >>> import torch
+    >>> safetensors.torch.load(pack_weights({"bias": torch.zeros(2)}, {"class_names": ["lesion", "other"]}))
+    {'bias': tensor([0., 0.])}
+    """
     plain = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
     return safetensors.torch.save(plain, {"matchai": json.dumps(about, sort_keys=True)})
 
@@ -58,8 +67,18 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Args:
         path: A run's folder, or a `best.safetensors` file.
 
+    Returns:
+        The weights by name, on the CPU, and the header: `class_names`, `hu_window` and what else prediction needs.
+
     Raises:
         InputError: If there are none, or the file is not matchai's.
+
+    >>> import tempfile, torch
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     file = Path(folder) / "best.safetensors"
+    ...     _ = file.write_bytes(pack_weights({"bias": torch.zeros(2)}, {"class_names": ["lesion", "other"]}))
+    ...     load_weights(file)
+    ({'bias': tensor([0., 0.])}, {'class_names': ['lesion', 'other']})
     """
     return _load(path, has_weights=True)
 
@@ -83,6 +102,12 @@ def load_about(path: Path) -> dict[str, Any]:
 
     Raises:
         InputError: As `load_weights`.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _ = (Path(folder) / "best.safetensors").write_bytes(pack_weights({}, {"class_names": ["lesion", "other"]}))
+    ...     load_about(Path(folder))
+    {'class_names': ['lesion', 'other']}
     """
     return _load(path, has_weights=False)[1]
 
@@ -92,6 +117,19 @@ def save_state(folder: Path, state: State) -> None:
 
     The state is written into a folder beside, each file synced, its record with their hashes last, and becomes
     visible by one rename. Then the best weights are published as `folder`/best.safetensors.
+
+    Args:
+        folder: The run's, which must exist.
+        state: The state.
+
+    Raises:
+        OSError: If it cannot be written; the states before it are still there.
+
+    >>> import tempfile, torch
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_state(Path(folder), State({"bias": torch.zeros(2)}, {"step": 7}, best=None))
+    ...     load_state(Path(folder))
+    State(tensors={'bias': tensor([0., 0.])}, record={'step': 7}, best=None)
     """
     last = folder / LAST
     last.mkdir(exist_ok=True)
@@ -109,17 +147,14 @@ def save_state(folder: Path, state: State) -> None:
         hashes = dict(zip([file.name for file in files], pool.map(_digest, files), strict=True))
         list(synced)  # raises what one of them has raised
     record = json.dumps({"hashes": hashes, "record": state.record})
-    seal = hashlib.sha256(record.encode()).hexdigest()
-    write_whole(beside / _RECORD, f"{record}\n{seal}\n".encode())
+    write_whole(beside / _RECORD, f"{record}\n{hashlib.sha256(record.encode()).hexdigest()}\n".encode())
     sync_folder(beside)
     beside.rename(last / f"state-{number:06d}")
     sync_folder(last)
     if state.best is not None:
         publish_best(folder, state.best)
     for name in names[: 1 - KEPT]:
-        dying = last / f".{name}.old"
-        (last / name).rename(dying)
-        shutil.rmtree(dying, ignore_errors=True)
+        shutil.rmtree((last / name).rename(last / f".{name}.old"), ignore_errors=True)
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -148,6 +183,11 @@ def load_state(folder: Path) -> State | None:
 
     Raises:
         InputError: If states are there, but none of them is whole.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     load_state(Path(folder)) is None
+    True
     """
     last = folder / LAST
     names = _names(last) if last.is_dir() else []
@@ -191,8 +231,8 @@ def peek(folder: Path, name: str) -> tuple[dict[str, Any], NDArray[Any] | None] 
 
 
 def _read_record(folder: Path) -> dict[str, Any]:
-    text, seal = (folder / _RECORD).read_text(encoding="utf-8").splitlines()
-    if hashlib.sha256(text.encode()).hexdigest() != seal:
+    text, digest = (folder / _RECORD).read_text(encoding="utf-8").splitlines()
+    if hashlib.sha256(text.encode()).hexdigest() != digest:
         raise ValueError(f"{_RECORD} was altered")
     stored: dict[str, Any] = json.loads(text)
     return stored
@@ -216,7 +256,7 @@ def _names(last: Path) -> list[str]:
 
 @contextlib.contextmanager
 def lock_folder(folder: Path, say: Callable[[str], None] = print) -> Iterator[None]:
-    """HostLocks a run's folder for this process; the system lets go of it when the process ends, however it ends.
+    """Holds a run's folder for this process; the system lets go of it when the process ends, however it ends.
 
     A holder whose launcher was killed is saving and about to end, so it is waited for.
 
@@ -232,7 +272,7 @@ def lock_folder(folder: Path, say: Callable[[str], None] = print) -> Iterator[No
         while not _is_locked_by(file):
             file.seek(0)
             holder, _, parent = file.read().partition(PARENT)
-            if holder.endswith(f" on {socket.gethostname()}") and parent.isdecimal() and not _lives(int(parent)):
+            if holder.endswith(f" on {socket.gethostname()}") and parent.isdecimal() and not _is_alive(int(parent)):
                 if until is None:
                     until = time.monotonic() + PATIENCE
                     say(f"waiting for {holder}, whose launcher is gone, to save and end")
@@ -260,7 +300,7 @@ def is_free(folder: Path) -> bool:
         return False
 
 
-def _lives(process: int) -> bool:
+def _is_alive(process: int) -> bool:
     try:
         os.kill(process, 0)
     except OSError as error:
@@ -269,8 +309,7 @@ def _lives(process: int) -> bool:
 
 
 def _is_locked_by(file: IO[str]) -> bool:
-    try:
+    with contextlib.suppress(OSError):
         lock_bytes(file.fileno())
-    except OSError:
-        return False
-    return True
+        return True
+    return False

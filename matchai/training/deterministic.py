@@ -30,11 +30,26 @@ class DeterministicGradient:
         batch_size: Slices of the largest global batch.
         num_processes: Processes that share a batch as `matchai.sampling.sampler.share` says.
         process_index: Which of them this is.
+        loss: The loss.
+        seed: Seed of the run.
+        autocast: Makes the context of the forward pass.
     """
 
-    def __init__(self, model: nn.Module, batch_size: int, num_processes: int, process_index: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        batch_size: int,
+        num_processes: int,
+        process_index: int,
+        *,
+        loss: SegmentationLoss,
+        seed: int,
+        autocast: Callable[[], Any],
+    ) -> None:
+        self.loss, self.seed, self.autocast = loss, seed, autocast
         self.num_processes, self.process_index = num_processes, process_index
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.sizes = [parameter.numel() for parameter in self.parameters]
         self.exchange = _Exchange(num_processes)
         largest = max(1, share(batch_size, num_processes, 0)[1])
         self.copies = []
@@ -47,29 +62,15 @@ class DeterministicGradient:
         # told to each thread, as some kernels ask OpenMP before torch has passed its own number on
         self.pool = ThreadPoolExecutor(largest, "slice", lambda: torch.set_num_threads(1))
 
-    def gradient(
-        self,
-        loss: SegmentationLoss,
-        images: Tensor,
-        target: Tensor,
-        positions: list[int],
-        *,
-        num_draws: int,
-        seed: int,
-        epoch: int,
-        autocast: Callable[[], Any],
-    ) -> Tensor:
+    def gradient(self, images: Tensor, target: Tensor, positions: list[int], *, num_draws: int, epoch: int) -> Tensor:
         """Sets every parameter's `grad` to that of the global batch's loss.
 
         Args:
-            loss: The loss.
             images: (B, 2 · context + 1, S, S) this process's share; B may be 0.
             target: (B, S, S).
             positions: (B,) places of the draws in the epoch.
             num_draws: Slices of the global batch.
-            seed: Seed of the run.
             epoch: The epoch.
-            autocast: Makes the context of the forward pass.
 
         Returns:
             The loss of the global batch, a scalar.
@@ -83,12 +84,12 @@ class DeterministicGradient:
             try:
                 model = self.copies[number].train()
                 part = slice(number, number + 1)
-                set_dropout(self.keyed[number], seed, epoch, positions[part])
-                with autocast():
+                set_dropout(self.keyed[number], self.seed, epoch, positions[part])
+                with self.autocast():
                     logits = model(images[part])
-                sums = loss.sums(logits, target[part])
+                sums = self.loss.sums(logits, target[part])
                 total = self.exchange.gather_of(number)(sums.detach().double()).sum(0)
-                value, slopes = loss.value_and_slopes(total.to(sums.dtype))
+                value, slopes = self.loss.value_and_slopes(total.to(sums.dtype))
                 grads = torch.autograd.grad((slopes * sums).sum(), self.parameters)
                 return value, torch.cat([grad.flatten() for grad in grads])
             except BaseException as error:
@@ -97,11 +98,8 @@ class DeterministicGradient:
 
         results = list(self.pool.map(compute, range(num_parts)))
         flat = self._added_up([flat for _, flat in results])
-        start = 0
-        for parameter in self.parameters:
-            grad = flat[start : start + parameter.numel()].view(parameter.shape)
-            parameter.grad = torch.empty_like(parameter).copy_(grad)
-            start += parameter.numel()
+        for parameter, grad in zip(self.parameters, torch.split(flat, self.sizes), strict=True):
+            parameter.grad = torch.empty_like(parameter).copy_(grad.view(parameter.shape))
         return results[0][0]
 
     def _added_up(self, flats: list[Tensor]) -> Tensor:
@@ -124,45 +122,40 @@ class _Exchange:
 
     def __init__(self, num_processes: int) -> None:
         self.num_processes = num_processes
-        self.turn = threading.Condition()
 
     def open(self, sizes: list[int], num_parts: int) -> None:
         """Makes ready for a batch of which every process has `sizes` slices, and this one `num_parts` threads."""
-        self.sizes, self.num_parts = sizes, num_parts
-        self.handed: dict[int, Tensor] = {}
-        self.number = 0
+        self.sizes = sizes
+        self.vectors = [torch.empty(0)] * num_parts
         self.failure: BaseException | None = None
+        self.barrier = threading.Barrier(num_parts, self._exchange)
 
     def fail(self, error: BaseException) -> None:
         """Lets every waiting slice go, with the error of the one that failed."""
-        with self.turn:
-            self.failure = self.failure or error
-            self.turn.notify_all()
+        self.failure = self.failure or error
+        self.barrier.abort()
 
     def gather_of(self, slice_number: int) -> Callable[[Tensor], Tensor]:
         """The exchange as the slice on one thread uses it: (n,) to (slices of the batch, n)."""
 
         def gather(vector: Tensor) -> Tensor:
-            with self.turn:
-                number = self.number
-                self.handed[slice_number] = vector
-                if len(self.handed) == self.num_parts:
-                    try:
-                        self.result = self._exchanged()
-                    except BaseException as error:
-                        self.failure = error
-                    self.handed = {}
-                    self.number += 1
-                    self.turn.notify_all()
-                self.turn.wait_for(lambda: self.number > number or self.failure is not None)
-                if self.failure is not None:
-                    raise self.failure
-                return self.result
+            self.vectors[slice_number] = vector
+            try:
+                self.barrier.wait()
+            except threading.BrokenBarrierError as error:
+                raise self.failure or error from None
+            return self.result
 
         return gather
 
-    def _exchanged(self) -> Tensor:
-        own = torch.stack([self.handed[number] for number in range(self.num_parts)])
+    def _exchange(self) -> None:
+        try:
+            self.result = self._exchanged(torch.stack(self.vectors))
+        except BaseException as error:
+            self.failure = error  # before the barrier lets the others go
+            raise
+
+    def _exchanged(self, own: Tensor) -> Tensor:
         if self.num_processes == 1:
             return own
         # gathered at the size of the largest share

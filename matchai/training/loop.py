@@ -181,16 +181,7 @@ def train_step(
     _seed_torch(training.seed, epoch, positions, accelerator.device)
     images, target = _to_device(images, accelerator.device), target.to(accelerator.device, non_blocking=True)
     if training.deterministic:
-        value = training.deterministic.gradient(
-            training.loss,
-            images,
-            target,
-            positions,
-            num_draws=num_draws,
-            seed=training.seed,
-            epoch=epoch,
-            autocast=accelerator.autocast,
-        )
+        value = training.deterministic.gradient(images, target, positions, num_draws=num_draws, epoch=epoch)
         num_asked = _num_asked_to_stop(training)
     else:
         value, num_asked = _gradient(training, epoch, num_draws, images, target, positions, kept_buffers)

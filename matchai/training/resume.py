@@ -67,12 +67,9 @@ def restore(training: Training, state: State) -> Progress:
     if training.ema:
         training.ema.load_state_dict(_under("ema.", tensors))
     optimizer = training.optimizer
+    stored = {key: _under(f"optimizer.{key}.", tensors) for key in ("step", "exp_avg", "exp_avg_sq")}
     for name, parameter in _trained(raw):
-        moments = {
-            key: tensors[f"optimizer.{key}.{name}"]
-            for key in ("step", "exp_avg", "exp_avg_sq")
-            if f"optimizer.{key}.{name}" in tensors
-        }
+        moments = {key: values[name] for key, values in stored.items() if name in values}
         # moments in the parameter's own memory layout: the fused kernels pair them up by address
         optimizer.state[parameter] = {
             key: value.to(parameter.device) if key == "step" else torch.empty_like(parameter).copy_(value)
@@ -80,10 +77,8 @@ def restore(training: Training, state: State) -> Progress:
         }
     group = optimizer.param_groups[0]
     group["lr"], group["betas"] = record["lr"], tuple(record["betas"])
-    scheduler = training.scheduler
-    scheduler.load_state_dict(
-        {"last_epoch": record["scheduler"], "_step_count": record["scheduler"] + 1, "_last_lr": [record["lr"]]}
-    )
+    last = record["scheduler"]
+    training.scheduler.load_state_dict({"last_epoch": last, "_step_count": last + 1, "_last_lr": [record["lr"]]})
     if training.accelerator.scaler and record["scaler"]:
         training.accelerator.scaler.load_state_dict(record["scaler"])
     training.step, training.skipped_in_row = record["step"], record["skipped_in_row"]

@@ -56,11 +56,9 @@ def _ask(helper: "subprocess.Popen[bytes]", image: DicomImage, said: BinaryIO) -
     assert helper.stdin is not None
     assert helper.stdout is not None
     begun = os.fstat(said.fileno()).st_size
-    try:
+    with contextlib.suppress(BrokenPipeError):  # it has ended, and answers nothing
         helper.stdin.write(json.dumps(str(image.path.absolute())).encode() + b"\n")
         helper.stdin.flush()
-    except BrokenPipeError:
-        pass  # it has ended, and answers nothing
     head = helper.stdout.read(_COUNT.size)
     num_bytes = _COUNT.unpack(head)[0] if len(head) == _COUNT.size else 0
     content = helper.stdout.read(abs(num_bytes))

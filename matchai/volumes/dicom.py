@@ -5,7 +5,7 @@ Nothing that names a patient is read or told.
 
 import os
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,6 +16,7 @@ from matchai.system import InputError, need
 from matchai.volumes.decoding import decode
 from matchai.volumes.dicom_image import DicomImage, read_image, why_not_decodable
 from matchai.volumes.grid import FileVoxels, GridVolume, scratch_file
+from matchai.volumes.volume import format_shape
 
 _TO_RAS = np.diag([-1.0, -1.0, 1.0])  # DICOM counts toward the patient's left, back and head
 
@@ -49,11 +50,9 @@ def open_dicom(
     _check_content(images)
     _check_sameness(images)
     images, notes = _without_duplicates(images)
-    images, affine, oddities = _place(folder, images)
-    scales = {image.scale for image in images}
-    is_uniform = len(scales) == 1 and len({image.dtype for image in images}) == 1
+    images, affine, position_notes = _sort_by_position(folder, images)
+    is_uniform = len({(image.scale, image.dtype) for image in images}) == 1
     dtype = np.dtype(images[0].dtype if is_uniform else np.float32)
-    scale = next(iter(scales)) if is_uniform else (1.0, 0.0)
     shape = (images[0].shape[1], images[0].shape[0], len(images))
     opened = GridVolume(
         folder,
@@ -61,9 +60,9 @@ def open_dicom(
         FileVoxels(lambda: _decode(folder, images, dtype, is_uniform, scratch), shape, dtype),
         affine,
         orientation,
-        scale=None if scale == (1, 0) else scale,
+        scale=images[0].scale if is_uniform else (1.0, 0.0),
         rescale=rescale,
-        notes=[*_content_notes(images), *notes, *oddities],
+        notes=[*_content_notes(images), *notes, *position_notes],
     )
     if len(images) == 1 and not images[0].thickness:
         opened.spacing, opened.voxel_ml = None, None
@@ -75,12 +74,8 @@ def _images_in(folder: Path) -> Iterator[DicomImage]:
         raise InputError(f"{folder} {'is a file, not a folder' if folder.exists() else 'does not exist'}.")
     for place, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(names):
-            if name.startswith(".") or name.upper() == "DICOMDIR":
-                continue
-            image = read_image(Path(place) / name)
-            if image is not None:
-                yield image
+        candidates = (name for name in sorted(names) if not name.startswith(".") and name.upper() != "DICOMDIR")
+        yield from filter(None, (read_image(Path(place) / name) for name in candidates))
 
 
 def _choose(folder: Path, images: Sequence[DicomImage], wanted: str | None) -> list[DicomImage]:
@@ -94,7 +89,7 @@ def _choose(folder: Path, images: Sequence[DicomImage], wanted: str | None) -> l
     if len(matching) == 1:
         return matching[0]
     shown = sorted(found.values(), key=lambda members: (len(members[0].number), members[0].number, members[0].series))
-    listed = "; ".join(_told(members, numbers[members[0].number] > 1) for members in shown)
+    listed = "; ".join(_describe_series(members, numbers[members[0].number] > 1) for members in shown)
     way = "`--series NUMBER` chooses one"
     if max(numbers.values()) > 1:
         way += ", `--series UID` where numbers are equal or missing"
@@ -102,7 +97,7 @@ def _choose(folder: Path, images: Sequence[DicomImage], wanted: str | None) -> l
     raise InputError(f"{folder} {found_text}: {listed}; {way}.")
 
 
-def _told(members: Sequence[DicomImage], with_uid: bool) -> str:
+def _describe_series(members: Sequence[DicomImage], with_uid: bool) -> str:
     first = members[0]
     about = [first.modality] if first.modality not in ("CT", "") else []
     about += [f"{len(members)} image{'s' if len(members) > 1 else ''}"]
@@ -147,8 +142,7 @@ def _check_content(images: Sequence[DicomImage]) -> None:
         "has an ImageOrientationPatient that is no pair of directions at right angles",
     )
     for image in images:
-        problem = why_not_decodable(image.syntax)
-        if problem:
+        if problem := why_not_decodable(image.syntax):
             raise InputError(f"{image.path} {problem}.")
 
 
@@ -159,9 +153,10 @@ def _check_sameness(images: Sequence[DicomImage]) -> None:
     for image in images:
         differences = []
         if image.shape != first.shape:
-            differences.append(f"{_times(image.shape)} pixels and not {_times(first.shape)}")
+            differences.append(f"{format_shape(image.shape)} pixels and not {format_shape(first.shape)}")
         if not np.allclose(image.spacing, first.spacing, rtol=1e-3):
-            differences.append(f"pixels of {_times(image.spacing)} mm and not {_times(first.spacing)} mm")
+            found, expected = format_shape(image.spacing, "g"), format_shape(first.spacing, "g")
+            differences.append(f"pixels of {found} mm and not {expected} mm")
         if not np.allclose(image.directions, first.directions, atol=1e-3):
             differences.append("another direction in the patient")
         if differences:
@@ -190,7 +185,9 @@ def _without_duplicates(images: Sequence[DicomImage]) -> tuple[list[DicomImage],
     return rest, [note] if num_dropped else []
 
 
-def _place(folder: Path, images: Sequence[DicomImage]) -> tuple[list[DicomImage], NDArray[np.float64], list[str]]:
+def _sort_by_position(
+    folder: Path, images: Sequence[DicomImage]
+) -> tuple[list[DicomImage], NDArray[np.float64], list[str]]:
     """The images from one end to the other, and the affine (RAS+) of (column, row, image)."""
     first = images[0]
     normal = np.cross(*first.directions)
@@ -281,7 +278,3 @@ def _decode(
             file.write(wanted.astype(dtype).tobytes())
 
     return scratch_file(folder, len(images) * int(np.prod(images[0].shape)) * dtype.itemsize, scratch, write)
-
-
-def _times(values: Iterable[float]) -> str:
-    return " x ".join(f"{value:g}" for value in values)

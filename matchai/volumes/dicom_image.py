@@ -91,8 +91,7 @@ def read_image(path: Path) -> DicomImage | None:
         return None
     get, uids = header.get, need("pydicom.uid", "medical", f"Reading {path}")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             slope, intercept = _float(get("RescaleSlope")), _float(get("RescaleIntercept"))
             syntax = _syntax_of(header)
             allocated = int(get("BitsAllocated") or 16)
@@ -138,8 +137,7 @@ def read_pixels(image: DicomImage) -> NDArray[Any]:
     """
     pydicom = need("pydicom", "medical", f"Reading {image.path}")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             if image.syntax == pydicom.uid.JPEGExtended12Bit and image.bits[0] > 8:
                 pixels = _pixels_by_gdcm(image)
             else:
@@ -163,8 +161,7 @@ def read_pixels(image: DicomImage) -> NDArray[Any]:
 def why_not_decodable(syntax: str) -> str | None:
     """Why images of a transfer syntax cannot be decoded, the rest of a sentence; None if they can."""
     pixels = need("pydicom.pixels", "medical", "Reading DICOM files")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"):
         uid = need("pydicom.uid", "medical", "Reading DICOM files").UID(syntax)
     try:
         is_readable = pixels.get_decoder(uid).is_available
@@ -172,9 +169,8 @@ def why_not_decodable(syntax: str) -> str | None:
         return f"is stored as {uid.name}, which is no way to store CT slices"
     if is_readable:
         return None
-    packages = '"matchai[medical]"'
-    if uid.name.startswith("High-Throughput"):  # the one that GDCM cannot
-        packages = "pylibjpeg pylibjpeg-openjpeg"
+    is_beyond_gdcm = uid.name.startswith("High-Throughput")  # the one that GDCM cannot
+    packages = "pylibjpeg pylibjpeg-openjpeg" if is_beyond_gdcm else '"matchai[medical]"'
     return f"is packed as {uid.name}, for which no decoder is installed: `pip install {packages}`"
 
 
@@ -200,8 +196,7 @@ def _header_of(path: Path) -> Any:
             )
         return None
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of pydicom, for each odd value of each file
+        with warnings.catch_warnings(action="ignore"):  # of pydicom, for each odd value of each file
             header = pydicom.dcmread(path, stop_before_pixels=True, force=True, specific_tags=list(_TAGS))
             kind = pydicom.uid.UID(header.get("SOPClassUID") or header.file_meta.get("MediaStorageSOPClassUID") or "")
     except Exception as error:  # whatever a damaged file makes pydicom and zlib raise
@@ -226,8 +221,7 @@ def _pixels_by_gdcm(image: DicomImage) -> NDArray[Any]:
 
 
 def _syntax_of(header: Any) -> str:
-    stated = header.file_meta.get("TransferSyntaxUID")
-    if stated:
+    if stated := header.file_meta.get("TransferSyntaxUID"):
         return str(stated)
     uid = need("pydicom.uid", "medical", "Reading DICOM files")
     is_implicit, is_little = header.original_encoding

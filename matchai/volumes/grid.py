@@ -11,15 +11,16 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from matchai.system import InputError, need, write_whole
-from matchai.volumes.volume import STEPS, forget
+from matchai.volumes.volume import STEPS, format_shape, release_pages
 
 SAME = 1e-3
 """Millimetres by which the corners of two grids may differ."""
@@ -28,17 +29,7 @@ _LEVEL = 4  # of gzip: above it a mask's file shrinks by few per cent, for twice
 _PIECE = 16 * 2**20  # bytes that are turned and written at once
 
 
-class Voxels(Protocol):
-    """What `GridVolume` reads from: a 3-D array, or anything that is indexed like one."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Voxels along each axis."""
-        ...
-
-    def __getitem__(self, key: Any, /) -> NDArray[Any]: ...
-
-
+@dataclass(eq=False)
 class FileVoxels:
     """A 3-D array in a file, the first axis running fastest; opened at first use, from any thread.
 
@@ -51,22 +42,19 @@ class FileVoxels:
         offset: Where they begin, in bytes.
     """
 
-    def __init__(
-        self, provide: Callable[[], BinaryIO], shape: tuple[int, int, int], dtype: np.dtype[Any], offset: int = 0
-    ) -> None:
-        self.shape: tuple[int, ...] = shape
-        self._provide = provide
-        self._dtype = dtype
-        self._offset = offset
-        self._file: BinaryIO | None = None
-        self._opening = threading.Lock()
+    provide: Callable[[], BinaryIO]
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    offset: int = 0
+    _file: BinaryIO | None = field(default=None, init=False)
+    _opening: threading.Lock = field(default_factory=threading.Lock, init=False)
 
     def __getitem__(self, key: Any) -> NDArray[Any]:
         with self._opening:
             if self._file is None:
-                self._file = self._provide()
+                self._file = self.provide()
             mapped = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
-        whole: NDArray[Any] = np.ndarray(self.shape, self._dtype, mapped, self._offset, order="F")
+        whole: NDArray[Any] = np.ndarray(self.shape, self.dtype, mapped, self.offset, order="F")
         return np.array(whole[key])
 
     def close(self) -> None:
@@ -77,6 +65,7 @@ class FileVoxels:
                 self._file = None
 
 
+@dataclass(eq=False)
 class GridVolume:
     """Voxels on a grid as a `matchai.volumes.volume.Volume`: slice 0 is the lowest.
 
@@ -86,7 +75,7 @@ class GridVolume:
         voxels: (I, J, K) numbers as stored; sliced one plane at a time.
         affine: (4, 4), from voxel indices to millimetres toward the patient's right, front and top (RAS+).
         orientation: Toward which sides rows and columns of the slices shall run, such as "LP".
-        scale: Slope and intercept that the file itself names; None for none.
+        scale: Slope and intercept that the file itself names.
         rescale: Slope and intercept that make HU of the scaled numbers.
         header: A nibabel NIfTI header that written files take over: codes, units, the affine to its last bit.
             Without it they have the affine alone.
@@ -97,45 +86,38 @@ class GridVolume:
         InputError: If the affine cannot place voxels, or nibabel is missing.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        name: str,
-        voxels: Voxels,
-        affine: NDArray[np.float64],
-        orientation: str = "LP",
-        *,
-        scale: tuple[float, float] | None = None,
-        rescale: tuple[float, float] = (1.0, 0.0),
-        header: Any = None,
-        unit: float = 1.0,
-        notes: Sequence[str] = (),
-    ) -> None:
-        nibabel = need("nibabel", "medical", f"Reading {path}")
-        self.path = path
-        self.name = name
+    path: Path
+    name: str
+    voxels: NDArray[Any] | FileVoxels
+    affine: NDArray[np.float64]
+    orientation: str = "LP"
+    _: KW_ONLY
+    scale: tuple[float, float] = (1.0, 0.0)
+    rescale: tuple[float, float] = (1.0, 0.0)
+    header: Any = None
+    unit: float = 1.0
+    notes: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        nibabel = need("nibabel", "medical", f"Reading {self.path}")
+        self.affine = np.asarray(self.affine, dtype=np.float64)
         self.is_volume = True
-        self.voxels = voxels
-        self.affine = np.asarray(affine, dtype=np.float64)
-        self.orientation = orientation
-        self._scale = scale
-        self._rescale = rescale
-        self._header = header
         lengths = np.linalg.norm(self.affine[:3, :3], axis=0)
         if not np.isfinite(self.affine).all():
-            raise InputError(f"{path}: its affine holds NaN or infinity, so nobody knows where its voxels lie.")
+            raise InputError(f"{self.path}: its affine holds NaN or infinity, so nobody knows where its voxels lie.")
         if not lengths.all() or abs(np.linalg.det(self.affine[:3, :3] / lengths)) < 1e-3:
             raise InputError(
-                f"{path}: its affine is singular (voxel axes of {_mm(lengths)} mm that do not span space), so nobody "
-                "knows where its voxels lie; export it again, or write a true affine into its header."
+                f"{self.path}: its affine is singular (voxel axes of {format_shape(lengths, '.4g')} mm that do not "
+                "span space), so nobody knows where its voxels lie; export it again, or write a true affine into its "
+                "header."
             )
-        self._axes, self._flips = _way(nibabel.io_orientation(self.affine), orientation)
-        depth, rows, columns = (voxels.shape[axis] for axis in self._axes)
+        self._axes, self._flips = _axes_and_flips(nibabel.io_orientation(self.affine), self.orientation)
+        depth, rows, columns = (self.voxels.shape[axis] for axis in self._axes)
         self.shape: tuple[int, int, int] = depth, rows, columns
-        mm = [float(lengths[axis]) * unit for axis in self._axes]
+        mm = [float(lengths[axis]) * self.unit for axis in self._axes]
         self.spacing: tuple[float, float, float] | None = mm[0], mm[1], mm[2]
-        self.voxel_ml: float | None = abs(float(np.linalg.det(self.affine[:3, :3]))) * unit**3 / 1000
-        self.notes: Sequence[str] = [*notes, *self._oddities(lengths)]
+        self.voxel_ml: float | None = abs(float(np.linalg.det(self.affine[:3, :3]))) * self.unit**3 / 1000
+        self.notes = [*self.notes, *self._geometry_notes(lengths)]
 
     @property
     def placement(self) -> NDArray[np.float64]:
@@ -153,8 +135,8 @@ class GridVolume:
         """See `matchai.volumes.volume.Volume`."""
         values = self.read_labels(index)
         with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite, and is refused as such
-            if self._rescale != (1, 0):
-                slope, intercept = self._rescale
+            if self.rescale != (1, 0):
+                slope, intercept = self.rescale
                 values = values * np.float64(slope) + intercept
             return np.ascontiguousarray(values, dtype=np.float32)
 
@@ -171,20 +153,19 @@ class GridVolume:
         if self._axes[1] > self._axes[2]:
             plane = plane.T
         plane = np.flip(plane, tuple(to for to in (0, 1) if self._flips[to + 1]))
-        if self._scale is not None:
-            slope, intercept = self._scale
+        if self.scale != (1, 0):
+            slope, intercept = self.scale
             return np.asarray(plane.astype(np.float64) * slope + intercept)
-        native: NDArray[Any] = plane.astype(plane.dtype.newbyteorder("="))
-        return native
+        return np.asarray(plane.astype(plane.dtype.newbyteorder("=")))
 
     def save_mask(self, folder: Path, mask: NDArray[np.uint8], file_labels: Sequence[int]) -> Path:
         """See `matchai.volumes.volume.Volume`: `NAME_mask.nii.gz`, uint8, numbers by `file_labels`."""
         numbers = np.array(file_labels, dtype=np.uint8)
-        return self._save(folder / f"{self.name}_mask.nii.gz", mask, np.uint8, (1, 0), numbers)
+        return self._save(folder / f"{self.name}_mask.nii.gz", mask, np.uint8, 1, numbers)
 
     def save_map(self, folder: Path, values: NDArray[np.uint16], what: str) -> Path:
         """See `matchai.volumes.volume.Volume`: `NAME_WHAT.nii.gz`, uint16 with the slope 1/65535."""
-        return self._save(folder / f"{self.name}_{what}.nii.gz", values, np.uint16, (1 / STEPS, 0), None)
+        return self._save(folder / f"{self.name}_{what}.nii.gz", values, np.uint16, 1 / STEPS, None)
 
     def close(self) -> None:
         """Frees the file behind the voxels; reading again opens it again."""
@@ -192,15 +173,10 @@ class GridVolume:
             self.voxels.close()
 
     def _save(
-        self,
-        path: Path,
-        values: NDArray[Any],
-        kind: type[np.generic],
-        scale: tuple[float, float],
-        numbers: NDArray[np.uint8] | None,
+        self, path: Path, values: NDArray[Any], kind: type[np.generic], slope: float, numbers: NDArray[np.uint8] | None
     ) -> Path:
         assert values.shape == self.shape, f"{values.shape} is not the volume's shape {self.shape}"
-        header = self._header_of(np.dtype(kind), scale)
+        header = self._header_of(np.dtype(kind), slope)
         turned = np.flip(values, tuple(to for to in range(3) if self._flips[to])).transpose(np.argsort(self._axes))
         dtype = np.dtype(kind).newbyteorder(header.endianness)
 
@@ -212,14 +188,14 @@ class GridVolume:
                 for piece in _pieces(turned):
                     named = piece if numbers is None else numbers[piece]
                     packed.write(named.astype(dtype).tobytes(order="F"))
-                    forget(values)
+                    release_pages(values)
 
         write_whole(path, write)
         return path
 
-    def _header_of(self, dtype: np.dtype[Any], scale: tuple[float, float]) -> Any:
+    def _header_of(self, dtype: np.dtype[Any], slope: float) -> Any:
         nifti1 = need("nibabel.nifti1", "medical", "Writing NIfTI files")
-        if self._header is None:
+        if self.header is None:
             header = nifti1.Nifti1Header()
             header.set_data_shape(self.voxels.shape)
             header.set_xyzt_units("mm")
@@ -228,7 +204,7 @@ class GridVolume:
             # then falls back on it, and finds the grid that it makes of the series itself
             header.set_qform(_upright(self.affine), code="scanner")
         else:
-            header = self._header.copy()
+            header = self.header.copy()
             header.extensions.clear()  # they tell of the image, and may name the patient
             for field in ("cal_max", "cal_min", "glmax", "glmin", "intent_p1", "intent_p2", "intent_p3", "intent_code"):
                 if field in header:
@@ -237,11 +213,11 @@ class GridVolume:
                 if field in header:
                     header[field] = b""
         header.set_data_dtype(dtype)
-        header.set_slope_inter(*scale)
+        header.set_slope_inter(slope, 0)
         header.set_data_offset(0)  # "as soon as possible": nibabel fills in the least
         return header
 
-    def _oddities(self, lengths: NDArray[np.float64]) -> Iterator[str]:
+    def _geometry_notes(self, lengths: NDArray[np.float64]) -> Iterator[str]:
         axis = self.affine[:3, self._axes[0]] / lengths[self._axes[0]]
         tilt = math.degrees(math.acos(min(1.0, abs(float(axis[2])))))
         if tilt > 15:
@@ -278,14 +254,12 @@ def scratch_file(path: Path, num_bytes: int, scratch: Path | None, write: Callab
                 f"{path} unpacks to {num_bytes / 1e9:.2f} GB, but {folder} has only {free / 1e9:.2f} GB free; "
                 "free some there."
             )
-        file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 outlives this function
-        try:
+        with ExitStack() as on_failure:
+            file = on_failure.enter_context(tempfile.TemporaryFile(dir=folder))
             write(file)
             file.flush()
-        except BaseException:
-            file.close()
-            raise
-        return file
+            on_failure.pop_all()
+            return file
     except OSError as error:
         raise InputError(f"{path} cannot be unpacked to {folder}: {error.strerror or error}.") from None
 
@@ -305,8 +279,8 @@ def check_same_geometry(image: GridVolume, mask: GridVolume) -> None:
     """
     if image.shape != mask.shape:
         raise InputError(
-            f"{mask.path} has {_times(mask.shape)} voxels (slices, rows, columns), but its image {image.path} has "
-            f"{_times(image.shape)}; a mask must lie on its image voxel by voxel: resample it to the image."
+            f"{mask.path} has {format_shape(mask.shape)} voxels (slices, rows, columns), but its image {image.path} "
+            f"has {format_shape(image.shape)}; a mask must lie on its image voxel by voxel: resample it to the image."
         )
     last = [n - 1 for n in image.shape]
     corners = np.array([[*np.array(np.unravel_index(c, (2, 2, 2))) * last, 1] for c in range(8)], dtype=np.float64)
@@ -319,7 +293,9 @@ def check_same_geometry(image: GridVolume, mask: GridVolume) -> None:
         )
 
 
-def _way(axis_codes: NDArray[np.float64], orientation: str) -> tuple[tuple[int, int, int], tuple[bool, bool, bool]]:
+def _axes_and_flips(
+    axis_codes: NDArray[np.float64], orientation: str
+) -> tuple[tuple[int, int, int], tuple[bool, bool, bool]]:
     """Which voxel axis makes slices, rows and columns, and which of the three run against it."""
     letters = {"R": (0, 1), "L": (0, -1), "A": (1, 1), "P": (1, -1)}
     wanted = [(2, 1), letters[orientation[0]], letters[orientation[1]]]
@@ -342,11 +318,3 @@ def _pieces(turned: NDArray[Any]) -> Iterator[NDArray[Any]]:
     step = max(1, _PIECE // max(1, turned[:, :, 0].nbytes))
     for begin in range(0, turned.shape[2], step):
         yield turned[:, :, begin : begin + step]
-
-
-def _mm(lengths: NDArray[np.float64]) -> str:
-    return " x ".join(f"{length:.4g}" for length in lengths)
-
-
-def _times(shape: Sequence[int]) -> str:
-    return " x ".join(map(str, shape))

@@ -1,5 +1,7 @@
 """Whether numbers can be Hounsfield units."""
 
+import math
+
 
 def implausible_range(
     what: str, low: float, high: float, hu_window: tuple[float, float], *, can_choose_window: bool = True
@@ -34,13 +36,9 @@ def implausible_range(
         return f"{span}, all outside {window}; make HU of them with --rescale SLOPE INTERCEPT" + (
             ", or state the range to keep with --hu-window LOW HIGH." if can_choose_window else "."
         )
-    kind = "values that are no Hounsfield units"
-    if low >= 0:
-        kind = "16-bit grey values, not HU"
-        if high <= 255:
-            kind = "8-bit grey values, not HU"
-        if high <= 1.5:
-            kind = "an image scaled to 0..1, not HU"
+    kinds = {1.5: "an image scaled to 0..1", 255: "8-bit grey values", math.inf: "16-bit grey values"}
+    positive = next(kind for most, kind in kinds.items() if high <= most)
+    kind = f"{positive}, not HU" if low >= 0 else "values that are no Hounsfield units"
     return (
         f"{span}, which look like {kind} (lung lies near -850): {window} would lose them. Make HU of them with "
         "--rescale SLOPE INTERCEPT (HU = SLOPE * number + INTERCEPT)"

@@ -13,6 +13,7 @@ import numpy as np
 
 from matchai.system import InputError, need
 from matchai.volumes.grid import FileVoxels, GridVolume, scratch_file
+from matchai.volumes.volume import format_shape
 
 SUFFIXES = (".nii.gz", ".nii")
 """The ends of NIfTI files' names, in lower case."""
@@ -59,7 +60,7 @@ def open_nifti(
         raise InputError(
             f"{path} is incomplete: {size} of the {num_bytes} bytes that its header promises are there; copy it again."
         )
-    slope, intercept = _scale_of(nibabel, header, path)
+    scale = _scale_of(nibabel, header, path)
     try:
         affine = header.get_best_affine()
     except (nibabel.spatialimages.HeaderDataError, ValueError) as error:
@@ -74,7 +75,7 @@ def open_nifti(
         FileVoxels(provide, shape, dtype, offset),
         affine,
         orientation,
-        scale=None if slope is None else (slope, intercept),
+        scale=scale,
         rescale=rescale,
         header=header,
         unit=_unit_of(header)[1],
@@ -86,7 +87,7 @@ def _shape_of(header: Any, path: Path) -> tuple[int, int, int]:
     shape = header.get_data_shape()
     if len(shape) < 3 or min(shape) < 1 or math.prod(shape[3:]) != 1:
         raise InputError(
-            f"{path} has the shape {' x '.join(map(str, shape))}; a volume has three axes"
+            f"{path} has the shape {format_shape(shape)}; a volume has three axes"
             + (": save one of its volumes to a file of its own." if len(shape) > 3 else ", and voxels along each.")
         )
     return shape[0], shape[1], shape[2]
@@ -156,8 +157,8 @@ def _dtype_of(header: Any, path: Path) -> np.dtype[Any]:
     return dtype
 
 
-def _scale_of(nibabel: Any, header: Any, path: Path) -> tuple[float | None, float]:
-    """None for the slope where the file names none; an identity is none."""
+def _scale_of(nibabel: Any, header: Any, path: Path) -> tuple[float, float]:
+    """Slope and intercept; 1 and 0 where the file names none."""
     try:
         slope, intercept = header.get_slope_inter()
     except nibabel.spatialimages.HeaderDataError:
@@ -165,7 +166,7 @@ def _scale_of(nibabel: Any, header: Any, path: Path) -> tuple[float | None, floa
             f"{path} has the scale slope {header['scl_slope']} but the intercept {header['scl_inter']}; "
             "write a finite scl_inter into its header."
         ) from None
-    return (None, 0.0) if (slope, intercept) in ((None, None), (1, 0)) else (slope, intercept)
+    return (1.0, 0.0) if slope is None else (slope, intercept)
 
 
 def _unpack(path: Path, num_bytes: int, scratch: Path | None) -> BinaryIO:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.lib.format import read_array_header_1_0, read_array_header_2_0, read_magic
 from numpy.typing import NDArray
 
 from matchai.system import InputError
@@ -33,8 +34,7 @@ def open_array(path: Path, what: str) -> NDArray[Any]:
             file.seek(0)
             if not head.startswith(b"\x93NUMPY"):
                 raise InputError(f"{path} is {_sniff(head)}, not a .npy array; {what} must be saved with numpy.save.")
-            version = np.lib.format.read_magic(file)
-            read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else _read_header_2_0
+            read_header = read_array_header_1_0 if read_magic(file) == (1, 0) else read_array_header_2_0
             shape, _, dtype = read_header(file)
             present = path.stat().st_size - file.tell()
     except InputError:
@@ -56,10 +56,6 @@ def open_array(path: Path, what: str) -> NDArray[Any]:
         raise InputError(f"{path} is empty: its shape is {shape}.")
     array: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
     return array
-
-
-def _read_header_2_0(file: Any) -> Any:
-    return np.lib.format.read_array_header_2_0(file)
 
 
 def _sniff(head: bytes) -> str:

@@ -36,12 +36,11 @@ class TrainedOn:
 
 def kind_of(path: Path) -> str:
     """What a file's name, or a folder's content, says it is: npy, nifti, picture, dicom (any other folder), unknown."""
-    name = path.name.lower()
     if path.is_dir():
         suffixes = [one.suffix.lower() for one in path.iterdir() if not one.name.startswith(".")]
         is_lossy = bool(suffixes) and set(suffixes) <= set(LOSSY)  # whose refusal says what a JPEG lacks
         return "picture" if is_lossy or any(suffix in PICTURES for suffix in suffixes) else "dicom"
-    if name.endswith(NIFTI):
+    if path.name.lower().endswith(NIFTI):
         return "nifti"
     return {".npy": "npy", **dict.fromkeys(PICTURES, "picture")}.get(path.suffix.lower(), "unknown")
 

@@ -1,14 +1,12 @@
 """PNG and TIFF pictures: grey slices whose numbers become HU, masks by their numbers, never by their colours."""
 
 import contextlib
-import os
 import re
 import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -17,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFile, TiffImagePlugin, UnidentifiedImageError
 
-from matchai.system import InputError, sync_folder
-from matchai.volumes.volume import UPRIGHT
+from matchai.system import InputError, sync_file, sync_folder
+from matchai.volumes.volume import UPRIGHT, rescaled
 
 SUFFIXES = (".png", ".tif", ".tiff")
 """The ends of pictures' names, in lower case."""
@@ -26,16 +24,16 @@ SUFFIXES = (".png", ".tif", ".tiff")
 LOSSY = (".jpg", ".jpeg", ".jpe", ".jfif")
 """The ends of names of pictures that are refused, as they do not keep their numbers."""
 
-MOST = 8192  # pixels a side; no scanner makes more, a file that claims more would only fill the memory
+MAX_SIDE = 8192  # pixels; no scanner makes more, a file that claims more would only fill the memory
 
 # what may lie in the numbers of a mode of Pillow's
 _GREY = {"L": "8-bit grey", "I;16": "16-bit grey", "I;16B": "16-bit grey", "I": "whole-number grey", "F": "real grey"}
 _OTHER = {"1": "black and white", "P": "a palette", "LA": "grey with transparency", "PA": "a palette"}
-_WHITE_IS_ZERO, _PHOTOMETRIC, _SAMPLE_FORMAT = 0, 262, 339
+_WHITE_IS_ZERO, _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 0, 258, 262, 339
 
 
-def natural(name: str) -> list[Any]:
-    """Sorts names as people count: slice2 before slice10."""
+def natural_key(name: str) -> list[Any]:
+    """The key that sorts names as people count: slice2 before slice10."""
     parts = re.split(r"([0-9]+)", name.casefold())
     return [*(int(part) if place % 2 else part for place, part in enumerate(parts)), name]
 
@@ -47,17 +45,17 @@ def pictures_in(folder: Path) -> list[Path]:
         InputError: If there are JPEGs.
     """
     paths = [path for path in folder.iterdir() if not path.name.startswith(".") and path.is_file()]
-    lossy = sorted((path.name for path in paths if path.suffix.lower() in LOSSY), key=natural)
+    lossy = sorted((path.name for path in paths if path.suffix.lower() in LOSSY), key=natural_key)
     if lossy:
         raise InputError(
             f"{folder / lossy[0]} is a JPEG ({len(lossy)} there): it loses the numbers of CT values and labels, which "
             "no other format brings back; export PNG or TIFF from the source, or take these files away."
         )
-    return sorted((path for path in paths if path.suffix.lower() in SUFFIXES), key=lambda path: natural(path.name))
+    return sorted((path for path in paths if path.suffix.lower() in SUFFIXES), key=lambda path: natural_key(path.name))
 
 
 @dataclass(frozen=True)
-class Look:
+class PictureHeader:
     """What a picture's header says.
 
     Attributes:
@@ -70,69 +68,65 @@ class Look:
     num_pages: int
     kind: str
 
+    def __str__(self) -> str:
+        return f"{self.shape[0]}x{self.shape[1]} pixels of {self.kind}"
 
-def look_at(path: Path, *, is_mask: bool = False) -> Look:
+
+def read_picture_header(path: Path, *, is_mask: bool = False) -> PictureHeader:
     """Reads a picture's header, and those of a stack's further pages.
 
     Raises:
         InputError: If it is missing, no PNG or TIFF, damaged, too large, or has no single number a pixel.
     """
-    with _readable(path), warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with Image.open(path, formats=("PNG", "TIFF")) as image:
-            num_pages = getattr(image, "n_frames", 1)
-            looks = []
-            for page in range(num_pages):
-                image.seek(page)
-                looks.append((image.size, _check(path, image, is_mask)))
-            if len(set(looks)) > 1:
-                page = next(page for page, one in enumerate(looks) if one != looks[0])
-                raise InputError(
-                    f"{path}: page {page + 1} is {_say(looks[page])}, but page 1 is {_say(looks[0])}; the pages of a "
-                    "stack must be alike."
-                )
-            (width, height), kind = looks[0]
-            return Look((height, width), num_pages, kind)
+    with (
+        _readable(path),
+        warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning),
+        Image.open(path, formats=("PNG", "TIFF")) as image,
+    ):
+        num_pages = getattr(image, "n_frames", 1)
+        headers = []
+        for page in range(num_pages):
+            image.seek(page)
+            headers.append(PictureHeader((image.height, image.width), num_pages, _check(path, image, is_mask)))
+    for number, header in enumerate(headers, 1):
+        if header != headers[0]:
+            raise InputError(
+                f"{path}: page {number} is {header}, but page 1 is {headers[0]}; the pages of a stack must be alike."
+            )
+    return headers[0]
 
 
+@dataclass(eq=False)
 class PictureVolume:
     """Pictures in order as a `matchai.volumes.volume.Volume`: a file a slice, or one stack with a page a slice.
 
     Args:
         path: The file or folder that the user named.
         files: The pictures, in order; a single stack's own path.
-        look: What all their headers say.
-        orientation: How the slices lie; auto: as viewers show them.
+        header: What all their headers say.
+        orientation: How the slices lie.
         rescale: Slope and intercept that make HU of the numbers.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        files: Sequence[Path],
-        look: Look,
-        orientation: str = "auto",
-        rescale: tuple[float, float] = (1.0, 0.0),
-    ) -> None:
-        self.path = path
-        self.files = list(files)
-        self.name = path.resolve().name if path.is_dir() else path.stem
-        self.shape: tuple[int, int, int] = (max(len(self.files), look.num_pages), *look.shape)
-        self.orientation = UPRIGHT if orientation == "auto" else orientation
-        self.spacing: tuple[float, float, float] | None = None
-        self.voxel_ml: float | None = None
-        self.is_volume = look.num_pages > 1
-        self.notes: Sequence[str] = []
-        self._rescale = rescale
-        self._stack: ImageFile.ImageFile | None = None
-        self._reading = threading.Lock()
+    path: Path
+    files: Sequence[Path]
+    header: PictureHeader
+    orientation: str
+    rescale: tuple[float, float]
+    spacing: tuple[float, float, float] | None = None
+    voxel_ml: float | None = None
+    notes: Sequence[str] = ()
+    _stack: ImageFile.ImageFile | None = field(default=None, init=False)
+    _reading: threading.Lock = field(default_factory=threading.Lock, init=False)
+
+    def __post_init__(self) -> None:
+        self.name = self.path.resolve().name if self.path.is_dir() else self.path.stem
+        self.shape: tuple[int, int, int] = (max(len(self.files), self.header.num_pages), *self.header.shape)
+        self.is_volume = self.header.num_pages > 1
 
     def read(self, index: int) -> NDArray[np.float32]:
         """See `matchai.volumes.volume.Volume`."""
-        with np.errstate(over="ignore"):
-            image = np.asarray(self._numbers(index, is_mask=False), dtype=np.float32)
-        slope, intercept = self._rescale
-        return image if self._rescale == (1, 0) else image * np.float32(slope) + np.float32(intercept)
+        return rescaled(self._numbers(index, is_mask=False), self.rescale)
 
     def read_labels(self, index: int) -> NDArray[Any]:
         """Slice `index` of masks, (H, W): grey numbers as stored, palette entries by their index."""
@@ -156,14 +150,15 @@ class PictureVolume:
 
     def _numbers(self, index: int, *, is_mask: bool) -> NDArray[Any]:
         index = range(self.shape[0])[index]
-        path = self.files[index] if len(self.files) == self.shape[0] else self.files[0]
+        is_stack = len(self.files) < self.shape[0]
+        path = self.files[0 if is_stack else index]
         with _readable(path):
             if path.suffix.lower() == ".png":
                 content = path.read_bytes()
                 Image.open(BytesIO(content), formats=("PNG",)).verify()  # the checksums, which decoding passes over
                 with Image.open(BytesIO(content), formats=("PNG",)) as image:
                     return self._decode(path, image, is_mask)
-            if len(self.files) == self.shape[0]:
+            if not is_stack:
                 with Image.open(path, formats=("TIFF", "PNG")) as image:
                     return self._decode(path, image, is_mask)
             with self._reading:  # one open file, as each must find its way through all pages before
@@ -179,7 +174,7 @@ class PictureVolume:
         # of pictures of 1, 2 and 4 bits Pillow spreads the numbers to 0..255
         spread = next((85 if bits == "L;2" else 17 for bits in ("L;2", "L;4") if _raw_mode(image).startswith(bits)), 1)
         tags = getattr(image, "tag_v2", {})
-        has_sign, bits = 2 in tags.get(_SAMPLE_FORMAT, (1,)), tags.get(258, (8,))
+        has_sign, bits = 2 in tags.get(_SAMPLE_FORMAT, (1,)), tags.get(_BITS, (8,))
         image.load()
         numbers: NDArray[Any] = np.array(image)
         if image.mode == "1":
@@ -198,15 +193,15 @@ class PictureVolume:
             if self.path.is_dir():
                 made.mkdir()
                 for index, path in enumerate(self.files):
-                    _write(made / f"{path.stem}.png", partial(_write_png, read(index)))
+                    _write_png(made / f"{path.stem}.png", read(index))
                 sync_folder(made)
-                return _put(made, folder / name)
+                return _move_folder(made, folder / name)
             if self.files[0].suffix.lower() == ".png":
                 made = made.with_name(f"{name}.png")
-                _write(made, partial(_write_png, read(0)))
+                _write_png(made, read(0))
             else:
                 made = made.with_name(f"{name}.tif")
-                _write(made, lambda file: _write_stack(file, map(read, range(self.shape[0]))))
+                _write_stack(made, map(read, range(self.shape[0])))
             made.replace(folder / made.name)
         sync_folder(folder)
         return folder / made.name
@@ -238,23 +233,24 @@ def open_pictures(
         files = pictures_in(path) if path.is_dir() else [path]
     if not files:
         raise InputError(f"{path} holds no pictures ({', '.join(SUFFIXES)}).")
-    first = look_at(files[0], is_mask=is_mask)
+    first = read_picture_header(files[0], is_mask=is_mask)
     if first.num_pages > 1 and len(files) == 1:
         path = files[0]
     if path.is_dir():
         seen: dict[str, Path] = {}
         for file in files:
-            look = first if file == files[0] else look_at(file, is_mask=is_mask)
-            if look.num_pages > 1 and len(files) > 1:
-                raise InputError(f"{file} has {look.num_pages} pages among other pictures; name it alone, as a stack.")
-            if look.shape != first.shape or (look.kind != first.kind and not is_mask):
+            header = first if file == files[0] else read_picture_header(file, is_mask=is_mask)
+            if header.num_pages > 1 and len(files) > 1:
                 raise InputError(
-                    f"{file} is {_say((look.shape[::-1], look.kind))}, but {files[0].name} is "
-                    f"{_say((first.shape[::-1], first.kind))}; the slices of a folder must be alike."
+                    f"{file} has {header.num_pages} pages among other pictures; name it alone, as a stack."
+                )
+            if header.shape != first.shape or (header.kind != first.kind and not is_mask):
+                raise InputError(
+                    f"{file} is {header}, but {files[0].name} is {first}; the slices of a folder must be alike."
                 )
             if (other := seen.setdefault(file.stem, file)) != file:
                 raise InputError(f"{other} and {file.name} would be one slice by their names; keep one of them.")
-    return PictureVolume(path, files, first, orientation, rescale)
+    return PictureVolume(path, files, first, UPRIGHT if orientation == "auto" else orientation, rescale)
 
 
 @contextlib.contextmanager
@@ -265,58 +261,61 @@ def _readable(path: Path) -> Iterator[None]:
     except InputError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise InputError(f"{path} claims to have more than {MOST} x {MOST} pixels, which no CT slice has.") from None
+        raise InputError(
+            f"{path} claims to have more than {MAX_SIDE} x {MAX_SIDE} pixels, which no CT slice has."
+        ) from None
     except FileNotFoundError:
         raise InputError(f"{path} does not exist.") from None
     except PermissionError:
         raise InputError(f"{path} cannot be read; check its permissions.") from None
     except Exception as error:  # what a decoder raises at damaged bytes is documented nowhere
-        with contextlib.suppress(OSError), path.open("rb") as file:
-            head = file.read(12)
-            if not head:
-                raise InputError(f"{path} is empty; copy or export it again.") from None
-            if head.startswith(b"\xff\xd8"):
-                raise InputError(
-                    f"{path} is a JPEG: it loses the numbers of CT values and labels; export PNG or "
-                    "TIFF from the source."
-                ) from None
-            if not head.startswith((b"\x89PNG", b"II", b"MM")):
-                raise InputError(f"{path} is no PNG or TIFF picture; was it downloaded whole?") from None
-        told = "" if isinstance(error, UnidentifiedImageError) else f" ({error})"
-        raise InputError(
-            f"{path} is damaged, incomplete, or of a kind that cannot be read{told}; copy or export it again, as 8-bit "
-            "or 16-bit grey."
-        ) from None
+        raise InputError(f"{path} is {_fault_of(path, error)}") from None
+
+
+def _fault_of(path: Path, error: Exception) -> str:
+    """Why a picture cannot be decoded, by how its file begins; the end of a sentence."""
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        head = file.read(12)
+        if not head:
+            return "empty; copy or export it again."
+        if head.startswith(b"\xff\xd8"):
+            return "a JPEG: it loses the numbers of CT values and labels; export PNG or TIFF from the source."
+        if not head.startswith((b"\x89PNG", b"II", b"MM")):
+            return "no PNG or TIFF picture; was it downloaded whole?"
+    reason = "" if isinstance(error, UnidentifiedImageError) else f" ({error})"
+    return (
+        f"damaged, incomplete, or of a kind that cannot be read{reason}; copy or export it again, as 8-bit or 16-bit "
+        "grey."
+    )
 
 
 def _check(path: Path, image: Image.Image, is_mask: bool) -> str:
     """Refuses what has not one number a pixel; returns in words what numbers it has."""
-    if max(image.size) > MOST:
-        raise InputError(f"{path} has {_times(image.size)} pixels, which no CT slice has; the most is {MOST} a side.")
+    tags = getattr(image, "tag_v2", {})
+    if max(image.size) > MAX_SIDE:
+        size = f"{image.height}x{image.width}"
+        raise InputError(f"{path} has {size} pixels, which no CT slice has; the most is {MAX_SIDE} a side.")
     if image.format == "PNG" and getattr(image, "n_frames", 1) > 1:
         raise InputError(f"{path} is an animated PNG; save its frames as slices of their own.")
     if "jpeg" in str(image.info.get("compression")) or image.info.get("compression") == "webp":
         raise InputError(
             f"{path} is compressed as JPEG, which loses the numbers of CT values and labels; export it again without."
         )
-    if getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
+    if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
         raise InputError(
             f"{path} says that white is 0, and readers differ on whether its numbers are turned over; save it with "
             "black as 0 (photometric interpretation 1)."
         )
     if image.mode in _GREY:
-        is_signed = 2 in getattr(image, "tag_v2", {}).get(_SAMPLE_FORMAT, ())
-        bits = getattr(image, "tag_v2", {}).get(258, (0,))[0]
-        return f"signed {bits}-bit grey" if is_signed else _GREY[image.mode]
+        is_signed = 2 in tags.get(_SAMPLE_FORMAT, ())
+        return f"signed {tags.get(_BITS, (0,))[0]}-bit grey" if is_signed else _GREY[image.mode]
     if is_mask and image.mode in ("1", "P"):
         return _OTHER[image.mode]
     found = _OTHER.get(image.mode, f"colours ({image.mode})")
-    wanted = (
-        "a mask holds one number a pixel, grey or as the index of a palette"
-        if is_mask
-        else "a CT slice holds one number a pixel, in 8, 16 or 32 bits of grey"
+    what, how = (
+        ("mask", "grey or as the index of a palette") if is_mask else ("CT slice", "in 8, 16 or 32 bits of grey")
     )
-    raise InputError(f"{path} holds {found}, but {wanted}; save it so.")
+    raise InputError(f"{path} holds {found}, but a {what} holds one number a pixel, {how}; save it so.")
 
 
 def _raw_mode(image: ImageFile.ImageFile) -> str:
@@ -326,34 +325,20 @@ def _raw_mode(image: ImageFile.ImageFile) -> str:
     return str(arguments if isinstance(arguments, str) else arguments[0])
 
 
-def _say(look: tuple[tuple[int, int], str]) -> str:
-    (width, height), kind = look
-    return f"{height}x{width} pixels of {kind}"
+def _write_png(path: Path, image: NDArray[Any]) -> None:
+    Image.fromarray(image).save(path, "PNG")
+    sync_file(path)
 
 
-def _times(size: tuple[int, int]) -> str:
-    return f"{size[1]}x{size[0]}"
-
-
-def _write(path: Path, save: Callable[[Any], None]) -> None:
-    with path.open("w+b") as file:
-        save(file)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _write_png(image: NDArray[Any], file: Any) -> None:
-    Image.fromarray(image).save(file, "PNG")
-
-
-def _write_stack(file: Any, pages: Iterator[NDArray[Any]]) -> None:
-    with TiffImagePlugin.AppendingTiffWriter(file) as writer:
+def _write_stack(path: Path, pages: Iterator[NDArray[Any]]) -> None:
+    with TiffImagePlugin.AppendingTiffWriter(path, new=True) as writer:
         for page in pages:
             Image.fromarray(page).save(writer, "TIFF", compression="tiff_adobe_deflate")
             writer.newFrame()
+    sync_file(path)
 
 
-def _put(made: Path, folder: Path) -> Path:
+def _move_folder(made: Path, folder: Path) -> Path:
     """Moves a whole folder to its place; an older one of the same files goes."""
     if folder.exists():
         strangers = {path.name for path in folder.iterdir()} - {path.name for path in made.iterdir()}

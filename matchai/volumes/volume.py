@@ -5,7 +5,7 @@ Every kind of input is a `Volume`: `.npy` arrays here, NIfTI files in `nifti`, D
 """
 
 import mmap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
@@ -19,6 +19,9 @@ from matchai.volumes.npy import open_array
 STEPS = 65535
 """What stands for 1 in maps of numbers in 0..1."""
 
+MIN_SIDE = 32
+"""Pixels of height and of width that a slice needs."""
+
 UPRIGHT = "PL"
 """As a viewer shows a slice: the patient's front at the top, the patient's left side at the right."""
 
@@ -26,49 +29,32 @@ UPRIGHT = "PL"
 class Volume(Protocol):
     """Slices of one input."""
 
-    @property
-    def name(self) -> str:
-        """The input's name without its suffix, for the files that are made of it."""
-        ...
+    name: str
+    """The input's name without its suffix, for the files that are made of it."""
 
-    @property
-    def path(self) -> Path:
-        """The file or folder that the user named."""
-        ...
+    path: Path
+    """The file or folder that the user named."""
 
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """Slices, rows and columns (N, H, W), as `read` gives them."""
-        ...
+    shape: tuple[int, int, int]
+    """Slices, rows and columns (N, H, W), as `read` gives them."""
 
-    @property
-    def orientation(self) -> str:
-        """Toward which sides of the patient rows and columns run, such as "LP" (`matchai.settings.config`)."""
-        ...
+    orientation: str
+    """Toward which sides of the patient rows and columns run, such as "LP" (`matchai.settings.config`)."""
 
-    @property
-    def spacing(self) -> tuple[float, float, float] | None:
-        """Millimetres between neighbouring slices, rows and columns; None where unknown."""
-        ...
+    spacing: tuple[float, float, float] | None
+    """Millimetres between neighbouring slices, rows and columns; None where unknown."""
 
-    @property
-    def voxel_ml(self) -> float | None:
-        """Volume of a voxel in mL; None where unknown."""
-        ...
+    voxel_ml: float | None
+    """Volume of a voxel in mL; None where unknown."""
 
-    @property
-    def is_volume(self) -> bool:
-        """Whether the slices are known to be neighbours in order, of one volume."""
-        ...
+    is_volume: bool
+    """Whether the slices are known to be neighbours in order, of one volume."""
 
-    @property
-    def notes(self) -> Sequence[str]:
-        """What the user should know of the input, in sentences."""
-        ...
+    notes: Sequence[str]
+    """What the user should know of the input, in sentences."""
 
     def read(self, index: int) -> NDArray[np.float32]:
         """Slice `index`, (H, W) float32 in HU, native byte order; may be called from several threads at once."""
-        ...
 
     def save_mask(self, folder: Path, mask: NDArray[np.uint8], file_labels: Sequence[int]) -> Path:
         """Writes a mask in the input's own shape and geometry, without loss.
@@ -82,7 +68,6 @@ class Volume(Protocol):
         Returns:
             The file, or folder of files, named after the input.
         """
-        ...
 
     def save_map(self, folder: Path, values: NDArray[np.uint16], what: str) -> Path:
         """Writes a map of numbers in 0..1, such as a probability, in the input's own shape and geometry.
@@ -95,21 +80,40 @@ class Volume(Protocol):
         Returns:
             The file, or folder of files.
         """
-        ...
 
     def close(self) -> None:
         """Gives up what was unpacked; a later `read` unpacks it again."""
-        ...
 
 
 def file_labels(num_classes: int, background_class: int) -> list[int]:
-    """The number of each class in files for viewers: 0 for the background, the others from 1 in channel order."""
+    """The number of each class in files for viewers: 0 for the background, the others from 1 in channel order.
+
+    >>> file_labels(4, background_class=3)
+    [1, 2, 3, 0]
+    """
     others = iter(range(1, num_classes))
     return [0 if c == background_class else next(others) for c in range(num_classes)]
 
 
+def check_size(path: Path, height: int, width: int) -> None:
+    """Refuses slices that are too small for any network.
+
+    Raises:
+        InputError: If a side has fewer than `MIN_SIDE` pixels.
+    """
+    if min(height, width) < MIN_SIDE:
+        raise InputError(
+            f"{path} has slices of {height}x{width} pixels, but at least {MIN_SIDE}x{MIN_SIDE} are needed."
+        )
+
+
 def turn(image: NDArray[Any], orientation: str, wanted: str) -> NDArray[Any]:
     """Turns slices (..., H, W) from one orientation to another by flips and a transposition; a view, no copy.
+
+    Args:
+        image: Slices of any dtype.
+        orientation: Toward which sides of the patient their rows and columns run, such as "LP".
+        wanted: Toward which they shall run.
 
     >>> turn(np.array([[1, 2], [3, 4]]), "LP", "PL").tolist()
     [[1, 3], [2, 4]]
@@ -123,7 +127,20 @@ def turn(image: NDArray[Any], orientation: str, wanted: str) -> NDArray[Any]:
     return image
 
 
-def forget(array: NDArray[Any]) -> None:
+def rescaled(numbers: NDArray[Any], rescale: tuple[float, float]) -> NDArray[np.float32]:
+    """Stored numbers as HU, by slope and intercept; a copy, float32 in native byte order."""
+    slope, intercept = rescale
+    with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite, and is refused as such
+        image = np.array(numbers, dtype=np.float32)
+    return image if rescale == (1, 0) else image * np.float32(slope) + np.float32(intercept)
+
+
+def format_shape(lengths: Iterable[float], spec: str = "") -> str:
+    """Lengths in words, each by a format specification: `512 x 512`."""
+    return " x ".join(f"{length:{spec}}" for length in lengths)
+
+
+def release_pages(array: NDArray[Any]) -> None:
     """Gives the system back what was read of a memory-mapped array, which else counts as this process's memory.
 
     Does nothing for arrays in memory, nor where the system has no such call.
@@ -135,7 +152,7 @@ def forget(array: NDArray[Any]) -> None:
         base.madvise(mmap.MADV_DONTNEED)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class ArrayVolume:
     """A `.npy` array: (N, H, W), (N, H, W, 1), or a single slice (H, W)."""
 
@@ -148,29 +165,18 @@ class ArrayVolume:
     is_volume: bool = False
     notes: Sequence[str] = ()
 
-    @property
-    def name(self) -> str:
-        """The file's name without its suffix."""
-        return self.path.stem
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """Slices, rows and columns."""
-        length, height, width = self._slices.shape
-        return length, height, width
-
-    @property
-    def _slices(self) -> NDArray[Any]:
+    def __post_init__(self) -> None:
         array = self.array[None] if self.array.ndim == 2 else self.array
-        return array[..., 0] if array.ndim == 4 else array
+        self._slices = array[..., 0] if array.ndim == 4 else array
+        length, height, width = self._slices.shape
+        self.name = self.path.stem
+        self.shape: tuple[int, int, int] = (length, height, width)
 
     def read(self, index: int) -> NDArray[np.float32]:
         """See `Volume`."""
-        slope, intercept = self.rescale
-        with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite, and is refused as such
-            image = np.array(self._slices[index], dtype=np.float32)
-        forget(self.array)
-        return image if self.rescale == (1, 0) else image * np.float32(slope) + np.float32(intercept)
+        image = rescaled(self._slices[index], self.rescale)
+        release_pages(self.array)
+        return image
 
     def save_mask(self, folder: Path, mask: NDArray[np.uint8], file_labels: Sequence[int]) -> Path:
         """See `Volume`; uint8 class indices."""
@@ -190,7 +196,7 @@ class ArrayVolume:
             np.lib.format.write_array_header_1_0(file, header)
             for one in values:  # slice by slice, so that a large volume is never in memory whole
                 file.write((one if scale == 1 else one * scale).astype(kind).tobytes())
-                forget(values)
+                release_pages(values)
 
         write_whole(path, write)
         return path

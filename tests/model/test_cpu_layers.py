@@ -48,7 +48,7 @@ def kernels_used(kernels: library.Kernels, monkeypatch: pytest.MonkeyPatch) -> l
     class Watched:
         def __getattr__(self, name: str) -> object:
             names.append(name)
-            return getattr(cpu_layers, name)
+            return getattr(kernels, name)
 
     monkeypatch.setattr(library, "load", lambda: (Watched(), "watched by a test"))
     return names

@@ -23,9 +23,9 @@ build = library.load.__wrapped__  # as the first call of a process, whatever was
 
 SCRIPT = """
 import pathlib, sys
-from matchai import compiled, toolchain
-toolchain.SOURCES = pathlib.Path(sys.argv[1])
-found, how = compiled.load()
+from matchai.native import compiler, library
+compiler.SOURCES = pathlib.Path(sys.argv[1])
+found, how = library.load()
 print(found is not None, how)
 """
 

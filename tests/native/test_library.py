@@ -1,4 +1,4 @@
-"""The compiled kernels: each against float64, and that it repeats its bits. How they are built is in test_toolchain."""
+"""The compiled kernels: each against float64, and that it repeats its bits. How they are built is in test_compiler."""
 
 import contextlib
 import itertools
@@ -78,10 +78,10 @@ class Norm:
         statistics = torch.stack([kernels.norm_statistics(x) for x in xs])
         runs = [(torch.zeros(channels), torch.ones(channels)) for _ in xs]
         made = [
-            kernels.norm_forward(x, activation, statistics, *affine, 1e-5, 0.1, run)
+            kernels.norm_forward(x, activation, statistics, affine, 1e-5, 0.1, run)
             for x, run in zip(xs, runs, strict=True)
         ]
-        parts = [(x, slope, activation, one[1], *affine) for x, slope, one in zip(xs, slopes, made, strict=True)]
+        parts = [(x, slope, activation, one[1], affine) for x, slope, one in zip(xs, slopes, made, strict=True)]
         sums = torch.stack([kernels.norm_gradient_sums(*part) for part in parts]).sum(0)
         grads = [kernels.norm_gradient(*part, sums, made[0][2]) for part in parts]
         return [torch.cat([one[0] for one in made]), *runs[-1], torch.cat(grads), *sums]
@@ -137,7 +137,7 @@ def test_parts_of_other_sizes_and_means_merge_to_the_whole(kernels: Kernels) -> 
     xs = [filled(size, 8, 4, 4, seed=size, mean=mean) for size, mean in ((1, -50.0), (3, 0.0), (2, 200.0))]
     parts = torch.stack([torch.zeros(17, dtype=torch.float64), *(kernels.norm_statistics(x) for x in xs)])  # one empty
     running = torch.zeros(8), torch.ones(8)
-    y, saved, count = kernels.norm_forward(xs[1], 0, parts, None, None, 1e-5, 1.0, running)
+    y, saved, count = kernels.norm_forward(xs[1], 0, parts, (None, None), 1e-5, 1.0, running)
     whole = torch.cat(xs).double()
     assert count == 6 * 16
     mean, var = whole.mean((0, 2, 3)), whole.var((0, 2, 3), correction=0)
@@ -149,7 +149,7 @@ def test_parts_of_other_sizes_and_means_merge_to_the_whole(kernels: Kernels) -> 
 def test_fewer_than_two_values_a_channel_are_told_by_their_number_and_change_nothing(kernels: Kernels) -> None:
     x, running = filled(1, 16, 1, 1), (torch.full((16,), 3.0), torch.full((16,), 4.0))
     statistics = kernels.norm_statistics(x)[None]
-    assert kernels.norm_forward(x, 0, statistics, None, None, 1e-5, 0.1, running)[2] == 1
+    assert kernels.norm_forward(x, 0, statistics, (None, None), 1e-5, 0.1, running)[2] == 1
     assert bool((running[0] == 3).all())
     assert bool((running[1] == 4).all())
 
@@ -167,7 +167,7 @@ def test_batch_norm_by_running_statistics_is_that_of_torch(
     )
     var = spread.flatten().square() + 0.1
     weight, bias = (mean + 0.5, var - 1) if is_affine else (None, None)
-    found = kernels.norm_running(x, library.ACTIVATIONS[act], weight, bias, 1e-3, (mean, var))
+    found = kernels.norm_running(x, library.ACTIVATIONS[act], (weight, bias), 1e-3, (mean, var))
     normal = (x.double() - repeated(mean)) / (repeated(var) + 1e-3).sqrt()
     if weight is not None and bias is not None:
         normal = normal * repeated(weight) + repeated(bias)
@@ -214,7 +214,7 @@ def test_running_statistics_let_what_is_not_finite_through(kernels: Kernels, val
     x = filled(1, 16, 4, 4, dtype=dtype)
     x[0, 3, 1, 1] = value
     for activation in library.ACTIVATIONS.values():
-        y = kernels.norm_running(x, activation, None, None, 1e-5, (torch.zeros(16), torch.ones(16)))
+        y = kernels.norm_running(x, activation, (None, None), 1e-5, (torch.zeros(16), torch.ones(16)))
         assert not torch.isfinite(y[0, 3, 1, 1])
         assert int(torch.isfinite(y).sum()) == y.numel() - 1
 
@@ -232,7 +232,7 @@ def test_silu_of_every_bf16_number_rounds_as_its_exact_value(
     kernels: Kernels, least: float, most: float, slack: float
 ) -> None:
     x = bf16_numbers(least, most)
-    y = kernels.norm_running(x, library.ACTIVATIONS[nn.SiLU], None, None, 0.0, (torch.zeros(16), torch.ones(16)))
+    y = kernels.norm_running(x, library.ACTIVATIONS[nn.SiLU], (None, None), 0.0, (torch.zeros(16), torch.ones(16)))
     exact = F.silu(x.double())
     # half a unit in the last place, and the 2^-16 that the sigmoid may be off by
     assert bool(((y.double() - exact).abs() <= (2**-8 + 2**-16) * exact.abs() + slack).all())
@@ -241,7 +241,7 @@ def test_silu_of_every_bf16_number_rounds_as_its_exact_value(
 def test_silu_s_slope_at_every_bf16_number_rounds_as_its_exact_value(kernels: Kernels) -> None:
     x = bf16_numbers(0, 1e30)
     saved, sums = torch.stack((torch.zeros(16), torch.ones(16))), torch.zeros(2, 16, dtype=torch.float64)
-    found = kernels.norm_gradient(x, torch.ones_like(x), library.ACTIVATIONS[nn.SiLU], saved, None, None, sums, 1.0)
+    found = kernels.norm_gradient(x, torch.ones_like(x), library.ACTIVATIONS[nn.SiLU], saved, (None, None), sums, 1.0)
     gate = torch.sigmoid(x.double())
     exact = gate + x.double() * gate * (1 - gate)
     assert bool(((found.double() - exact).abs() <= 2**-8 * exact.abs() + 2**-16).all())
@@ -250,7 +250,7 @@ def test_silu_s_slope_at_every_bf16_number_rounds_as_its_exact_value(kernels: Ke
 @pytest.mark.parametrize("magnitude", [20.0, 80.0, 200.0, 1e30])
 def test_silu_of_large_numbers_is_exact(kernels: Kernels, magnitude: float) -> None:
     x = magnitude * filled(1, 16, 4, 4).sign()
-    y = kernels.norm_running(x, library.ACTIVATIONS[nn.SiLU], None, None, 0.0, (torch.zeros(16), torch.ones(16)))
+    y = kernels.norm_running(x, library.ACTIVATIONS[nn.SiLU], (None, None), 0.0, (torch.zeros(16), torch.ones(16)))
     torch.testing.assert_close(y.double(), F.silu(x.double()), rtol=1e-5, atol=1e-5)
 
 
@@ -572,7 +572,7 @@ def run_norm(kernels: Kernels, dtype: torch.dtype) -> list[Tensor]:
 
 def run_norm_running(kernels: Kernels, dtype: torch.dtype) -> list[Tensor]:
     running = torch.ones(24), torch.ones(24)
-    return [kernels.norm_running(filled(3, 24, 40, 40, dtype=dtype), 2, None, None, 1e-5, running)]
+    return [kernels.norm_running(filled(3, 24, 40, 40, dtype=dtype), 2, (None, None), 1e-5, running)]
 
 
 def run_excite(kernels: Kernels, dtype: torch.dtype) -> list[Tensor]:

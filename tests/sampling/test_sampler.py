@@ -465,13 +465,13 @@ assert all(0 <= draw < 10**8 for _ in range(10) for draw in next(steps))
 def test_a_process_draws_its_own_share_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     sampler = DistributedWeightedSampler(np.ones(1000), 100, num_processes=10, process_index=3)
     asked: list[tuple[int, ...]] = []
-    items = sampler.law.items
+    items = sampler.draws.items
 
     def remember(*place: int) -> NDArray[np.int64]:
         asked.append(place)
         return items(*place)
 
-    monkeypatch.setattr(sampler.law, "items", remember)
+    monkeypatch.setattr(sampler.draws, "items", remember)
     next(iter(sampler))
     assert asked == [(0, 0, 30, 10)]
 

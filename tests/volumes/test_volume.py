@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from matchai.system.errors import InputError
-from matchai.volumes.volume import STEPS, file_labels, forget, open_array_volume, turn
+from matchai.volumes.volume import STEPS, file_labels, open_array_volume, release_pages, turn
 
 ORIENTATIONS = ("LP", "LA", "RP", "RA", "PL", "PR", "AL", "AR")
 SIDES = {"L": (1, 0), "R": (-1, 0), "P": (0, 1), "A": (0, -1)}  # toward the left, toward the back
@@ -91,6 +91,6 @@ def test_what_was_read_of_a_mapped_array_is_given_back(tmp_path: Path) -> None:
     array = np.load(tmp_path / "big.npy", mmap_mode="r")
     assert array.sum() == 8 * 1024 * 1024
     assert mapped() > 30_000  # kB
-    forget(array[1:3][0])
+    release_pages(array[1:3][0])
     assert mapped() < 1_000
     assert array[7, 5, 5] == 1

@@ -82,8 +82,8 @@ extern "C" {
 
 // to (B, ΣC, 2 H, 2 W): every pixel of the first map (B, C0, H, W) four times, then those of the others (B, Ci, 2 H, 2 W)
 void join_maps(
-    int is_half, int64_t slices, int64_t height, int64_t width, int64_t num_maps, const int64_t* channels,
-    const void* const* from, void* to, int threads) {
+    int is_half, int64_t slices, int64_t height, int64_t width, int64_t num_maps, void* to,
+    const int64_t* channels, const void* const* from, int threads) {
     const Maps maps{slices, height, width, num_maps, channels};
     if (is_half) join(maps, (const BFloat16* const*)from, (BFloat16*)to, threads);
     else join(maps, (const float* const*)from, (float*)to, threads);
@@ -91,8 +91,8 @@ void join_maps(
 
 // Its gradient: the sums of four pixels, and the parts.
 void split_gradient(
-    int is_half, int64_t slices, int64_t height, int64_t width, int64_t num_maps, const int64_t* channels,
-    const void* grad, void* const* to, int threads) {
+    int is_half, int64_t slices, int64_t height, int64_t width, int64_t num_maps, const void* grad,
+    const int64_t* channels, void* const* to, int threads) {
     const Maps maps{slices, height, width, num_maps, channels};
     if (is_half) split(maps, (const BFloat16*)grad, (BFloat16* const*)to, threads);
     else split(maps, (const float*)grad, (float* const*)to, threads);

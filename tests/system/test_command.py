@@ -1,0 +1,63 @@
+"""From what ends a command to a sentence and an exit status."""
+
+import errno
+from typing import Any
+
+import pytest
+
+from matchai.system.command import run_command
+from matchai.system.errors import FailedError, InputError, StoreError
+
+
+def ending_in(error: BaseException) -> Any:
+    def work() -> int:
+        raise error
+
+    return work
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "told"),
+    [
+        (InputError("One.", "Two."), 2, "error: One.\nerror: Two.\n"),
+        (FailedError("It differs."), 1, "error: It differs.\n"),
+        (StoreError("The store is busy."), 1, "error: The store is busy.\n"),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "scan.npy"),
+            1,
+            "error: scan.npy cannot be read or written (Permission denied). All is kept.\n",
+        ),
+        (
+            OSError(errno.ENOSPC, "No space left on device"),
+            1,
+            "error: A file cannot be read or written (No space left on device). All is kept.\n",
+        ),
+        (RuntimeError("CUDA out of memory. Tried to allocate"), 1, "error: Take less.\n"),
+        (KeyboardInterrupt(), 130, "Stopped by Ctrl-C. All is kept.\n"),
+    ],
+)
+def test_what_ends_a_command_is_told_in_sentences_with_a_status(
+    error: BaseException, status: int, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_command(ending_in(error), left="All is kept.", memory="Take less.") == status
+    assert capsys.readouterr().err == told
+
+
+def test_a_fault_in_the_program_is_raised() -> None:
+    with pytest.raises(RuntimeError, match="a fault"):
+        run_command(ending_in(RuntimeError("a fault")))
+
+
+def test_the_status_is_that_of_the_work() -> None:
+    assert run_command(lambda: 7) == 7
+
+
+def test_what_is_left_is_looked_at_when_the_command_ends(capsys: pytest.CaptureFixture[str]) -> None:
+    done: list[str] = []
+
+    def work() -> int:
+        done.append("a")
+        raise KeyboardInterrupt
+
+    run_command(work, left=lambda: f"Done: {done}.")
+    assert capsys.readouterr().err == "Stopped by Ctrl-C. Done: ['a'].\n"
