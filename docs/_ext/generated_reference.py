@@ -7,6 +7,7 @@ import dataclasses
 import importlib
 import inspect
 import os
+import pkgutil
 import re
 import subprocess
 import sys
@@ -15,25 +16,30 @@ import typing
 from pathlib import Path
 from typing import Any
 
+import matchai
 from matchai.__main__ import COMMANDS
 from matchai.settings import command_settings, config, study_settings
 from matchai.settings.help import docstrings
 
 STABLE = ("matchai", "matchai.sampling", "matchai.losses", "matchai.metrics", "matchai.checkpoint")
-WINGS = (
-    *("model", "data", "volumes", "training", "prediction", "runs", "study", "preflight", "settings", "drawing"),
-    *("native", "system"),
+WINGS = tuple(
+    name for _, name, is_wing in pkgutil.iter_modules(matchai.__path__, "matchai.") if is_wing and name not in STABLE
 )
+PAGES = ("settings.rst", "commands.rst", *(f"api-{module}.rst" for module in (*STABLE, *WINGS)))
+"""The files that are made."""
 
 
 def generate(app: Any) -> None:
     """Writes all generated pages."""
     folder = Path(app.srcdir) / "reference" / "generated"
     folder.mkdir(exist_ok=True)
-    pages = {"settings.rst": settings_page(), "commands.rst": commands_page()}
-    for module in (*STABLE, *(f"matchai.{wing}" for wing in WINGS)):
-        pages[f"api-{module}.rst"] = api_page(module)
-    for name, text in pages.items():
+    for name in PAGES:
+        if name == "settings.rst":
+            text = settings_page()
+        elif name == "commands.rst":
+            text = commands_page()
+        else:
+            text = api_page(name.removeprefix("api-").removesuffix(".rst"))
         path = folder / name
         if not path.exists() or path.read_text(encoding="utf-8") != text:
             path.write_text(text, encoding="utf-8")
@@ -66,9 +72,8 @@ def settings_of(kind: Any) -> list[str]:
     parts = [str(kind.__doc__)]
     for field in dataclasses.fields(kind):
         low, high, above = (field.metadata.get(key) for key in ("low", "high", "above"))
-        bounds = [f"at least {low:g}"] if low is not None and abs(low) < 1e300 else []
-        bounds += [f"above {above:g}"] if above is not None and abs(above) < 1e300 else []
-        bounds += [f"at most {high:g}"] if high is not None and abs(high) < 1e300 else []
+        limits = (("at least", low), ("above", above), ("at most", high))
+        bounds = [f"{word} {shown(value)}" for word, value in limits if value is not None and abs(value) < 1e300]
         default = "required" if field.default is dataclasses.MISSING else f"default ``{shown(field.default)}``"
         facts = "; ".join([describe(hints[field.name]), *([", ".join(bounds)] if bounds else []), default])
         flag = f"--{field.name.replace('_', '-')}"
@@ -101,13 +106,18 @@ def shown(value: Any) -> str:
 
 def commands_page() -> str:
     """What every command prints for --help-all."""
-    parts = [heading("Commands", "="), "``matchai COMMAND`` is the same as ``python -m matchai.COMMAND``."]
+    parts = [
+        heading("Commands", "="),
+        "``matchai COMMAND`` is the same as ``python -m matchai.COMMAND``. The phantom is written by "
+        "``python -m matchai.phantom`` alone.",
+    ]
     environment = {**os.environ, "COLUMNS": "100", "NO_COLOR": "1", "TERM": "dumb"}
     for name in (*COMMANDS, "phantom"):
         command = [sys.executable, "-m", f"matchai.{name}", "--help-all"]
         told = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60, check=True).stdout
         block = "\n".join(f"    {line}".rstrip() for line in told.splitlines())
-        parts += [heading(f"matchai {name}", "-"), f".. code-block:: text\n\n{block}"]
+        title = f"matchai {name}" if name in COMMANDS else f"python -m matchai.{name}"
+        parts += [heading(title, "-"), f".. code-block:: text\n\n{block}"]
     return "\n\n".join(parts) + "\n"
 
 
