@@ -34,7 +34,7 @@ from matchai.data.phantom import write_phantom
 from matchai.model.unetplusplus import build_model
 from matchai.runs.setup import make_accelerator
 from matchai.settings.config import TrainConfig
-from matchai.system.errors import InputError
+from matchai.system.errors import Problems
 from matchai.system.files import write_whole
 from matchai.system.machine import keep_heap, num_cores, num_local_processes, set_threads
 from matchai.system.processes import leave_group
@@ -278,10 +278,9 @@ def build(case: Case, folder: Path) -> Training:
         sync_batch_norm=case.sync_batch_norm,
         deterministic=case.deterministic,
     )
-    problems: list[str] = []
+    problems = Problems()
     accelerator, _ = make_accelerator(config, folder, problems)
-    if problems:
-        raise InputError(*problems)
+    problems.raise_any()
     # anew for every case, as deterministic ones leave one thread
     set_threads(num_local_processes(accelerator.num_processes))
     model = build_model(case.encoder, len(config.input.class_names))

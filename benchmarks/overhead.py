@@ -23,7 +23,7 @@ from matchai.model.dropout import keyed_layers, set_dropout
 from matchai.runs.setup import make_accelerator, read
 from matchai.settings.config import TrainConfig
 from matchai.system.console import Display
-from matchai.system.errors import InputError
+from matchai.system.errors import Problems
 from matchai.system.machine import keep_heap, set_threads
 from matchai.training.build import build_model_of, build_training
 from matchai.training.loop import Training, train_epoch
@@ -85,10 +85,9 @@ def build(job: Job) -> Training:
     is_tiny = job.encoder == TINY[0]
     settings = job.settings | ({"encoder": TrainConfig().network.encoder} if is_tiny else {})
     config = TrainConfig().updated(**settings, encoder_weights="none", epochs=EPOCHS)
-    problems: list[str] = []
+    problems = Problems()
     accelerator, _ = make_accelerator(config, Path(job.output), problems)
-    if problems:
-        raise InputError(*problems)
+    problems.raise_any()
     set_threads(1)
     data = read(config, Path(job.cache), Display(False))
     model = two_convolutions() if is_tiny else build_model_of(config, is_resuming=False)

@@ -13,6 +13,7 @@ COMMANDS = {
     "report": "writes the report and the model card of a run",
     "doctor": "checks whether training would start here, and says what to fix",
     "export": "writes a run's model as ONNX, or as weights for plain segmentation-models-pytorch",
+    "phantom": "writes a synthetic data set to try things on",
 }
 """Each command, which is a module of its own, and what it does."""
 

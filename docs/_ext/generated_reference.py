@@ -112,7 +112,7 @@ def commands_page() -> str:
         "``python -m matchai.phantom`` alone.",
     ]
     environment = {**os.environ, "COLUMNS": "100", "NO_COLOR": "1", "TERM": "dumb"}
-    for name in (*COMMANDS, "phantom"):
+    for name in COMMANDS:
         command = [sys.executable, "-m", f"matchai.{name}", "--help-all"]
         told = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60, check=True).stdout
         block = "\n".join(f"    {line}".rstrip() for line in told.splitlines())
