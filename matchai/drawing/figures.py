@@ -331,7 +331,7 @@ def draw_panels(
 
 
 def fill_panel(axes: Axes, grey: Floats, labels: npt.NDArray[np.integer[Any]], colors: dict[int, str]) -> None:
-    """Shows a slice, (H, W) from 0 to 1, with the classes that have a colour tinted and outlined."""
+    """Shows a slice, (H, W) from 0 to 1, with the classes of `labels` (H, W) that have a colour tinted and outlined."""
     picture = np.repeat(grey[..., None], 3, axis=2)
     for index, color in reversed(colors.items()):
         inside = np.equal(labels, index)

@@ -1,18 +1,15 @@
 """Pictures of a data set: the histogram of its values, and slices beside their masks, each one PNG."""
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
-from matchai.drawing import DPI, INK, MUTED, PAPER, TRAIN_COLOR, class_colors, fill_panel
-from matchai.system import write_whole
+from matchai.drawing import DPI, INK, MUTED, PAPER, TRAIN_COLOR, class_colors, fill_panel, save_figure
 
 PANEL = 1.9  # inches
 ROOM = 0.3  # inches, below a panel for its caption
@@ -37,7 +34,7 @@ def draw_histogram(counts: NDArray[np.int64], hu_window: tuple[float, float], pa
     axes.tick_params(labelsize=8, colors=MUTED)
     axes.spines[["right", "top"]].set_visible(False)
     axes.margins(x=0)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_slices(
@@ -83,10 +80,4 @@ def draw_slices(
             axes = figure.add_axes((corner, bottom, PANEL / width, PANEL / height))
             fill_panel(axes, image.astype(np.float64), labels, colors)
         figure.text(left / width, bottom - 0.13 / height, caption, fontsize=7.5, color=MUTED, **plain)
-    _save(figure, path)
-
-
-def _save(figure: Figure, path: Path) -> None:
-    png = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(png)  # type: ignore[no-untyped-call]
-    write_whole(path, png.getvalue())
+    save_figure(figure, path)

@@ -1,6 +1,5 @@
 """The winner by evidence: the best trials and the recipe, trained again on fresh seeds, and what follows from it."""
 
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -57,8 +56,7 @@ class Confirmation:
         with self.store.locked(self.plan.name):
             self.store.set_attr(self.table.study, None, _attribute(task.number, task.seed), result)
             self.table.leases.drop(task.key)
-            with contextlib.suppress(OSError):
-                shutil.rmtree(task.output / LAST)
+            shutil.rmtree(task.output / LAST, ignore_errors=True)
 
     def progress(self) -> tuple[int, int]:
         """Confirming runs done, and their total."""

@@ -77,16 +77,24 @@ def _page(title: str, height: float) -> Figure:
     return figure
 
 
-def _number_x_axis(axes: Axes, label: str) -> None:
-    axes.set_xlabel(label, fontsize=TEXT_SIZE, color=MUTED)
-    axes.xaxis.set_major_locator(MaxNLocator(8, steps=STEPS, integer=True, min_n_ticks=1))
+def _chart(title: str, height: float, x_label: str = "") -> tuple[Figure, Axes]:
+    """A figure of one chart; `x_label` names the whole numbers on its x axis."""
+    figure = _page(title, height)
+    axes = figure.add_subplot()
+    style_chart(axes, STEPS)
+    if x_label:
+        axes.set_xlabel(x_label, fontsize=TEXT_SIZE, color=MUTED)
+        axes.xaxis.set_major_locator(MaxNLocator(8, steps=STEPS, integer=True, min_n_ticks=1))
+    return figure, axes
 
 
-def _legend(figure: Figure, axes: Axes) -> None:
+def _with_legend(figure: Figure, axes: Axes) -> Figure:
+    """The figure, with what the axes label told below them."""
     handles, labels = axes.get_legend_handles_labels()
     kept = dict(zip(labels, handles, strict=True))
     style: dict[str, Any] = {"frameon": False, "fontsize": TEXT_SIZE, "labelcolor": INK}
     figure.legend(kept.values(), kept.keys(), loc="outside lower center", ncols=2, **style)
+    return figure
 
 
 def _limits(values: Iterable[float], maximised: bool) -> tuple[float, float]:
@@ -132,9 +140,7 @@ def _draw_history(facts: StudyFacts) -> Figure | None:
     rows = [row for row in facts.rows if row.kind not in {"running", "waiting"}]
     if not rows:
         return None
-    figure = _page(f"Every trial's {facts.objective}", 3.6)
-    axes = figure.add_subplot()
-    style_chart(axes, STEPS)
+    figure, axes = _chart(f"Every trial's {facts.objective}", 3.6, "trial")
     axes.set_ylim(_limits((row.value for row in rows if row.counts), facts.is_maximised))
     complete = [row for row in rows if row.kind == "complete"]
     if complete:
@@ -145,18 +151,14 @@ def _draw_history(facts: StudyFacts) -> Figure | None:
         axes.axhline(facts.recipe.value, color=TRAIN_COLOR, linewidth=1, linestyle=(0, (4, 3)), label="recipe's value")
     _mark(axes, [row.number for row in rows], rows, facts)
     axes.margins(x=0.03)
-    _number_x_axis(axes, "trial")
-    _legend(figure, axes)
-    return figure
+    return _with_legend(figure, axes)
 
 
 def _draw_curves(facts: StudyFacts) -> Figure | None:
     rows = [row for row in facts.rows if row.curve]
     if not rows:
         return None
-    figure = _page(f"{capitalise(facts.objective)} over the epochs, all trials", 3.6)
-    axes = figure.add_subplot()
-    style_chart(axes, STEPS)
+    figure, axes = _chart(f"{capitalise(facts.objective)} over the epochs, all trials", 3.6, "epoch")
     looks: dict[str, dict[str, Any]] = {
         "other trials": {"color": MUTED, "linewidth": 0.8, "alpha": 0.55, "zorder": 2},
         "pruned": {"color": PALETTE[0], "linewidth": 1.0, "alpha": 0.9, "zorder": 3},
@@ -177,9 +179,7 @@ def _draw_curves(facts: StudyFacts) -> Figure | None:
     epochs = facts.epochs or last
     if epochs > 1:
         axes.axvline(epochs / 2, color=INK, linewidth=0.8, linestyle=(0, (2, 2)), zorder=1, label="half-time")
-    _number_x_axis(axes, "epoch")
-    _legend(figure, axes)
-    return figure
+    return _with_legend(figure, axes)
 
 
 def _place(value: object, distribution: BaseDistribution) -> float:
@@ -199,13 +199,12 @@ def _place(value: object, distribution: BaseDistribution) -> float:
 
 def _ticks(distribution: BaseDistribution) -> list[tuple[float, str]]:
     """Places from 0 to 1 and labels for an axis."""
-    values: list[Any]
+    values: list[Any] = []
     if isinstance(distribution, CategoricalDistribution):
         values = list(distribution.choices)
     else:
         assert isinstance(distribution, FloatDistribution | IntDistribution)
         low, high = float(distribution.low), float(distribution.high)
-        values = []
         if distribution.log:
             powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
             for digits in ((1, 2, 5), (1, 5), (1,)):
@@ -242,8 +241,7 @@ def _draw_slices(facts: StudyFacts) -> Figure | None:
         axes.set_title(f"{_cut(name, 28)}{suffix}", fontsize=TEXT_SIZE, color=INK, loc="left", parse_math=False)
     for axes in panels[len(facts.settings) :]:
         axes.set_visible(False)
-    _legend(figure, panels[0])
-    return figure
+    return _with_legend(figure, panels[0])
 
 
 def _draw_parallel(facts: StudyFacts) -> Figure | None:
@@ -286,8 +284,7 @@ def _draw_parallel(facts: StudyFacts) -> Figure | None:
         for place, text in ticks:
             axes.plot([place], [row_number], marker="|", color=MUTED, markersize=6, zorder=3)
             axes.text(place, row_number + 0.12, text, fontsize=SMALL_SIZE, color=MUTED, ha="center", va="top", **style)
-    _legend(figure, axes)
-    return figure
+    return _with_legend(figure, axes)
 
 
 def _draw_importance(facts: StudyFacts) -> Figure | None:
@@ -296,9 +293,7 @@ def _draw_importance(facts: StudyFacts) -> Figure | None:
         return None
     num_trials = sum(row.kind == "complete" for row in facts.rows)
     title = f"Importance of the settings by fANOVA, resting on {num_trials} complete trials"
-    figure = _page(title, 0.9 + 0.34 * len(shares))
-    axes = figure.add_subplot()
-    style_chart(axes, STEPS)
+    figure, axes = _chart(title, 0.9 + 0.34 * len(shares))
     axes.grid(visible=False)
     axes.spines["bottom"].set_visible(False)
     axes.barh(range(len(shares)), list(shares.values()), height=0.6, color=TRAIN_COLOR)

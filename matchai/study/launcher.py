@@ -110,12 +110,11 @@ def supervise(plan: Plan, display: StudyDisplay, stop: StopSignal) -> int:
 
 def _start(plan: Plan, slot: _Slot, gpus: list[str]) -> None:
     context = multiprocessing.get_context("spawn")
-    inbox, outbox = context.Pipe(duplex=False)
+    slot.inbox, outbox = context.Pipe(duplex=False)
     slot.process = context.Process(target=_work, args=(plan, slot.number, outbox), name=f"matchai worker {slot.number}")
     with _environment(plan.settings.workers, slot.number, gpus):
         slot.process.start()
     outbox.close()
-    slot.inbox = inbox
 
 
 def _listen(slots: list[_Slot], display: StudyDisplay) -> None:

@@ -73,14 +73,13 @@ class Leases:
         """Takes `key` unless a living worker holds it, or it is avoided; returns whether it is held now."""
         if time.monotonic() < self._avoided.get(key, 0.0):
             return False
-        if self.store.is_server:
-            owner = self._owner(key)
-            if owner is not None and owner["place"] != self.place:
-                mark = (owner["token"], owner["progress"])
-                if self._seen.get(key, (None, 0.0))[0] != mark:
-                    self._seen[key] = (mark, time.monotonic())
-                if time.monotonic() - self._seen[key][1] < LEASE:
-                    return False
+        owner = self._owner(key)
+        if owner is not None and owner["place"] != self.place:
+            mark = (owner["token"], owner["progress"])
+            if self._seen.get(key, (None, 0.0))[0] != mark:
+                self._seen[key] = (mark, time.monotonic())
+            if time.monotonic() - self._seen[key][1] < LEASE:
+                return False
         return self.begin(key)
 
     def begin(self, key: str) -> bool:
@@ -108,7 +107,7 @@ class Leases:
 
     def is_mine(self, key: str) -> bool:
         """Whether this worker still holds `key`."""
-        owner = self._owner(key) if self.store.is_server else None
+        owner = self._owner(key)
         return owner is None or owner["token"] == self.token
 
     def avoid(self, key: str) -> None:
@@ -121,7 +120,8 @@ class Leases:
         self.locks.drop(key)
 
     def _owner(self, key: str) -> dict[str, Any] | None:
-        owner: dict[str, Any] | None = self.study.user_attrs.get(f"owner {key}")
+        """Who wrote down last that it works on `key`; on one host the lock alone tells, and nothing is written."""
+        owner: dict[str, Any] | None = self.study.user_attrs.get(f"owner {key}") if self.store.is_server else None
         return owner
 
     def _write(self, key: str, step: int) -> None:

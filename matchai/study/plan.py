@@ -24,9 +24,9 @@ from matchai.settings import (
     check_study,
     refuse_restart,
 )
-from matchai.study.space import Space, default_space, load_space
+from matchai.study.space import Space, default_space, describe_entry, load_space
 from matchai.study.storage_url import parse_storage
-from matchai.system import InputError, choose_precision
+from matchai.system import InputError, Problems, choose_precision
 from matchai.training import build_model_of, step_problems
 
 NUM_SEEDS = 3  # fresh seeds of a confirmation
@@ -79,14 +79,13 @@ class Plan:
         """Whether more of the objective is better."""
         return self.direction == "maximize"
 
-    @property
-    def num_promoted(self) -> int:
-        """How many of a screening are trained at full length, beside the recipe."""
-        return max(self.settings.confirm, math.ceil(self.settings.trials / 5))
-
     def total(self, stage: Stage) -> int:
-        """The finished trials that a stage shall have."""
-        return 1 + self.num_promoted if stage.promotes else self.settings.trials
+        """The finished trials that a stage shall have.
+
+        After a screening these are the recipe and the best of it: a fifth, or as many as are confirmed.
+        """
+        num_promoted = max(self.settings.confirm, math.ceil(self.settings.trials / 5))
+        return 1 + num_promoted if stage.promotes else self.settings.trials
 
     def trial_folder(self, stage: Stage, number: int) -> Path:
         """The run folder of a trial."""
@@ -118,15 +117,11 @@ def make_plan(tune: TuneConfig, fixed: Collection[str] = ()) -> Plan:
     refuse_restart(tune)
     config = TrainConfig(**{group.name: getattr(tune, group.name) for group in dataclasses.fields(TrainConfig)})
     name = settings.study_name or config.run.preset
-    problems = check_study(settings) + check(config)
-    try:
+    problems = Problems(check_study(settings) + check(config))
+    with problems.collect():
         parse_storage(settings.storage)
-    except InputError as error:
-        problems += error.problems
-    try:
+    with problems.collect():
         space = load_space(settings.space or default_space(), config, fixed)
-    except InputError as error:
-        problems += error.problems
     if settings.screen_epochs >= config.optimisation.epochs:
         problems.append(
             f"screen_epochs is {settings.screen_epochs}, but must be fewer than the {config.optimisation.epochs} "
@@ -154,8 +149,7 @@ def refused_values(plan: Plan, data: Data, num_processes: int, device: torch.dev
         return list(range(entry["low"], entry["high"] + 1, entry.get("step", 1))) if entry else []
 
     def check_step(config: TrainConfig) -> None:
-        if found := step_problems(config, len(data.train), num_processes, device):
-            raise InputError(*found)
+        Problems(step_problems(config, len(data.train), num_processes, device)).raise_any()
 
     checks: dict[tuple[str, ...], Callable[[TrainConfig], object]] = {
         ("batch_size", "accumulate", "image_size"): check_step,
@@ -170,7 +164,7 @@ def refused_values(plan: Plan, data: Data, num_processes: int, device: torch.dev
             try:
                 check_it(plan.config.updated(**chosen))
             except InputError as error:
-                shown = ", ".join(f"{name} {value}" for name, value in chosen.items())
+                shown = describe_entry(chosen)
                 problems += [f"The space's {shown} would be refused: {problem}" for problem in error.problems]
     return problems[:20]
 
@@ -219,8 +213,10 @@ def differences(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
         for name in ("objective", "direction", "screen_epochs")
         if was.get(name) != now[name]
     ]
-    for part in ("recipe", "space"):
-        old, new = was.get(part, {}), now[part]
+    # a study of before a setting existed was made with what is its default now
+    defaults = json.loads(json.dumps(TrainConfig().flat(), default=str))
+    for part, missing in (("recipe", {name: defaults[name] for name in now["recipe"]}), ("space", {})):
+        old, new = missing | was.get(part, {}), now[part]
         found += [
             f"the {part}'s {name} was {_shown(old, name)} and is {_shown(new, name)}"
             for name in dict.fromkeys([*new, *old])
@@ -235,7 +231,5 @@ def differences(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def _shown(entries: dict[str, Any], name: str) -> str:
-    if name not in entries:
-        return "not there"
-    entry = entries[name]
-    return ", ".join(f"{key} {value}" for key, value in entry.items()) if isinstance(entry, dict) else str(entry)
+    entry = entries.get(name, "not there")
+    return describe_entry(entry) if isinstance(entry, dict) else str(entry)

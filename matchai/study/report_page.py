@@ -101,14 +101,12 @@ def _answer(facts: StudyFacts, evidence: Verdict | None, is_confirming: bool) ->
         gain = format_number(abs(best.value - recipe.value), digits)
         lead = f"trial {best.number} leads with {value}, {gain} better than the recipe"
     if is_confirming:
-        return [
-            Answer(f"Not confirmed yet: {lead}.", "open"),
-            Text("This is one seed. Whether it holds is said once the best and the recipe are trained on fresh seeds."),
-        ]
-    return [
-        Answer(f"Unconfirmed, one seed: {lead}.", "open"),
-        Text("Figures of this kind are declared too high: the best of many trials is in part the luckiest one."),
-    ]
+        state = "Not confirmed yet"
+        note = "This is one seed. Whether it holds is said once the best and the recipe are trained on fresh seeds."
+    else:
+        state = "Unconfirmed, one seed"
+        note = "Figures of this kind are declared too high: the best of many trials is in part the luckiest one."
+    return [Answer(f"{state}: {lead}.", "open"), Text(note)]
 
 
 def _confirmed(facts: StudyFacts, evidence: Verdict) -> list[Piece]:
@@ -223,8 +221,8 @@ def _space(facts: StudyFacts) -> list[Piece]:
 def _count(rows: Sequence[Row]) -> str:
     counts = Counter(row.kind for row in rows)
     shown = [kind for kind in KINDS if counts[kind] or kind in {"complete", "pruned"}]
-    told = ", ".join(f"{counts[kind]} {kind}" for kind in shown).replace("for its settings", "for their settings")
-    return f"{len(rows)} trials: {told}."
+    listed = ", ".join(f"{counts[kind]} {kind}" for kind in shown).replace("for its settings", "for their settings")
+    return f"{len(rows)} trials: {listed}."
 
 
 def _hours(rows: Sequence[Row]) -> str:

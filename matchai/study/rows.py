@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import optuna
@@ -14,6 +14,7 @@ from optuna.trial import FrozenTrial, TrialState
 MIXES = ("loss_mix_1", "loss_mix_2")  # the parameters behind the three shares of the loss
 SHARES = ("ce_weight", "dice_weight", "focal_weight")
 LABELS = {"mean_dice": "mean Dice", "lesion_dice": "lesion Dice", "val_loss": "validation loss"}
+T = TypeVar("T")
 MIN_IMPORTANCE = 10  # complete trials; a forest on fewer tells nothing
 
 
@@ -90,12 +91,16 @@ def _read_row(trial: FrozenTrial, maximised: bool) -> Row:
             kind = "failed for its settings"
     elif trial.state != TrialState.FAIL and curve:
         value = max(curve.values()) if maximised else min(curve.values())
-    settings = dict(trial.params)
-    if all(name in settings for name in MIXES):
-        kept = {name: settings.pop(name) for name in tuple(settings) if name not in MIXES}
-        settings = {name: trial.user_attrs.get(name) for name in SHARES} | kept
+    settings = _with_shares(trial.params, {name: trial.user_attrs.get(name) for name in SHARES})
     is_recipe = trial.user_attrs.get("is_recipe") is True
     return Row(trial.number, kind, value, settings, curve, is_recipe, trial.user_attrs)
+
+
+def _with_shares(found: dict[str, T], shares: dict[str, T]) -> dict[str, T]:
+    """What is known by the settings' names: the shares of the loss first, in place of the parameters behind them."""
+    if not all(name in found for name in MIXES):
+        return found
+    return shares | {name: value for name, value in found.items() if name not in MIXES}
 
 
 def is_maximised(study: optuna.Study) -> bool:
@@ -121,16 +126,13 @@ def read_settings(study: optuna.Study) -> dict[str, BaseDistribution]:
     found: dict[str, BaseDistribution] = {}
     for trial in study.get_trials(deepcopy=False):
         found = trial.distributions | found
-    if all(name in found for name in MIXES):
-        others = {name: distribution for name, distribution in found.items() if name not in MIXES}
-        found = {name: FloatDistribution(0, 1) for name in SHARES} | others
-    return found
+    return _with_shares(found, dict.fromkeys(SHARES, FloatDistribution(0, 1)))
 
 
 def read_epochs(study: optuna.Study) -> int | None:
     """How many epochs a trial has, as the study or else its trials tell; None where neither does."""
-    told = [read_searched(study).get("epochs"), *(row.attributes.get("epochs") for row in read_rows(study))]
-    return next((epochs for epochs in told if isinstance(epochs, int) and epochs > 0), None)
+    found = [read_searched(study).get("epochs"), *(row.attributes.get("epochs") for row in read_rows(study))]
+    return next((epochs for epochs in found if isinstance(epochs, int) and epochs > 0), None)
 
 
 def read_searched(study: optuna.Study) -> dict[str, Any]:
@@ -181,9 +183,8 @@ def find_importances(study: optuna.Study) -> dict[str, float]:
     if len(values) < MIN_IMPORTANCE or len(set(values.values())) == 1:
         return {}
     evaluator = FanovaImportanceEvaluator(seed=0)
-    shares = get_param_importances(
-        study, evaluator=evaluator, target=lambda trial: values.get(trial.number, math.nan)
-    )  # a target that is not finite leaves a trial out
+    # a target that is not finite leaves a trial out
+    shares = get_param_importances(study, evaluator=evaluator, target=lambda trial: values.get(trial.number, math.nan))
     mix = [name for name in MIXES if name in shares]
     merged = {name: share for name, share in shares.items() if name not in mix}
     if mix:

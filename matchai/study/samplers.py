@@ -30,7 +30,7 @@ FALLEN_BEHIND = 0.3  # of the range between the best and the worst trial; the be
 COLLAPSED = 0.5  # of the range of all values; one-cycle curves were seen to rise again from 0.14 for 3 epochs
 COLLAPSED_FOR = 0.1  # of the epochs, and 3 at least
 _STREAM = 0x5EA7  # keeps the search's random words apart from those of the sampler, of augmentation and of drop path
-_FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
+FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 
 
 def _tpe(seed: int) -> BaseSampler:
@@ -96,7 +96,7 @@ def propose(name: str, seed: int, study: Study, number: int, space: dict[str, Ba
     models = _MODELS[name]
 
     def draws() -> Iterator[dict[str, Any]]:
-        known = [row for row in rows if row.state in _FINISHED]
+        known = [row for row in rows if row.state in FINISHED]
         running = [row for row in rows if row.state == TrialState.RUNNING]
         if models and free and len(known) >= STARTUP:
             model = models[number % len(models)]
@@ -211,13 +211,12 @@ def make_pruner(name: str, epochs: int) -> BasePruner:
     """
     if epochs < 1:
         raise ValueError(f"a trial of {epochs} epochs cannot be pruned; it must have 1 at least.")
+    if name not in PRUNERS:
+        raise ValueError(f"pruner {name!r} is none of {', '.join(PRUNERS)}.")
     if name == "none":
         return NopPruner()
-    if name == "median":
-        return _SparingPruner(MedianPruner(COMPARED, half_time(epochs)), epochs)
-    if name == "one-cycle":
-        return _SparingPruner(OneCyclePruner(epochs), epochs)
-    raise ValueError(f"pruner {name!r} is none of {', '.join(PRUNERS)}.")
+    median = MedianPruner(COMPARED, half_time(epochs))
+    return _SparingPruner(median if name == "median" else OneCyclePruner(epochs), epochs)
 
 
 def half_time(epochs: int) -> int:
@@ -266,7 +265,7 @@ class OneCyclePruner(BasePruner):
         if step is None:
             return False
         sign = _sign(study.direction)
-        others = study.get_trials(deepcopy=False, states=_FINISHED)
+        others = study.get_trials(deepcopy=False, states=FINISHED)
         curves = [_curve(other, sign) for other in others if other.number != trial.number]
         own = _curve(trial, sign)
         last = sorted(trial.intermediate_values)[-self.collapse :]

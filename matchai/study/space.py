@@ -11,7 +11,7 @@ from typing import Any
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
 from matchai.settings import FREE, LEAVES, TrainConfig, check, load_mapping
-from matchai.system import InputError
+from matchai.system import InputError, Problems
 
 # settings that say what is measured, on what and for how long, so that trials could not be compared
 _MEASURE = {"seed", "init", "epochs", "sets", "images_name", "masks_name", "groups_name", "class_names"} | {
@@ -58,7 +58,7 @@ class Space:
         Raises:
             InputError: If they lie outside of it.
         """
-        values, problems = config.flat(), []
+        values, problems = config.flat(), Problems()
         params: dict[str, Any] = {}
         for name in self.entries:
             if name in self.simplexes:
@@ -77,11 +77,11 @@ class Space:
             params[name] = labels[0] if labels else values[name]
             if not labels and (name in self.choices or not _is_inside(values[name], self.entries[name])):
                 problems.append(
-                    f"The recipe's {name} is {values[name]}, which is not in the space ({_describe(self.entries[name])}"
-                    "), and the recipe is the first trial: widen the space, or fix the setting by its flag."
+                    f"The recipe's {name} is {values[name]}, which is not in the space "
+                    f"({describe_entry(self.entries[name])}), and the recipe is the first trial: widen the space, or "
+                    "fix the setting by its flag."
                 )
-        if problems:
-            raise InputError(*problems)
+        problems.raise_any()
         return params
 
 
@@ -141,11 +141,7 @@ def load_space(path: Path, config: TrainConfig, fixed: Collection[str] = ()) -> 
     Raises:
         InputError: With every problem found.
     """
-    entries: dict[str, dict[str, Any]] = {}
-    distributions: dict[str, BaseDistribution] = {}
-    simplexes: dict[str, tuple[str, ...]] = {}
-    choices: dict[str, dict[Any, Any]] = {}
-    problems: list[str] = []
+    space, problems = Space({}, {}, {}, {}), Problems()
     searched: list[str] = []
     for name, entry in load_mapping(path, "--space", "settings to search").items():
         try:
@@ -160,25 +156,24 @@ def load_space(path: Path, config: TrainConfig, fixed: Collection[str] = ()) -> 
                         f"{missing} too, or none of them."
                     )
                 elif not chosen:
-                    simplexes[name], entries[name] = names, {"simplex": list(names)}
-                    distributions |= {one: FloatDistribution(0.0, 1.0) for one in _parameters(name, len(names))}
+                    space.simplexes[name], space.entries[name] = names, {"simplex": list(names)}
+                    unit_interval = FloatDistribution(0.0, 1.0)
+                    space.distributions.update(dict.fromkeys(_parameters(name, len(names)), unit_interval))
                 continue
             _check_name(name)
             searched.append(name)
             distribution, values = _distribution(name, entry, config)
             if name in fixed:
                 continue
-            distributions[name], entries[name] = distribution, _plain(distribution)
+            space.distributions[name], space.entries[name] = distribution, _plain(distribution)
             if isinstance(distribution, CategoricalDistribution):
-                choices[name] = dict(zip(distribution.choices, values, strict=True))
+                space.choices[name] = dict(zip(distribution.choices, values, strict=True))
         except InputError as error:
             problems += [f"{path}, {name}: {problem}" for problem in error.problems]
     problems += [f"{path}: {name} is searched twice." for name in sorted(set(searched)) if searched.count(name) > 1]
-    if not problems and not entries:
+    if not problems and not space.entries:
         problems.append(f"{path} leaves nothing to search beside the flags; drop a flag, or give another --space.")
-    if problems:
-        raise InputError(*problems)
-    space = Space(entries, distributions, simplexes, choices)
+    problems.raise_any()
     space.params(config)
     return space
 
@@ -281,11 +276,10 @@ def _accepted(name: str, value: Any, config: TrainConfig) -> Any:
     """The value as the setting takes it; InputError where the setting refuses it."""
     changed = config.updated_from({name: value})
     before = check(config)
-    problems = [problem for problem in check(changed) if problem not in before]
-    if problems:
-        raise InputError(*problems)
+    Problems(problem for problem in check(changed) if problem not in before).raise_any()
     return changed.flat()[name]
 
 
-def _describe(entry: Mapping[str, Any]) -> str:
+def describe_entry(entry: Mapping[str, Any]) -> str:
+    """Names and values of an entry of the space, or of settings, for people."""
     return ", ".join(f"{key} {value}" for key, value in entry.items())

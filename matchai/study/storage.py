@@ -389,5 +389,5 @@ def _is_same(row: FrozenTrial, trial: FrozenTrial) -> bool:
     assert trial.datetime_start is not None
     is_same_time = abs(row.datetime_start - trial.datetime_start) < timedelta(seconds=1)
     # as JSON, in which a tuple comes back as a list
-    told, kept = (json.dumps([one.params, one.user_attrs], sort_keys=True, default=float) for one in (trial, row))
-    return is_same_time and told == kept
+    added, kept = (json.dumps([one.params, one.user_attrs], sort_keys=True, default=float) for one in (trial, row))
+    return is_same_time and added == kept

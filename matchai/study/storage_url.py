@@ -213,10 +213,9 @@ def _check_database(file: Path, mode: str) -> None:
 
 
 def _damaged(file: Path, found: object) -> InputError:
-    words = " ".join(str(found).split())
     return InputError(
-        f"{file} is damaged ({words}); keep a copy, and try `sqlite3 {file} .recover`, or name another file with "
-        "--storage."
+        f"{file} is damaged ({' '.join(str(found).split())}); keep a copy, and try `sqlite3 {file} .recover`, or name "
+        "another file with --storage."
     )
 
 

@@ -24,14 +24,13 @@ from optuna.trial import FrozenTrial, TrialState
 from matchai.runs import versions
 from matchai.study.leases import Leases, LostLeaseError, retry_on_lost_lock
 from matchai.study.plan import Plan, Stage, differences
-from matchai.study.samplers import make_pruner, propose
+from matchai.study.samplers import FINISHED, make_pruner, propose
 from matchai.study.storage import Store
 from matchai.system import InputError, write_whole
 from matchai.training import BEST, LAST
 
 MAX_ERRORS = 3  # of one trial without a new epoch in between, then it fails and is replaced
 KEPT = 3  # weights of the best trials, or as many as are confirmed
-FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 
 
 @dataclass(frozen=True)
@@ -80,8 +79,8 @@ class TrialTable:
     def __init__(self, plan: Plan, stage: Stage, store: Store, description: dict[str, Any] | None = None) -> None:
         self.plan, self.stage, self.store = plan, stage, store
         if description is not None:
-            told = {"id": uuid.uuid4().hex, "preset": plan.config.run.preset, "seed": plan.config.run.seed}
-            store.open_study(stage.name, plan.direction, {"matchai": told | description})
+            identity = {"id": uuid.uuid4().hex, "preset": plan.config.run.preset, "seed": plan.config.run.seed}
+            store.open_study(stage.name, plan.direction, {"matchai": identity | description})
             check_study(plan, stage, store, description)  # another process may have been faster
         self.study = store.open_study(stage.name, plan.direction, {})
         self.about = self.about_study(store, stage.name)
@@ -216,8 +215,18 @@ class TrialTable:
         }
 
     def ranking(self) -> list[FrozenTrial]:
-        """The complete trials but the recipe, the best first; those that failed for their settings are none."""
-        return ranked(self.store.trials(self.study), is_maximised=self.plan.is_maximised)
+        """The complete trials but the recipe, the best first; of equal ones the earlier.
+
+        Those that failed for their settings are none.
+        """
+        sign = -1.0 if self.plan.is_maximised else 1.0
+        complete = [
+            trial
+            for trial in self.store.trials(self.study)
+            if trial.state == TrialState.COMPLETE
+            and not (trial.user_attrs.get("reason") or trial.user_attrs.get("is_recipe"))
+        ]
+        return sorted(complete, key=lambda trial: (sign * float(trial.value or 0.0), trial.number))
 
     def recipe(self) -> FrozenTrial | None:
         """The recipe's trial, once it is finished."""
@@ -235,8 +244,7 @@ class TrialTable:
         for trial in trials:
             folder = self.plan.trial_folder(self.stage, trial.number)
             if trial.state.is_finished():
-                with contextlib.suppress(OSError):
-                    shutil.rmtree(folder / LAST)
+                shutil.rmtree(folder / LAST, ignore_errors=True)
                 for left in folder.glob(".*.tmp"):  # of a killed process
                     left.unlink(missing_ok=True)
                 if trial.number not in kept and not trial.user_attrs.get("is_recipe"):
@@ -299,18 +307,6 @@ def check_study(plan: Plan, stage: Stage, store: Store, description: dict[str, A
             f"{store.shown} holds another study {stage.name}: {'; '.join(wrong)}. Give the old settings, or name "
             "another --study-name."
         )
-
-
-def ranked(trials: list[FrozenTrial], *, is_maximised: bool) -> list[FrozenTrial]:
-    """The complete trials but the recipe, the best first; of equal ones the earlier."""
-    sign = -1.0 if is_maximised else 1.0
-    complete = [
-        trial
-        for trial in trials
-        if trial.state == TrialState.COMPLETE
-        and not (trial.user_attrs.get("reason") or trial.user_attrs.get("is_recipe"))
-    ]
-    return sorted(complete, key=lambda trial: (sign * float(trial.value or 0.0), trial.number))
 
 
 @functools.cache

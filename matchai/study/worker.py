@@ -23,6 +23,7 @@ from matchai.system import (
     Display,
     FailedError,
     InputError,
+    Problems,
     StoppedError,
     StopSignal,
     StoreError,
@@ -124,11 +125,10 @@ class Worker:
         data = on_main_first(lambda: read(plan.config, cache, display))
         display.close()
         on_main_first(lambda: build_model_of(plan.config, is_resuming=False))  # fetches pretrained weights once
-        problems = step_problems(plan.config, len(data.train), state.num_processes, state.device)
+        problems = Problems(step_problems(plan.config, len(data.train), state.num_processes, state.device))
         choose_precision(plan.config.optimisation.mixed_precision, state.device)
         problems += refused_values(plan, data, state.num_processes, state.device)
-        if problems:
-            raise InputError(*problems)
+        problems.raise_any()
         check_agreement(data.digests, "all of them must read the same slices.")
 
         def open_tables() -> None:
@@ -138,10 +138,10 @@ class Worker:
             # a study that is there has its seeds; to find them reads the data once for each
             is_new = not all(store.has_study(stage.name) for stage in plan.stages)
             seeds = fresh_seeds(plan, lambda config: read(config, cache, display)) if is_new else []
-            told = {stage.name: describe(plan, stage, data, seeds) for stage in plan.stages}
+            descriptions = {stage.name: describe(plan, stage, data, seeds) for stage in plan.stages}
             for stage in plan.stages:  # all, before any is made
-                check_study(plan, stage, store, told[stage.name])
-            self.tables = [TrialTable(plan, stage, store, told[stage.name]) for stage in plan.stages]
+                check_study(plan, stage, store, descriptions[stage.name])
+            self.tables = [TrialTable(plan, stage, store, descriptions[stage.name]) for stage in plan.stages]
 
         decide(open_tables)
         self.tell({"kind": "ready"})
