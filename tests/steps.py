@@ -21,6 +21,7 @@ from matchai.model.dropout import key_dropout
 from matchai.model.unetplusplus import build_model
 from matchai.runs.setup import make_accelerator
 from matchai.settings.config import TrainConfig
+from matchai.system.errors import Problems
 from matchai.training.build import build_training
 from matchai.training.loop import Training, train_step, validate
 
@@ -78,7 +79,7 @@ def training_of(model: nn.Module, data: Data, **settings: Any) -> Training:
     AcceleratorState._reset_state()
     config = SMALL.updated(**settings)
     if "WORLD_SIZE" in os.environ:
-        accelerator = make_accelerator(config, Path("runs"), [])[0]
+        accelerator = make_accelerator(config, Path("runs"), Problems())[0]
     else:
         accelerator = Accelerator(cpu=True, mixed_precision="no")
     return build_training(config, accelerator, data, model, lambda: False)

@@ -11,7 +11,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from matchai.metrics.confusion import Counts
+from matchai.metrics.confusion import Counts, divide
 from matchai.system import seed_sequence
 
 Number = TypeVar("Number", np.int64, np.float64)
@@ -48,7 +48,7 @@ class Bootstrap:
         level: The share of the resamples between the bounds.
 
     Attributes:
-        num_groups: G.
+        num_groups: Number of groups, G.
         weights: (R, G) int64, how often each group is in each resample; a row sums to G.
 
     >>> of_two_patients = Bootstrap(groups=[0, 0, 1, 1]).of_means(np.array([0.5, 0.6, 0.8, 0.9]))
@@ -73,7 +73,7 @@ class Bootstrap:
             statistic: From counts (..., C, C) to (...) or (..., K), NaN where undefined, as those of
                 `matchai.metrics.confusion` are.
         """
-        sums = self._sum(confusions.reshape(len(confusions), -1))
+        sums = self.sum_groups(confusions.reshape(len(confusions), -1))
         pooled = (self.weights @ sums).reshape(-1, *confusions.shape[1:])
         is_defined = ~np.isnan(statistic(sums.reshape(-1, *confusions.shape[1:])))
         return self._interval(statistic(pooled), is_defined)
@@ -85,14 +85,11 @@ class Bootstrap:
             values: (N,) or (N, K), a figure of each slice, NaN where undefined: those are left out of the mean.
         """
         is_known = ~np.isnan(values)
-        sums, numbers = self._sum(np.where(is_known, values, 0)), self._sum(is_known.astype(np.int64))
-        total, number = self.weights @ sums, self.weights @ numbers
-        means: NDArray[np.float64] = np.full(total.shape, np.nan)
-        np.divide(total, number, out=means, where=number > 0)
-        return self._interval(means, numbers > 0)
+        sums, numbers = self.sum_groups(np.where(is_known, values, 0)), self.sum_groups(is_known.astype(np.int64))
+        return self._interval(divide(self.weights @ sums, self.weights @ numbers), numbers > 0)
 
-    def _sum(self, values: NDArray[Number]) -> NDArray[Number]:
-        """(N, ...) to (G, ...)."""
+    def sum_groups(self, values: NDArray[Number]) -> NDArray[Number]:
+        """Adds up what is counted in the slices of each group, (N, ...) to (G, ...), in the order of their numbers."""
         sums = np.zeros((self.num_groups, *values.shape[1:]), values.dtype)
         np.add.at(sums, self._group, values)
         return sums

@@ -99,10 +99,16 @@ def precision_per_class(confusion: Counts) -> NDArray[np.float64]:
 def _ratio(confusion: Counts, parts: Callable[..., tuple[Counts, Counts]]) -> NDArray[np.float64]:
     both = np.diagonal(confusion, axis1=-2, axis2=-1)
     truth, pred = confusion.sum(-1), confusion.sum(-2)
-    numerator, denominator = parts(both, truth, pred)
-    ratio = np.full(both.shape, np.nan)
-    np.divide(numerator, denominator, out=ratio, where=truth > 0)
-    return ratio
+    return divide(*parts(both, truth, pred), where=truth > 0)
+
+
+def divide(
+    numerator: NDArray[Any], denominator: NDArray[Any], *, where: NDArray[np.bool_] | bool = True
+) -> NDArray[np.float64]:
+    """The quotient; NaN where the denominator is 0, or `where` is false."""
+    quotient = np.full(np.shape(denominator), np.nan)
+    np.divide(numerator, denominator, out=quotient, where=where & (denominator > 0))
+    return quotient
 
 
 def collapse(confusion: Counts, classes: Sequence[int]) -> Counts:
@@ -140,24 +146,27 @@ def affected_share(sizes: Counts, lesion_classes: Sequence[int], background_clas
     25.0
     """
     lungs = sizes.sum(-1) - sizes[..., background_class]
-    share = np.full(lungs.shape, np.nan)
-    np.divide(100 * sizes[..., list(lesion_classes)].sum(-1), lungs, out=share, where=lungs > 0)
-    return share
+    return divide(100 * sizes[..., list(lesion_classes)].sum(-1), lungs)
 
 
 def mean_defined(values: NDArray[np.float64]) -> float:
-    """The mean of the values that are not NaN; NaN where all are."""
+    """The mean of the values that are not NaN; NaN where all are.
+
+    >>> round(mean_defined(np.array([0.8, np.nan, 0.4])), 2)
+    0.6
+    """
     defined = values[~np.isnan(values)]
     return float(defined.mean()) if len(defined) else math.nan
 
 
 def mean_along(values: NDArray[np.float64], axis: int) -> NDArray[np.float64]:
-    """`mean_defined` along one axis, such as over images (0) or over classes (-1)."""
+    """`mean_defined` along one axis, such as over images (0) or over classes (-1).
+
+    >>> mean_along(np.array([[0.8, np.nan], [0.4, np.nan]]), axis=0).round(2).tolist()
+    [0.6, nan]
+    """
     is_known = ~np.isnan(values)
-    number = is_known.sum(axis=axis)
-    means = np.full(number.shape, np.nan)
-    np.divide(np.where(is_known, values, 0).sum(axis=axis), number, out=means, where=number > 0)
-    return means
+    return divide(np.where(is_known, values, 0).sum(axis=axis), is_known.sum(axis=axis))
 
 
 def notebook_dice(confusions: Counts, batch_size: int) -> float:

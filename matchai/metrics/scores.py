@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from matchai.metrics.bootstrap import MAX_UNDEFINED, NUM_RESAMPLES, Bootstrap, Interval
+from matchai.metrics.bootstrap import MAX_UNDEFINED, NUM_RESAMPLES, Bootstrap, Interval, Number
 from matchai.metrics.confusion import (
     Counts,
     affected_share,
@@ -91,17 +91,15 @@ class Scores:
         """The K regions whose surface is measured."""
         return [name for c, name in enumerate(self.class_names) if c != self.background_class] + [ANY_LESION]
 
-    def of_all(self, ratio: Callable[[Counts], Floats]) -> Callable[[Counts], Floats]:
-        """From counts (..., C, C) to a ratio of every class and of any lesion (..., C + 1)."""
+    def of_all(self, figure: Callable[[Counts], NDArray[Number]]) -> Callable[[Counts], NDArray[Number]]:
+        """From counts (..., C, C) to a figure of every class and of any lesion (..., C + 1)."""
         return lambda counts: np.concatenate(
-            [ratio(counts), ratio(collapse(counts, self.lesion_classes))[..., :1]], axis=-1
+            [figure(counts), figure(collapse(counts, self.lesion_classes))[..., :1]], axis=-1
         )
 
     def sizes(self, confusions: Counts) -> Counts:
         """From counts (..., C, C) to the true pixels of every class and of any lesion (..., C + 1)."""
-        true = confusions.sum(-1)
-        lesions = true[..., list(self.lesion_classes)].sum(-1, keepdims=True)
-        return np.concatenate([true, lesions], axis=-1)
+        return self.of_all(lambda counts: counts.sum(-1))(confusions)
 
     def volume_confusions(self) -> Counts:
         """(V, C, C) counts of each volume."""
@@ -156,7 +154,15 @@ DEFINITIONS = {
 
 
 def describe(scores: Scores) -> dict[str, Any]:
-    """Every figure with its interval, named by what it is a figure of: plain values, None where undefined."""
+    """Every figure with its interval, named by what it is a figure of: plain values, None where undefined.
+
+    Args:
+        scores: What was counted and measured.
+
+    Returns:
+        What `evaluation.json` holds of it: `classes` and `any_lesion` with the figures of each, `means_over_classes`,
+        `affected_share` in percent, `confusion` summed over the slices, and `definitions`, a sentence for each figure.
+    """
     bootstrap = Bootstrap(scores.groups)
     names, pooled = [*scores.class_names, ANY_LESION], scores.confusions.sum(0)
     figures: list[dict[str, Any]] = [
@@ -206,15 +212,10 @@ def _describe_shares(scores: Scores, bootstrap: Bootstrap) -> dict[str, Any]:
         "true_percent_pooled_over_pixels": _plain(truth),
         "predicted_percent_pooled_over_pixels": _plain(pred),
     }
-    names, members = np.unique(scores.groups, return_inverse=True)
-    of_groups = np.zeros((len(names), *scores.confusions.shape[1:]), np.int64)
-    np.add.at(of_groups, members, scores.confusions)
+    of_groups = bootstrap.sum_groups(scores.confusions)
     # the same resamples: they are keyed by the number of groups
-    over_groups = Bootstrap(names)
-    for what, confusions, resamples in (
-        ("images", scores.confusions, bootstrap),
-        ("groups", of_groups, over_groups),
-    ):
+    over_groups = Bootstrap(range(bootstrap.num_groups))
+    for what, confusions, resamples in (("images", scores.confusions, bootstrap), ("groups", of_groups, over_groups)):
         truth, pred = scores.shares(confusions)
         for name, values in (("absolute_error_points", np.abs(pred - truth)), ("error_points", pred - truth)):
             _put_means([described], f"{name}_mean_over_{what}", f"num_{what}", values[:, None], resamples)
@@ -265,7 +266,15 @@ def _plain(value: Any) -> float | None:
 
 
 def slice_rows(scores: Scores) -> list[dict[str, Any]]:
-    """A row for each slice: where it is from, its counts and its figures; None where undefined."""
+    """A row for each slice: where it is from, its counts and its figures; None where undefined.
+
+    Args:
+        scores: What was counted and measured.
+
+    Returns:
+        N rows with the same keys, as `as_csv` takes them: counts in pixels, shares in percent, distances in the unit
+        that their key ends with.
+    """
     rows: list[dict[str, Any]] = [
         {"source": source, "index": int(index), "group": int(group), "side": side}
         for source, index, group, side in zip(scores.sources, scores.indices, scores.groups, scores.sides, strict=True)
@@ -277,7 +286,7 @@ def slice_rows(scores: Scores) -> list[dict[str, Any]]:
 
 
 def volume_rows(scores: Scores) -> list[dict[str, Any]]:
-    """A row for each volume with a geometry."""
+    """A row for each volume with a geometry, as `slice_rows` makes them; volumes in mL too, spacings in mm."""
     rows: list[dict[str, Any]] = []
     for one in scores.volumes:
         spacing = dict(zip(("slice", "row", "column"), one.spacing, strict=True))
@@ -320,7 +329,14 @@ def _put_distances(rows: Sequence[dict[str, Any]], scores: Scores, distances: Di
 
 
 def as_csv(rows: Sequence[dict[str, Any]]) -> bytes:
-    """Rows as CSV, a cell empty where a value is undefined."""
+    r"""Rows as CSV in UTF-8, a cell empty where a value is undefined.
+
+    Args:
+        rows: One or more, with the same keys.
+
+    >>> as_csv([{"slice": 0, "dice": 0.5}, {"slice": 1, "dice": None}])
+    b'slice,dice\n0,0.5\n1,\n'
+    """
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()

@@ -2,7 +2,7 @@
 
 Each function changes a model in place: a layer keeps its parameters, its buffers and their names, and is computed
 another way. Sums are taken in another order, so results agree to rounding; the formulas are the same. What each gains
-is in docs/performance.md.
+is in docs/explanation/performance.md.
 """
 
 import itertools

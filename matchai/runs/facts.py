@@ -8,24 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from matchai.data import OF_VOLUMES
-from matchai.metrics import (
-    Bootstrap,
-    Counts,
-    collapse,
-    dice_per_class,
-    iou_per_class,
-    mean_along,
-    precision_per_class,
-    recall_per_class,
-)
+from matchai.metrics import ANY_LESION, RATIOS, Bootstrap, Counts, collapse, dice_per_class, mean_along
 from matchai.settings import PRESETS, TrainConfig, parsing
 from matchai.system import InputError
 from matchai.training import checkpoint
 
 METRICS = ("Dice", "IoU", "precision", "recall")
-ANY_LESION, ALL_CLASSES, LESION_CLASSES = "any lesion", "mean of all classes", "mean of lesion classes"
+"""As they are written; in the order of `matchai.metrics.RATIOS`."""
+ALL_CLASSES, LESION_CLASSES = "mean of all classes", "mean of lesion classes"
 
 
 @dataclass(frozen=True)
@@ -49,7 +42,7 @@ class Score:
         """Whether there is one; fewer than two groups give none."""
         return bool(self.low <= self.high)
 
-    def tell(self, about: str = "") -> str:
+    def format(self, about: str = "") -> str:
         """The figure with its interval in brackets, after `about`, where there is one."""
         if np.isnan(self.value):
             return "undefined"
@@ -57,7 +50,7 @@ class Score:
 
 
 @dataclass(frozen=True)
-class Standing:
+class ClassScores:
     """How a class, or several taken together, was segmented.
 
     Attributes:
@@ -72,10 +65,10 @@ class Standing:
     num_pixels: int | None = None
     num_slices: int | None = None
 
-    def tell(self, metric: str) -> str:
+    def format(self, metric: str) -> str:
         """A score in words; "–" where the mean of such scores is no figure of its own."""
         is_mean = self.name in (ALL_CLASSES, LESION_CLASSES)
-        return "–" if is_mean and metric in METRICS[2:] else self.scores[metric].tell()
+        return "–" if is_mean and metric in METRICS[2:] else self.scores[metric].format()
 
 
 @dataclass(frozen=True)
@@ -157,17 +150,17 @@ class RunFacts:
         return TrainConfig().updated(**PRESETS.get(self.config.run.preset, {}))
 
     @cached_property
-    def standings(self) -> list[Standing]:
+    def class_scores(self) -> list[ClassScores]:
         """Every class, the two means and any lesion at the best epoch, pooled over pixels; empty before it."""
         if self.best is None:
             return []
         if self.confusions is None:
-            return _standings_of_row(self.best, self.class_names)
-        return _standings(self.confusions, self.val_groups, self.class_names, self.config.input.lesion_indices)
+            return _class_scores_of_row(self.best, self.class_names)
+        return _class_scores(self.confusions, self.val_groups, self.class_names, self.config.input.lesion_indices)
 
     def score(self, name: str, metric: str = "Dice") -> Score:
-        """A figure of `standings`; undefined where there is none."""
-        return next((one.scores[metric] for one in self.standings if one.name == name), Score(np.nan))
+        """A figure of `class_scores`; undefined where there is none."""
+        return next((one.scores[metric] for one in self.class_scores if one.name == name), Score(np.nan))
 
 
 def read_facts(folder: Path) -> RunFacts:
@@ -188,10 +181,9 @@ def read_facts(folder: Path) -> RunFacts:
     history = _read_json(history_file, is_lines=True) if history_file.exists() else []
     about = checkpoint.load_about(folder) if (folder / checkpoint.BEST).exists() else {}
     best_epoch, confusions = about.get("epoch"), None
-    kept = checkpoint.peek(folder, "best_confusions")
-    if kept is not None:
-        history, best_epoch = kept[0]["history"], kept[0]["best_epoch"]
-        confusions = kept[1]
+    if kept := checkpoint.peek(folder, "best_confusions"):
+        record, confusions = kept
+        history, best_epoch = record["history"], record["best_epoch"]
     num_classes = len(config.input.class_names)
     if confusions is not None and confusions.shape != (len(split["val"]), num_classes, num_classes):
         raise InputError(
@@ -220,57 +212,48 @@ def rank_by_lesion_dice(confusions: Counts, lesions: Sequence[int]) -> tuple[lis
     return ranked, dice.tolist()
 
 
-def _standings(
+def _class_scores(
     confusions: Counts, groups: Sequence[int], class_names: Sequence[str], lesions: list[int]
-) -> list[Standing]:
-    names, num_classes = [*class_names, ALL_CLASSES, LESION_CLASSES, ANY_LESION], len(class_names)
+) -> list[ClassScores]:
+    names = [*class_names, ALL_CLASSES, LESION_CLASSES, ANY_LESION]
 
-    def measure(counts: Counts) -> np.ndarray[Any, np.dtype[np.float64]]:
+    def measure(counts: Counts) -> NDArray[np.float64]:
         """From (..., C, C) to (..., metrics times names)."""
         any_lesion, columns = collapse(counts, lesions), []
-        for metric in (dice_per_class, iou_per_class, precision_per_class, recall_per_class):
+        for name, metric in RATIOS.items():
             of_classes, of_any = metric(counts), metric(any_lesion)[..., :1]
             means = np.stack([mean_along(of_classes, -1), mean_along(of_classes[..., lesions], -1)], -1)
-            if metric in (precision_per_class, recall_per_class):
+            if name in METRICS[2:]:
                 means = np.full_like(means, np.nan)
             columns.append(np.concatenate([of_classes, means, of_any], -1))
         return np.concatenate(columns, -1)
 
     values, interval = measure(confusions.sum(0)), Bootstrap(groups).of_counts(confusions, measure)
-    cells = zip(
-        values.tolist(), interval.low.tolist(), interval.high.tolist(), interval.undefined.tolist(), strict=True
-    )
+    cells = np.stack([values, *interval], -1).tolist()
     scores = np.array([Score(*cell) for cell in cells], object).reshape(len(METRICS), len(names))
     truth = confusions.sum(-1)  # (N, C)
     sizes = [*truth.T, None, None, truth[:, lesions].sum(-1)]
-    assert len(sizes) == num_classes + 3
-    return [
-        Standing(
-            name,
-            dict(zip(METRICS, scores[:, place], strict=True)),
-            None if size is None else int(size.sum()),
-            None if size is None else int((size > 0).sum()),
-        )
-        for place, (name, size) in enumerate(zip(names, sizes, strict=True))
-    ]
+    class_scores = []
+    for name, size, column in zip(names, sizes, scores.T, strict=True):
+        counted = () if size is None else (int(size.sum()), int((size > 0).sum()))
+        class_scores.append(ClassScores(name, dict(zip(METRICS, column, strict=True)), *counted))
+    return class_scores
 
 
-def _standings_of_row(row: dict[str, Any], class_names: Sequence[str]) -> list[Standing]:
+def _class_scores_of_row(row: dict[str, Any], class_names: Sequence[str]) -> list[ClassScores]:
     """What a row of the history holds, without intervals."""
 
-    def score(name: str, place: int | None = None) -> Score:
-        found = row.get(name)
-        value = found[place] if found is not None and place is not None else found
-        return Score(np.nan if value is None else float(value))
+    def scores_of(name: str, dice: float | None, iou: float | None) -> ClassScores:
+        known = zip(METRICS, (dice, iou, None, None), strict=True)
+        return ClassScores(name, {metric: Score(np.nan if value is None else value) for metric, value in known})
 
-    unknown = {"precision": Score(np.nan), "recall": Score(np.nan)}
-    standings = [
-        Standing(name, {"Dice": score("dice_per_class", place), "IoU": score("iou_per_class", place)} | unknown)
-        for place, name in enumerate(class_names)
+    unknown: list[float | None] = [None] * len(class_names)
+    dice, iou = row.get("dice_per_class") or unknown, row.get("iou_per_class") or unknown
+    return [
+        *map(scores_of, class_names, dice, iou),
+        scores_of(ALL_CLASSES, row.get("mean_dice"), row.get("mean_iou")),
+        scores_of(LESION_CLASSES, row.get("lesion_dice"), None),
     ]
-    standings.append(Standing(ALL_CLASSES, {"Dice": score("mean_dice"), "IoU": score("mean_iou")} | unknown))
-    standings.append(Standing(LESION_CLASSES, {"Dice": score("lesion_dice"), "IoU": Score(np.nan)} | unknown))
-    return standings
 
 
 def _read_json(path: Path, *, is_lines: bool = False) -> Any:

@@ -43,8 +43,9 @@ def draw_figures(
         epoch: The epoch that the counts and predictions are of.
     """
     draw_charts(folder, history, confusions, config, epoch=epoch)
-    names = list(config.input.class_names)
-    ranked, dice = rank_by_lesion_dice(confusions, config.input.lesion_indices)
+    settings = config.input
+    names, background = list(settings.class_names), settings.background_index
+    ranked, dice = rank_by_lesion_dice(confusions, settings.lesion_indices)
     middle = max(0, len(ranked) // 2 - NUM_TYPICAL // 2)
     choices = {"panels": ranked[middle : middle + NUM_TYPICAL], "worst": ranked[:NUM_WORST]}
     dataset = dataset_of(config, data, data.val)
@@ -58,17 +59,10 @@ def draw_figures(
         targets = np.stack([item[1].numpy() for item in items])
         images, targets, preds = (turn(one, data.orientation, UPRIGHT) for one in (images, targets, preds))
         kind = "Typical validation slices" if name == "panels" else "The worst validation slices by lesion Dice"
-        draw_panels(
-            images,
-            targets,
-            preds,
-            [f"slice {data.val[row]} · lesion Dice of this slice {dice[row]:.2f}" for row in rows],
-            names,
-            config.input.background_index,
-            config.input.hu_window,
-            folder / f"{name}.png",
-            title=f"{kind} at epoch {epoch}: {_source(config)}",
-        )
+        title = f"{kind} at epoch {epoch}: {_source(config)}"
+        captions = [f"slice {data.val[row]} · lesion Dice of this slice {dice[row]:.2f}" for row in rows]
+        path, window = folder / f"{name}.png", settings.hu_window
+        draw_panels(images, targets, preds, captions, names, background, window, path, title=title)
 
 
 def draw_charts(

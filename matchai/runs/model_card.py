@@ -7,11 +7,12 @@ from typing import Any
 
 from matchai.metrics import NUM_RESAMPLES
 from matchai.runs.facts import METRICS, RunFacts
-from matchai.runs.limits import enumerate_names, limits, tell_result
+from matchai.runs.limits import enumerate_names, format_result, limits
 from matchai.system import InputError, plural, write_whole
 from matchai.training import BEST
 
 CARD = "MODEL_CARD.md"
+SIDES = {"L": "the left", "R": "the right", "A": "the front", "P": "the back"}
 _SEAL = re.compile(r"<!-- written by matchai, seal ([0-9a-f]{64}) -->\n\Z")
 
 
@@ -37,7 +38,7 @@ def render_card(facts: RunFacts) -> str:
         *("## Intended use", _use(facts)),
         *("## Training data", _data(facts)),
         *("## Results", _results(facts)),
-        *("## Limits", _points(limits(facts))),
+        *("## Limits", _points([*limits(facts)])),
         *("## Ethical considerations", _ethics(facts)),
         *("## How to load it", _loading(facts)),
         *("## Versions and licence", _versions(facts)),
@@ -60,15 +61,11 @@ def _model(facts: RunFacts) -> str:
     if facts.about:
         mean, std = facts.about["mean_hu"], facts.about["std_hu"]
         sides = facts.about.get("orientation", "LP")
-        words = (
-            f"Standardised as the training slices are: (HU {'−' if mean >= 0 else '+'} {abs(mean):.4f}) / {std:.4f}."
-        )
-        lines.insert(2, f"{words} Rows run toward {_side(sides[0])} of the patient, columns toward {_side(sides[1])}.")
+        sign = "−" if mean >= 0 else "+"
+        words = f"Standardised as the training slices are: (HU {sign} {abs(mean):.4f}) / {std:.4f}."
+        rows, columns = (SIDES[letter] for letter in sides[:2])
+        lines.insert(2, f"{words} Rows run toward {rows} of the patient, columns toward {columns}.")
     return _points(lines, escape=False)
-
-
-def _side(letter: str) -> str:
-    return {"L": "the left", "R": "the right", "A": "the front", "P": "the back"}[letter]
 
 
 def _beginning(facts: RunFacts) -> str:
@@ -122,11 +119,11 @@ def _results(facts: RunFacts) -> str:
         return "No epoch is finished yet."
     epochs = facts.config.optimisation.epochs
     state = "" if facts.is_finished else f" (unfinished, {len(facts.history)} of {epochs} epochs)"
-    head = f"Epoch {facts.best['epoch']}{state}: {tell_result(facts)}."
+    head = f"Epoch {facts.best['epoch']}{state}: {format_result(facts)}."
     rows = []
-    for one in facts.standings:
+    for one in facts.class_scores:
         size = "–" if one.num_pixels is None else f"{one.num_pixels:,}"
-        rows.append([_escape(one.name), *(one.tell(metric) for metric in METRICS), size])
+        rows.append([_escape(one.name), *map(one.format, METRICS), size])
     intervals = (
         f"Pooled over the pixels of all validation slices. In brackets 95 % intervals by a bootstrap over groups "
         f"({NUM_RESAMPLES:,} resamples), where there are two groups or more."
@@ -187,9 +184,6 @@ def _escape(text: Any) -> str:
 
 
 def _is_as_written(path: Path) -> bool:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except ValueError:
-        return False
+    text = path.read_text(encoding="utf-8", errors="replace")
     found = _SEAL.search(text)
     return found is not None and hashlib.sha256(text[: found.start() - 1].encode()).hexdigest() == found[1]

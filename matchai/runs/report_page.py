@@ -9,17 +9,10 @@ from typing import Any
 import numpy as np
 
 from matchai.drawing import Answer, Code, Picture, Piece, Points, Section, Table, Text, render_page
-from matchai.metrics import NUM_RESAMPLES
+from matchai.metrics import ANY_LESION, NUM_RESAMPLES
 from matchai.runs.error_analysis import explain, false_lesion
-from matchai.runs.facts import (
-    ALL_CLASSES,
-    ANY_LESION,
-    LESION_CLASSES,
-    METRICS,
-    RunFacts,
-    rank_by_lesion_dice,
-)
-from matchai.runs.limits import limits, tell_result
+from matchai.runs.facts import ALL_CLASSES, LESION_CLASSES, METRICS, RunFacts, rank_by_lesion_dice
+from matchai.runs.limits import format_result, limits
 from matchai.settings import FREE, LEAVES, PLACE, TrainConfig
 from matchai.system import plural, write_whole
 
@@ -66,7 +59,7 @@ def render(facts: RunFacts, pictures: Mapping[str, bytes]) -> str:
     epoch = f"at epoch {facts.best['epoch']}" if facts.best else ""
     sections = [
         Section("", [_answer(facts), *([Text(_reading(facts))] if facts.best else [])]),
-        Section("What the figures are, and their limits", [Points(limits(facts))]),
+        Section("What the figures are, and their limits", [Points([*limits(facts)])]),
         Section("Learning curves", _picture(facts, pictures, "learning_curves")),
         Section(f"Each class {epoch}", [*_classes(facts), *_picture(facts, pictures, "confusion_matrix")]),
         Section("Typical slices", _picture(facts, pictures, "panels")),
@@ -79,10 +72,9 @@ def render(facts: RunFacts, pictures: Mapping[str, bytes]) -> str:
         Section("All settings", [_settings(facts.config)], is_folded=True),
         Section("Data, versions, machine and times", [Table(["what", "value"], _provenance(facts))], is_folded=True),
     ]
-    settings = facts.config
-    size = settings.input.image_size
+    size = facts.config.input.image_size
     subtitle = (
-        f"UNet++ with {settings.network.encoder} · {size} × {size} pixels · {facts.source} · "
+        f"UNet++ with {facts.config.network.encoder} · {size} × {size} pixels · {facts.source} · "
         f"{len(facts.train)} training and {len(facts.val)} validation slices"
     )
     return render_page(f"Run {facts.name}", subtitle, [section for section in sections if section.pieces])
@@ -93,7 +85,7 @@ def _answer(facts: RunFacts) -> Answer:
     if facts.best is None:
         return Answer("No epoch is finished yet: there is nothing to report.", "open")
     note = " That is no patient's data." if facts.is_synthetic else ""
-    epoch, result = facts.best["epoch"], tell_result(facts)
+    epoch, result = facts.best["epoch"], format_result(facts)
     if not facts.is_finished:
         done = f"Unfinished, {len(facts.history)} of {plural(epochs, 'epoch')}"
         return Answer(f"{done}; the best so far is epoch {epoch}: {result}.{note}", "open")
@@ -102,7 +94,7 @@ def _answer(facts: RunFacts) -> Answer:
 
 def _reading(facts: RunFacts) -> str:
     any_lesion = facts.score(ANY_LESION)
-    told = f"Any lesion against the rest: Dice {any_lesion.tell()}. " if not np.isnan(any_lesion.value) else ""
+    told = f"Any lesion against the rest: Dice {any_lesion.format()}. " if not np.isnan(any_lesion.value) else ""
     if facts.confusions is None:
         return (
             told
@@ -118,20 +110,17 @@ def _reading(facts: RunFacts) -> str:
 
 
 def _classes(facts: RunFacts) -> list[Piece]:
-    if not facts.standings:
+    if not facts.class_scores:
         return []
-    num_all = None if facts.confusions is None else int(facts.confusions.sum())
+    num_all = 0 if facts.confusions is None else int(facts.confusions.sum())
+    head = ["class", *METRICS, "true pixels", "in slices"][: 3 if facts.confusions is None else None]
     lines = []
-    for one in facts.standings:
-        cells = [one.tell(metric) for metric in METRICS]
+    for one in facts.class_scores:
         size = ["–", "–"]
         if one.num_pixels is not None and num_all:
             share = one.num_pixels / num_all
             size = [f"{one.num_pixels:,} ({100 * share:.2f} %)", f"{one.num_slices} of {len(facts.val)}"]
-        lines.append([one.name, *cells, *size])
-    if facts.confusions is None:
-        lines = [line[:3] for line in lines]
-    head = ["class", *METRICS, "true pixels", "in slices"][: len(lines[0])]
+        lines.append([one.name, *map(one.format, METRICS), *size][: len(head)])
     caption = (
         "Pooled over the pixels of all validation slices, in brackets the 95 % interval. Recall: the share of the true "
         "pixels that was found; precision: the share of the found pixels that is true. A class without a true pixel "
@@ -145,35 +134,30 @@ def _worst(facts: RunFacts, pictures: Mapping[str, bytes]) -> list[Piece]:
     picture = _picture(facts, pictures, "worst")
     if facts.confusions is None:
         return picture
-    ranked, dice = rank_by_lesion_dice(facts.confusions, facts.config.input.lesion_indices)
-    groups, truth, pred = facts.val_groups, facts.confusions.sum(2), facts.confusions.sum(1)
-    lesions = facts.config.input.lesion_indices
+    confusions, lesions, groups = facts.confusions, facts.config.input.lesion_indices, facts.val_groups
+    ranked, dice = rank_by_lesion_dice(confusions, lesions)
+    truth, pred = (confusions.sum(axis)[:, lesions].sum(1) for axis in (2, 1))
+
+    def why(row: int) -> str:
+        return explain(confusions[row], facts.class_names, lesions)
+
     lines = []
     for row in ranked[:NUM_WORST]:
-        sizes = [f"{int(sizes[row, lesions].sum()):,}" for sizes in (truth, pred)]
-        reason = explain(facts.confusions[row], facts.class_names, lesions)
-        lines.append([str(facts.val[row]), f"{dice[row]:.2f}", reason, *sizes, str(groups[row])])
+        sizes = f"{truth[row]:,}", f"{pred[row]:,}"
+        lines.append([str(facts.val[row]), f"{dice[row]:.2f}", why(row), *sizes, str(groups[row])])
     head = ["slice", "Dice", "why", "true lesion", "found lesion", "group"]
     caption = (
         "Dice: the lesion Dice of this slice alone, the mean over the lesion classes that it shows. Slices are "
         "numbered from 0 in the order of the data; lesions are in pixels. The reasons follow from the slice's counts, "
         "what costs most Dice first."
     )
-    pieces: list[Piece] = (
-        [Table(head, lines, caption=caption)] if lines else [Text("No validation slice shows a lesion.")]
-    )
-    false = false_lesion(facts.confusions, lesions)
-    num_healthy = int((truth[:, lesions].sum(1) == 0).sum())
+    table = Table(head, lines, caption=caption) if lines else Text("No validation slice shows a lesion.")
+    pieces: list[Piece] = [table]
+    false = false_lesion(confusions, lesions)
+    num_healthy = int((truth == 0).sum())
     if num_healthy:
         order = sorted(np.flatnonzero(false).tolist(), key=lambda row: -int(false[row]))
-        found = [
-            [
-                str(facts.val[row]),
-                str(groups[row]),
-                explain(facts.confusions[row], facts.class_names, lesions),
-            ]
-            for row in order[:NUM_WORST]
-        ]
+        found = [[str(facts.val[row]), str(groups[row]), why(row)] for row in order[:NUM_WORST]]
         told = f"{plural(num_healthy, 'validation slice')} without a lesion; in {len(order)} of them one is found."
         pieces += [Text(told), *([Table(["slice", "group", "what"], found)] if found else [])]
     return [*pieces, *picture]
@@ -225,10 +209,9 @@ def _differences(facts: RunFacts) -> list[Piece]:
     names = [key for key in LEAVES if key not in FREE and any(now[key] != other[key] for _, other in columns)]
     if not names:
         return [Text("None: these are the recipe's settings.")]
-    changed = [place for place, key in enumerate(names) if now[key] != preset[key]]
-    caption = "Marked: differs from the preset too." if changed and name != "recipe" else ""
+    marked = [place for place, key in enumerate(names) if name != "recipe" and now[key] != preset[key]]
+    caption = "Marked: differs from the preset too." if marked else ""
     lines = [[key, *(_value(values[key]) for _, values in columns)] for key in names]
-    marked = changed if name != "recipe" else []
     return [Table(["setting", *(head for head, _ in columns)], lines, marked=marked, caption=caption)]
 
 
@@ -250,21 +233,18 @@ def _epochs(facts: RunFacts) -> list[Piece]:
 
 
 def _provenance(facts: RunFacts) -> list[list[str]]:
-    recorded, settings = facts.recorded, facts.config
-    split = (
-        f"{settings.input.folds} folds, fold {settings.input.fold}"
-        if settings.input.folds
-        else (f"one, {100 * settings.input.val_fraction:g} % for validation")
-    )
+    recorded, settings = facts.recorded, facts.config.input
+    split = f"one, {100 * settings.val_fraction:g} % for validation"
+    if settings.folds:
+        split = f"{settings.folds} folds, fold {settings.fold}"
     lines = [
         ["slices", f"{len(facts.train)} for training, {len(facts.val)} for validation"],
         ["groups", f"{len(set(facts.groups))}, of them {facts.num_val_groups} in the validation"],
-        ["split", f"{split}, by whole groups, seed {settings.run.seed}"],
+        ["split", f"{split}, by whole groups, seed {facts.config.run.seed}"],
     ]
     if facts.about:
-        lines.append(
-            ["mean and standard deviation", f"{facts.about['mean_hu']:.1f} and {facts.about['std_hu']:.1f} HU"]
-        )
+        mean, std = facts.about["mean_hu"], facts.about["std_hu"]
+        lines.append(["mean and standard deviation", f"{mean:.1f} and {std:.1f} HU"])
     lines += [["note on the data", note] for note in recorded.get("notes", [])]
     lines += [[f"SHA-256 of {name}", digest] for name, digest in recorded.get("data", {}).items()]
     named = {"device": "device", "precision": "precision", "num_processes": "processes"}

@@ -22,6 +22,7 @@ from matchai.settings import FREE, LEAVES, TrainConfig, check, parsing
 from matchai.system import (
     Display,
     InputError,
+    Problems,
     alone,
     check_agreement,
     check_launch,
@@ -65,7 +66,7 @@ def set_up(config: TrainConfig, output: Path, display: Display | None, stack: Ex
     Raises:
         InputError: With every problem found, before anything but the folder and the cache is written.
     """
-    problems = check(config)
+    problems = Problems(check(config))
     accelerator, precision = make_accelerator(config, output, problems)
     machine.set_threads(machine.num_local_processes(accelerator.num_processes))
     check_agreement(
@@ -75,50 +76,43 @@ def set_up(config: TrainConfig, output: Path, display: Display | None, stack: Ex
     )
     display = display or Display(accelerator.is_main_process)
     stack.callback(display.close)
-    greet(config, display)
-    problems += decide(lambda: open_output(output, config, stack, display))
+    announce_data(config, display)
+    with problems.collect():
+        decide(lambda: open_output(output, config, stack, display))
     data, model = _read_and_build(config, output, accelerator, display, problems)
     check_agreement(data.digests, "all of them must read the same slices.")
     record = make_record(accelerator, data, precision)
-    problems += decide(lambda: check_experiment(output, config, record))
-    if problems:
-        raise InputError(*problems)
+    decide(lambda: check_experiment(output, config, record))
     if accelerator.is_main_process:
         write_split(output, config, data)
-    tell(display, accelerator, config, data, precision)
+    announce_run(display, accelerator, config, data, precision)
     return Setup(accelerator, display, data, model)
 
 
 def _read_and_build(
-    config: TrainConfig, output: Path, accelerator: Accelerator, display: Display, problems: list[str]
+    config: TrainConfig, output: Path, accelerator: Accelerator, display: Display, problems: Problems
 ) -> tuple[Data, nn.Module]:
     """The data and the model; raises InputError with what is wrong with either, and with `problems`."""
     cache = config.input.cache or output.parent / "cache"
     is_resuming = any((output / checkpoint.LAST).glob("state-*"))
     data, model = None, None
-    try:
+    with problems.collect():
         data = on_main_first(lambda: read(config, cache, display))
         problems += step_problems(config, len(data.train), accelerator.num_processes, accelerator.device)
-    except InputError as error:
-        problems += error.problems
     display.close()
-    try:
+    with problems.collect():
         model = on_main_first(lambda: build_model_of(config, is_resuming=is_resuming))
-    except InputError as error:
-        problems += error.problems
     if problems or data is None or model is None:
         raise InputError(*dict.fromkeys(problems))
     return data, model
 
 
-def make_accelerator(config: TrainConfig, output: Path, problems: list[str]) -> tuple[Accelerator, str]:
+def make_accelerator(config: TrainConfig, output: Path, problems: Problems) -> tuple[Accelerator, str]:
     """The accelerator, and why it has its precision; adds to `problems` what it cannot do."""
     precision, reason = "no", "as nothing else was possible"
     processes = join_group(config.machine.collective_timeout)
-    try:
+    with problems.collect():
         precision, reason = machine.choose_precision(config.optimisation.mixed_precision, processes.device)
-    except InputError as error:
-        problems += error.problems
     AcceleratorState._reset_state()  # a notebook's second run may take another precision
     trackers = list(config.machine.tracker)
     missing = sorted(set(trackers) - {str(one) for one in get_available_trackers()})
@@ -140,7 +134,7 @@ def make_accelerator(config: TrainConfig, output: Path, problems: list[str]) -> 
     return accelerator, f"{precision} ({reason})"
 
 
-def greet(config: TrainConfig, display: Display) -> None:
+def announce_data(config: TrainConfig, display: Display) -> None:
     """Says first what is trained on; every run on the phantom says that it is synthetic."""
     preset = config.run.preset
     if config.input.data is None:
@@ -152,7 +146,7 @@ def greet(config: TrainConfig, display: Display) -> None:
         display.say(f"matchai: preset {preset} on {config.input.data}")
 
 
-def tell(display: Display, accelerator: Accelerator, config: TrainConfig, data: Data, precision: str) -> None:
+def announce_run(display: Display, accelerator: Accelerator, config: TrainConfig, data: Data, precision: str) -> None:
     """What the user should know before the first step."""
     for note in data.notes:
         display.say(f"data: {note}")
@@ -176,8 +170,12 @@ def tell(display: Display, accelerator: Accelerator, config: TrainConfig, data: 
         )
 
 
-def open_output(output: Path, config: TrainConfig, stack: ExitStack, display: Display) -> list[str]:
-    """Makes and locks the run's folder; with --restart, moves the old run aside first. Returns what is wrong."""
+def open_output(output: Path, config: TrainConfig, stack: ExitStack, display: Display) -> None:
+    """Makes and locks the run's folder; with --restart, moves the old run aside first.
+
+    Raises:
+        InputError: If another run works in it, it cannot be written, or it holds what is no run.
+    """
     try:
         output.mkdir(parents=True, exist_ok=True)
         lock = stack.enter_context(ExitStack())
@@ -189,18 +187,21 @@ def open_output(output: Path, config: TrainConfig, stack: ExitStack, display: Di
             output.rename(aside)
             output.mkdir()
             lock.enter_context(checkpoint.lock_folder(output, display.say))
-    except InputError as error:
-        return list(error.problems)
     except OSError as error:
-        return [f"The output folder {output} cannot be written ({error.strerror}); name another with --output."]
+        words = f"The output folder {output} cannot be written ({error.strerror}); name another with --output."
+        raise InputError(words) from None
     foreign = [path.name for path in output.iterdir() if path.name != "run.lock" and not path.name.endswith(".tmp")]
     if foreign and not (output / "config.yaml").exists():
-        return [f"{output} holds {sorted(foreign)[0]} and is no matchai run; name another folder with --output."]
-    return []
+        raise InputError(f"{output} holds {min(foreign)} and is no matchai run; name another folder with --output.")
 
 
 def read(config: TrainConfig, cache: Path, display: Display) -> Data:
     """Reads the data that the settings name.
+
+    Args:
+        config: All settings; without `data`, the built-in phantom is made and read.
+        cache: The folder of prepared slices.
+        display: Where progress, and a wait for another run, is shown.
 
     Raises:
         InputError: With every problem found.
@@ -263,27 +264,28 @@ def describe_weights(config: TrainConfig, data: Data, row: dict[str, Any]) -> di
     }
 
 
-def check_experiment(output: Path, config: TrainConfig, record: dict[str, Any]) -> list[str]:
-    """Writes config.yaml and split.json of a new run, or compares an old one's; returns the differences."""
+def check_experiment(output: Path, config: TrainConfig, record: dict[str, Any]) -> None:
+    """Writes config.yaml of a new run, or compares an old one's.
+
+    Raises:
+        InputError: With every difference.
+    """
     path = output / "config.yaml"
     if not path.exists():
-        write_whole(output / "config.yaml", parsing.dump(config, record).encode())
-        return []
-    old, recorded = parsing.load(path), parsing.load_recorded(path)
-    was = TrainConfig().updated(**old).flat()
-    now = config.flat()
+        write_whole(path, parsing.dump(config, record).encode())
+        return
+    was, now = TrainConfig().updated(**parsing.load(path)).flat(), config.flat()
+    old, new = parsing.load_recorded(path).get("data", {}), record["data"]
     differences = [
         f"{name} was {was[name]} and is {now[name]}" for name in LEAVES if name not in FREE and was[name] != now[name]
     ]
-    for name in sorted(recorded.get("data", {}).keys() | record["data"].keys()):
-        if recorded.get("data", {}).get(name) != record["data"].get(name):
-            differences.append(f"the content of {name} is another")
-    if not differences:
-        return []
-    return [
-        f"{output} holds another experiment: {'; '.join(differences)}. Name another folder with --output, or begin "
-        "afresh with --restart, which moves the old run aside."
-    ]
+    changed = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
+    differences += [f"the content of {name} is another" for name in changed]
+    if differences:
+        raise InputError(
+            f"{output} holds another experiment: {'; '.join(differences)}. Name another folder with --output, or begin "
+            "afresh with --restart, which moves the old run aside."
+        )
 
 
 def write_split(output: Path, config: TrainConfig, data: Data) -> None:

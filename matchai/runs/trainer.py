@@ -1,5 +1,6 @@
 """A training run: builds every part from a `TrainConfig`, drives the epochs, keeps everything, resumes."""
 
+import functools
 import json
 import signal
 import time
@@ -121,6 +122,7 @@ def run(
         return Trainer(config, setup, output, training, listener, on_epoch, on_step, draw_every).fit()
 
 
+@dataclass(eq=False)
 class Trainer:
     """A run on its way: what is kept from epoch to epoch.
 
@@ -135,29 +137,25 @@ class Trainer:
         draw_every: See `run`.
     """
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        setup: Setup,
-        output: Path,
-        training: Training,
-        stop: StopSignal,
-        on_epoch: OnEpoch | None,
-        on_step: OnStep | None,
-        draw_every: float,
-    ) -> None:
-        self.config, self.output, self.training, self.stop = config, output, training, stop
-        self.accelerator, self.display, self.data = setup.accelerator, setup.display, setup.data
-        self.on_epoch, self.on_step = on_epoch, on_step
-        self.names = list(config.input.class_names)
+    config: TrainConfig
+    setup: Setup
+    output: Path
+    training: Training
+    stop: StopSignal
+    on_epoch: OnEpoch | None
+    on_step: OnStep | None
+    draw_every: float
+
+    def __post_init__(self) -> None:
+        self.accelerator, self.display, self.data = self.setup.accelerator, self.setup.display, self.setup.data
+        self.names = list(self.config.input.class_names)
         self.progress = Progress()
-        self.every_seconds, self.every_steps = parse_interval(config.machine.save_every)
+        self.every_seconds, self.every_steps = parse_interval(self.config.machine.save_every)
         self.saved_at, self.saved_step = time.monotonic(), 0
-        self.draw_every, self.drawn_at = draw_every, -draw_every
-        self.shown_at = 0.0
+        self.drawn_at, self.shown_at = -self.draw_every, 0.0
         self.unsaved: str | None = None  # why the newest state, or what is published of it, is not on the disk
-        num_local = machine.num_local_processes(setup.accelerator.num_processes)
-        self.input_bound = InputBoundMonitor(training.loader.num_workers, num_local)
+        num_local = machine.num_local_processes(self.accelerator.num_processes)
+        self.input_bound = InputBoundMonitor(self.training.loader.num_workers, num_local)
 
     def fit(self) -> RunResult:
         """Trains to the last epoch, from where the run was."""
@@ -211,7 +209,7 @@ class Trainer:
         meter = self.progress.meter
         train_epoch(self.training, epoch, meter, lambda is_stopping: self._after_step(epoch, is_stopping))
         began = time.perf_counter()
-        val_loss, confusions = validate(self.training, len(self.data.val), len(self.names), self._after_val_batch)
+        val_loss, confusions = validate(self.training, len(self.data.val), len(self.names), self._after_batch)
         metrics = summarise(confusions, self.config.input.lesion_indices, self.config.sampling.batch_size)
         row = epoch_row(epoch, meter, val_loss, metrics, meter.seconds + time.perf_counter() - began)
         best = self.progress.best_mean_dice
@@ -239,27 +237,21 @@ class Trainer:
     def _after_step(self, epoch: int, is_stopping: bool) -> None:
         meter, training = self.progress.meter, self.training
         self.input_bound.after_step(meter.seconds, meter.waited)
-        if self.on_step:
-            self.on_step(training.step, training.scheduler.total_steps)
+        self._after_batch(is_stopping)
         if time.monotonic() - self.shown_at > 0.1:
             self.shown_at = time.monotonic()
             loss = f"loss {meter.loss_sum / meter.num_draws:.3f} · " if meter.num_draws else ""
-            self.display.show(
-                f"epoch {epoch}/{self.config.optimisation.epochs}",
-                training.step,
-                training.scheduler.total_steps,
-                f"{loss}{meter.consumed / max(meter.seconds, 1e-9):.1f} images/s",
-            )
+            detail = f"{loss}{meter.consumed / max(meter.seconds, 1e-9):.1f} images/s"
+            label = f"epoch {epoch}/{self.config.optimisation.epochs}"
+            self.display.show(label, training.step, training.scheduler.total_steps, detail)
         is_due = (
             time.monotonic() - self.saved_at >= self.every_seconds
             or training.step - self.saved_step >= self.every_steps
         )
-        if is_stopping or is_due:
+        if is_due:
             self._save()
-        if is_stopping:
-            raise _StoppedError
 
-    def _after_val_batch(self, is_stopping: bool) -> None:
+    def _after_batch(self, is_stopping: bool) -> None:
         if self.on_step:
             self.on_step(self.training.step, self.training.scheduler.total_steps)
         if is_stopping:
@@ -307,16 +299,11 @@ class Trainer:
             confusions = self.progress.best_confusions.numpy()
             model.load_state_dict(checkpoint.load_weights(self.output)[0])
         assert confusions is not None
+        folder, history = self.output / "figures", self.progress.history
+        epoch = self.progress.best_epoch if final else len(history)
+        predict_batch = functools.partial(predict, self.training)
         try:
-            draw_figures(
-                self.output / "figures",
-                self.progress.history,
-                confusions,
-                self.data,
-                self.config,
-                lambda rows: predict(self.training, rows),
-                epoch=self.progress.best_epoch if final else len(self.progress.history),
-            )
+            draw_figures(folder, history, confusions, self.data, self.config, predict_batch, epoch=epoch)
         except OSError as error:
             self.display.warn(f"the figures could not be written ({error.strerror}).")
         if final:
@@ -370,12 +357,7 @@ class Trainer:
         self.display.say(f"Report: {self.output / 'report.html'}. Best weights: {self.output / checkpoint.BEST}.")
 
     def _result(self) -> RunResult:
-        history = self.progress.history
-        return RunResult(
-            self.output,
-            history,
-            self.progress.best_epoch,
-            self.progress.best_mean_dice,
-            len(history) >= self.config.optimisation.epochs,
-            self.stop.received,
-        )
+        progress = self.progress
+        is_finished = len(progress.history) >= self.config.optimisation.epochs
+        best = progress.best_epoch, progress.best_mean_dice
+        return RunResult(self.output, progress.history, *best, is_finished, self.stop.received)

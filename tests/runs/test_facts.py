@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from matchai.metrics.confusion import Counts
-from matchai.runs.facts import ALL_CLASSES, ANY_LESION, LESION_CLASSES, rank_by_lesion_dice, read_facts
+from matchai.metrics import ANY_LESION, Counts
+from matchai.runs.facts import ALL_CLASSES, LESION_CLASSES, rank_by_lesion_dice, read_facts
 from matchai.system.errors import InputError
 from tests.kept import keep_run
 
@@ -46,16 +46,16 @@ def test_any_lesion_takes_the_lesion_classes_for_one(run: Path) -> None:
 
 
 def test_every_interval_holds_its_figure_in_runs_of_like_groups(run: Path) -> None:
-    for one in read_facts(run).standings:
+    for one in read_facts(run).class_scores:
         for metric, score in one.scores.items():
-            if one.tell(metric) != "–":
+            if one.format(metric) != "–":
                 assert score.low <= score.value <= score.high
 
 
 def test_one_group_gives_no_interval(tmp_path: Path) -> None:
     facts = read_facts(keep_run(tmp_path / "run", some_counts(), [4] * 6))
     assert not facts.score(ALL_CLASSES).has_interval
-    assert "(" not in facts.score(ALL_CLASSES).tell()
+    assert "(" not in facts.score(ALL_CLASSES).format()
 
 
 def test_without_the_state_the_history_speaks(run: Path) -> None:

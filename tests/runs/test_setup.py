@@ -14,7 +14,7 @@ from accelerate import Accelerator
 
 from matchai.data import prepared
 from matchai.native import library
-from matchai.runs.setup import make_record, read, tell
+from matchai.runs.setup import announce_run, make_record, read
 from matchai.settings.config import TrainConfig
 from matchai.system.console import Display
 
@@ -64,7 +64,7 @@ def test_that_a_cpu_has_no_kernels_is_told_in_one_sentence(
     config = TrainConfig().updated(data=phantom, image_size=32)
     monkeypatch.setattr(library, "load", lambda: (object() if has_kernels else None, "there is no C++ compiler c"))
     said = io.StringIO()
-    tell(Display(True, said), machine(device), config, read(config, cache, Display(False)), "no")
+    announce_run(Display(True, said), machine(device), config, read(config, cache, Display(False)), "no")
     words = " ".join(said.getvalue().split())
     assert words.count("without matchai's own kernels for CPUs, as there is no C++ compiler c: ") == is_told
     assert ("apt install g++" in words) == is_told
