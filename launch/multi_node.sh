@@ -8,7 +8,7 @@
 # How long: depends on the slices, the settings, the GPUs and the network between the hosts.
 # Usage, the same on every host (with ACCELERATE_USE_CPU=1 in front, on CPUs):
 #   NUM_HOSTS=2 PROCESSES_PER_HOST=4 RENDEZVOUS=HOST:29500 launch/multi_node.sh --data DIR --output DIR [...]
-# With MAX_RESTARTS=3 the training goes on by itself, up to three times, after a process died or a host other than HOST
+# With MAX_RESTARTS=3 the training resumes by itself, up to three times, after a process died or a host other than HOST
 # was started again. It is 0 else, as torchrun would repeat the user's mistakes too, and one host could then wait ten
 # minutes for another. LOCAL_ADDR, GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME come from the route to HOST, unless set.
 set -euo pipefail
@@ -21,7 +21,7 @@ fail() {
 }
 
 if [ "${MAX_RESTARTS:=0}" -gt 0 ] && [[ " $* " == *" --restart "* ]]; then
-    fail "leave --restart or MAX_RESTARTS out: each restart of the processes would begin afresh."
+    fail "leave --restart or MAX_RESTARTS out: each restart of the processes would start over."
 fi
 
 host=${RENDEZVOUS%:*}

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # For: a study whose trials are too large for one GPU: each trial is trained on all GPUs of this host together.
 # On: one host with several GPUs; PROCESSES says how many (default: all).
-# How long: trials times the time of a run. The same command goes on after any interruption, on any number of GPUs.
+# How long: trials times the time of a run. The same command resumes after any interruption, on any number of GPUs.
 # Usage: launch/study_ddp.sh --trials 50 --data DIR [any setting of `python -m matchai.tune --help-all` but --workers]
 # NOT TRIED on GPUs; tried on two CPU processes (ACCELERATE_USE_CPU=1 PROCESSES=2).
 set -euo pipefail

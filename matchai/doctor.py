@@ -1,4 +1,4 @@
-"""`python -m matchai.doctor [--data DIR]`: says whether a training with these flags would start, and what to mend."""
+"""`python -m matchai.doctor [--data DIR]`: says whether a training with these flags would start, and what to fix."""
 
 import sys
 from collections.abc import Iterator
@@ -52,7 +52,7 @@ def _check(config: DoctorConfig) -> Iterator[Finding]:
     if loading.status == "problem":
         yield from () if loading is fit else (loading,)
         yield from check_launcher(0)
-        yield Finding("warning", "Devices, encoder and data are not examined", "mend the packages first")
+        yield Finding("warning", "Devices, encoder and data are not examined", "fix the packages first")
         return
     yield loading
     yield check_extras()

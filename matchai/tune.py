@@ -85,7 +85,7 @@ def _say_how_it_ended(plan: "Plan", display: Any, received: signal.Signals | Non
             display.say(f"Train it: {display.answer['command']}")
         display.say(f"Report: {plan.folder / 'report.html'}")
     elif received is not None:
-        display.say(f"Stopped by {received.name}, all saved in {plan.folder}; the same command goes on from there.")
+        display.say(f"Stopped by {received.name}, all saved in {plan.folder}; the same command resumes from there.")
 
 
 def _report(plan: "Plan") -> int:

@@ -13,7 +13,7 @@ from matchai.system import preparing_threads, write_whole
 
 # Seconds that a file must have rested before its hash is remembered. The clock of a file system is coarse, and what is
 # written through a memory map is stamped when the page is first touched, so a young file can change unseen; Linux
-# writes such pages back after about 35 s, and stamps the next change of them anew.
+# writes such pages back after about 35 s, and stamps the next change of them again.
 SETTLED = 60.0
 MOST = 20_000  # files that a memory knows; such a memory takes 3 MB
 LISTED = 100  # files whose hashes a run records one by one: a YAML file of thousands takes seconds to read

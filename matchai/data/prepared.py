@@ -133,7 +133,7 @@ def prepare(
     Args:
         sets: Where the slices lie.
         digests: The `fingerprint` of their files.
-        cache: Folder of cache entries; an entry that is damaged is made anew.
+        cache: Folder of cache entries; an entry that is damaged is made again.
         settings: Those that the sets were opened with; they say classes, window and size.
         progress: Told (slices done, slices in all).
 

@@ -65,7 +65,7 @@ class SliceSet(Protocol):
         """What its masks may hold and how to mend others, the end of a sentence."""
 
     def close(self) -> None:
-        """Frees what reading has opened; what is read later is opened anew."""
+        """Frees what reading has opened; what is read later is opened again."""
 
 
 def numbers_of(num_classes: int, background_class: int) -> dict[int, int]:

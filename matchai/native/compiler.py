@@ -49,7 +49,7 @@ def _cause(error: Exception) -> str:
 
 
 def _build(compiler: list[str]) -> ctypes.CDLL:
-    """The library, from the user's cache or compiled anew, and kept there if it can be."""
+    """The library, from the user's cache or compiled again, and kept there if it can be."""
     kept = _folder() / f"kernels-{_fingerprint(compiler)}.so"
     with contextlib.suppress(OSError):
         return ctypes.CDLL(str(kept))

@@ -2,8 +2,8 @@
 
 What torch does in several passes through memory, one layer after another, these do in one: on two cores a training step
 of the recipe is bound by memory outside its convolutions. torch.compile was tried for the same end and was slower than
-torch's single operations (docs/explanation/performance.md). The sources lie in `matchai/native/cpp/`; without a compiler, torch's
-operations do the same work.
+torch's single operations (docs/explanation/performance.md). The sources lie in `matchai/native/cpp/`; without a
+compiler, torch's operations do the same work.
 """
 
 import ctypes

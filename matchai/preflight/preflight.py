@@ -76,7 +76,7 @@ def check_training(config: TrainConfig, pictures: Path) -> Iterator[Finding]:
     if config.input.data is None:
         yield Finding("ok", "Data: none named, so training takes the built-in synthetic phantom")
     elif wrong:
-        yield Finding("warning", "The data are not examined", "mend the settings first")
+        yield Finding("warning", "The data are not examined", "fix the settings first")
     else:
         try:
             data = yield from _check_data(config, device, pictures)

@@ -261,4 +261,4 @@ def _read_json(path: Path, *, is_lines: bool = False) -> Any:
         text = path.read_text(encoding="utf-8")
         return [json.loads(line) for line in text.splitlines()] if is_lines else json.loads(text)
     except (OSError, ValueError):
-        raise InputError(f"{path} cannot be read as the JSON that a run writes; restore it, or train anew.") from None
+        raise InputError(f"{path} cannot be read as the JSON that a run writes; restore it, or train again.") from None

@@ -58,4 +58,4 @@ def loading_advice(share: float, num_workers: int, num_local_processes: int) -> 
     # workers that load in the time that the rest of a step takes
     need = (num_workers or share) / (1 - min(share, 0.99))
     number = min(most, max(num_workers + 1, math.ceil(need)))
-    return f"{found}: load with --num-workers {number} (stop the run; the same command with it goes on from there)."
+    return f"{found}: load with --num-workers {number} (stop the run; the same command with it resumes from there)."

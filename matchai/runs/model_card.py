@@ -23,7 +23,7 @@ def write_card(facts: RunFacts, path: Path) -> None:
         InputError: If the card that is there was edited.
     """
     if path.exists() and not _is_as_written(path):
-        raise InputError(f"{path} was edited by hand, so it is left as it is; move it away to have it written anew.")
+        raise InputError(f"{path} was edited by hand, so it is left as it is; move it away to have it written again.")
     text = render_card(facts)
     seal = hashlib.sha256(text.encode()).hexdigest()
     write_whole(path, f"{text}\n<!-- written by matchai, seal {seal} -->\n".encode())

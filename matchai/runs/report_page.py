@@ -27,13 +27,13 @@ def write_page(facts: RunFacts, path: Path, *, redraw: bool = True) -> None:
     Args:
         facts: Of the run.
         path: The HTML file.
-        redraw: Draws what the history alone gives anew for the page, as the pictures in the folder may be older.
+        redraw: Draws what the history alone gives again for the page, as the pictures in the folder may be older.
     """
     write_whole(path, render(facts, read_pictures(facts, redraw=redraw)).encode())
 
 
 def read_pictures(facts: RunFacts, *, redraw: bool) -> dict[str, bytes]:
-    """The run's pictures, PNGs by name; those that need no slices drawn anew where that is asked for."""
+    """The run's pictures, PNGs by name; those that need no slices drawn again where that is asked for."""
     pictures = {path.stem: path.read_bytes() for path in sorted((facts.folder / "figures").glob("*.png"))}
     if redraw and facts.history:
         # matplotlib takes half a second to import

@@ -283,8 +283,8 @@ def check_experiment(output: Path, config: TrainConfig, record: dict[str, Any]) 
     differences += [f"the content of {name} is another" for name in changed]
     if differences:
         raise InputError(
-            f"{output} holds another experiment: {'; '.join(differences)}. Name another folder with --output, or begin "
-            "afresh with --restart, which moves the old run aside."
+            f"{output} holds another experiment: {'; '.join(differences)}. Name another folder with --output, or start "
+            "over with --restart, which moves the old run aside."
         )
 
 

@@ -83,12 +83,12 @@ def run(
     display: Display | None = None,
     draw_every: float = DRAW_EVERY,
 ) -> RunResult:
-    """Trains, or goes on with, the run in the output folder.
+    """Trains, or resumes, the run in the output folder.
 
     Args:
         config: All settings.
         on_epoch: Called on every process with the history row of each epoch: after it, once its state is saved, and
-            when a run goes on first for all epochs that it has behind it, so that no row is missed whenever a process
+            when a run resumes first for all epochs that it has behind it, so that no row is missed whenever a process
             was killed. An exception ends the run, which stays resumable.
         on_step: Called on every process after each step, and each batch of a validation pass, with the steps done and
             their total.
@@ -174,7 +174,7 @@ class Trainer:
         if is_resumed:
             done = self.progress.meter.consumed
             self.display.say(
-                f"Going on with {self.output} at epoch {len(self.progress.history) + 1} of {epochs}, draw {done}."
+                f"Resuming {self.output} at epoch {len(self.progress.history) + 1} of {epochs}, draw {done}."
             )
         if self.config.machine.tracker:
             self.accelerator.init_trackers("matchai")
@@ -273,7 +273,7 @@ class Trainer:
         if self.unsaved is not None:
             raise InputError(
                 f"The training has come to step {self.training.step}, but {self.output} does not hold all of it "
-                f"({self.unsaved}); make room there and give the same command again, which goes on from the last state "
+                f"({self.unsaved}); make room there and give the same command again, which resumes from the last state "
                 "that was saved."
             )
 
@@ -286,7 +286,7 @@ class Trainer:
                 checkpoint.publish_best(self.output, self.progress.best)
         except OSError as error:
             self.unsaved = error.strerror
-            self.display.warn(f"the history could not be written ({error.strerror}); the next start makes it anew.")
+            self.display.warn(f"the history could not be written ({error.strerror}); the next start writes it again.")
 
     def _draw(self, *, final: bool, confusions: Counts | None = None) -> None:
         """Draws the figures, of the best weights at the end, of the current ones on the way."""
@@ -348,7 +348,7 @@ class Trainer:
             reason = f"by {self.stop.received.name}" if self.stop.received else "as another process was asked to,"
             self.display.say(
                 f"Stopped {reason} at step {self.training.step}, all saved in {self.output}; "
-                "the same command goes on from there."
+                "the same command resumes from there."
             )
             return
         best = history[(self.progress.best_epoch or 1) - 1]

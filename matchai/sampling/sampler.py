@@ -167,7 +167,7 @@ class DistributedWeightedSampler(Sampler[list[int]]):
         """Yields this process's share of each remaining step as a list of `Draw`; a share may be empty."""
         if self.consumed >= self.num_samples:
             if not self._is_used_up:
-                warnings.warn(f"Epoch {self.epoch} is used up; call set_epoch to go on.", stacklevel=2)
+                warnings.warn(f"Epoch {self.epoch} is used up; call set_epoch to continue.", stacklevel=2)
             self._is_used_up = True
         while self.consumed < self.num_samples:
             size = min(self.batch_size, self.num_samples - self.consumed)

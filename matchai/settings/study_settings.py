@@ -90,5 +90,5 @@ def refuse_restart(config: TrainConfig) -> None:
     """
     if config.run.restart:
         raise InputError(
-            "--restart is not taken here: a study always goes on; for a new one name another --study-name."
+            "--restart is not taken here: a study always resumes; for a new one name another --study-name."
         )

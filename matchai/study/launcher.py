@@ -133,7 +133,7 @@ def _listen(slots: list[_Slot], display: StudyDisplay) -> None:
         elif event["kind"] == "begin":
             slot.keys.add(event["key"])
         elif event["kind"] == "epoch" and event["epoch"] > slot.epochs.get(event["key"], 0):
-            # a run that goes on tells its old epochs again
+            # a resumed run tells its old epochs again
             slot.epochs[event["key"]], slot.deaths = event["epoch"], 0
         display.hear(event)
 
@@ -155,7 +155,7 @@ def _reap(slot: _Slot, display: StudyDisplay, is_stopping: bool) -> int:
         slot.is_over = True
         display.say(f"worker {slot.number} ended {how} {MAX_DEATHS} times without an epoch in between; it is given up")
         return 1
-    display.say(f"worker {slot.number} ended {how}; another takes its place, and its trial goes on")
+    display.say(f"worker {slot.number} ended {how}; another takes its place, and its trial resumes")
     return 0
 
 

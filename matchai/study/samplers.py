@@ -1,7 +1,7 @@
 """The search of a study: which settings a trial gets, and when a trial is given up.
 
-A proposal is a pure function of (seed, trial number, finished and running trials): its search sampler is made anew for
-each trial and seeded by its number, so a restarted study goes on as if it had not stopped, and no two workers draw
+A proposal is a pure function of (seed, trial number, finished and running trials): its search sampler is made again for
+each trial and seeded by its number, so a restarted study continues as if it had not stopped, and no two workers draw
 alike. A pruner's verdict is a pure function of the trial's values and of the finished trials.
 """
 

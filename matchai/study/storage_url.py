@@ -178,7 +178,7 @@ def check_file(file: Path, *, is_sole: bool) -> None:
     real = file.resolve()
     if not real.exists() or real.stat().st_size == 0:
         return
-    # a write-ahead log that nobody has open would be made anew, and stay, if the file were opened in the usual way
+    # a write-ahead log that nobody has open would be made again, and stay, if the file were opened in the usual way
     is_idle = is_sole and _has_log_mode(real) and not Path(f"{real}-wal").exists()
     try:
         _check_database(file, "immutable=1" if is_idle else "mode=ro")

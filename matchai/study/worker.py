@@ -52,7 +52,7 @@ Tell = Callable[[dict[str, Any]], None]
 
 
 class BrokenError(FailedError):
-    """The study cannot go on here; everything is resumable."""
+    """The study cannot continue here; everything is resumable."""
 
 
 class _HopelessError(Exception):
@@ -245,7 +245,7 @@ class Worker:
             if self.memory_errors_in_row >= MAX_MEMORY_ERRORS_IN_ROW:
                 raise BrokenError(
                     f"Trial after trial is out of memory, the last {_title(task)} ({reason}): free some, or give a "
-                    "smaller --batch-size, --image-size or --encoder to another --study-name; the same command goes on."
+                    "smaller --batch-size, --image-size or --encoder to another --study-name; the same command resumes."
                 )
             how = self._failed(f"out of memory: {reason}")
             if is_group and self.tables:
@@ -257,11 +257,11 @@ class Worker:
                 self.failed_in_row += 1
                 how = _End(None, words=f"failed after three errors, to be replaced: {reason}")
         if is_group:
-            raise BrokenError(f"{_title(task)} ended all processes ({reason}); the same command goes on from there.")
+            raise BrokenError(f"{_title(task)} ended all processes ({reason}); the same command resumes from there.")
         if self.errors_in_row >= MAX_ERRORS_IN_ROW or self.failed_in_row >= MAX_FAILED_IN_ROW:
             raise BrokenError(
-                f"Too many errors in a row, the last in {_title(task)} ({reason}): mend that, and the same command "
-                "goes on."
+                f"Too many errors in a row, the last in {_title(task)} ({reason}): fix that, and the same command "
+                "resumes."
             )
         return how
 
@@ -269,7 +269,7 @@ class Worker:
         value = row[self.plan.settings.objective]
         self._say(task, "epoch", epoch=row["epoch"], value=value)
         self.epochs, self.seconds = row["epoch"], self.seconds + row["seconds"]
-        if row["epoch"] > self.seen.get(task.key, 0):  # a run that goes on tells its old epochs again
+        if row["epoch"] > self.seen.get(task.key, 0):  # a resumed run tells its old epochs again
             self.seen[task.key], self.errors_in_row = row["epoch"], 0
         if not task.is_confirmation and decide(lambda: self._table(task).report(task, row)):
             raise _HopelessError

@@ -68,4 +68,4 @@ class StoppedError(StoreError):
 
 
 class LockLostError(StoreError):
-    """A server's connection broke while its lock was held; take the lock again and decide anew."""
+    """A server's connection broke while its lock was held; take the lock again and decide again."""

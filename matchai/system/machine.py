@@ -97,7 +97,7 @@ def preparing_threads() -> int:
 def keep_heap() -> None:
     """Lets glibc keep freed activations instead of handing them back to the system after every step.
 
-    Mapping and clearing them anew took half of a training step at 384² on the measured two-core CPU. Does nothing on
+    Mapping and clearing them again took half of a training step at 384² on the measured two-core CPU. Does nothing on
     other C libraries, nor where the user set glibc's own variables.
     """
     if not sys.platform.startswith("linux") or any(name.startswith("MALLOC_") for name in os.environ):

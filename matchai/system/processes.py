@@ -76,7 +76,7 @@ def check_launch(num_processes: int) -> None:
 
 
 def num_restarts() -> int:
-    """How many times torchrun, or Slurm, has started this very command anew."""
+    """How many times torchrun, or Slurm, has started this very command again."""
     return sum(int(os.environ.get(name) or 0) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
 
 
@@ -128,7 +128,7 @@ def end_with_launcher() -> None:
     """Asks the kernel for a signal when the launcher dies, so that a killed launcher leaves no process training on.
 
     SIGTERM, at which all processes save and end. Where other hosts have launchers of their own it is SIGKILL, as theirs
-    are to go on, not to be asked to stop. Linux only; elsewhere nothing happens.
+    are to continue, not to be asked to stop. Linux only; elsewhere nothing happens.
 
     Raises:
         InputError: If the launcher is gone already.
@@ -140,7 +140,7 @@ def end_with_launcher() -> None:
         with contextlib.suppress(OSError):
             # whoever adopts orphans is no Python program; a launcher that is a container's first process is one
             if os.getppid() == 1 and b"python" not in Path("/proc/1/cmdline").read_bytes():
-                raise InputError("The launcher has ended before this process began; start anew.")
+                raise InputError("The launcher has ended before this process began; start again.")
 
 
 def end_with_parent(number: int = signal.SIGTERM) -> bool:
@@ -264,7 +264,7 @@ def lost_process_message() -> str:
     """One sentence for the process that lost another."""
     return (
         f"Process {dist.get_rank()} of {dist.get_world_size()} on {socket.gethostname()} lost another: it has ended or "
-        "did not answer within --collective-timeout. Nothing else is lost: the same command goes on from the last "
+        "did not answer within --collective-timeout. Nothing else is lost: the same command resumes from the last "
         "saved state, on as many processes as you like."
     )
 
@@ -278,7 +278,7 @@ def leave_group() -> None:
 
 
 def check_agreement(values: dict[str, Any], remedy: str) -> None:
-    """Refuses to go on where processes disagree on what must be one.
+    """Stops where processes disagree on what must be one.
 
     Args:
         values: What this process has, by name; the same names on all.

@@ -204,7 +204,7 @@ def load_state(folder: Path) -> State | None:
                 (last / one).rename(last / f".{one}.damaged")
         return state
     if names:
-        raise InputError(f"No state in {last} is whole; start afresh with --restart, which moves the old run aside.")
+        raise InputError(f"No state in {last} is whole; start over with --restart, which moves the old run aside.")
     return None
 
 

@@ -33,7 +33,7 @@ _PIECE = 16 * 2**20  # bytes that are turned and written at once
 class FileVoxels:
     """A 3-D array in a file, the first axis running fastest; opened at first use, from any thread.
 
-    It is mapped anew for each piece that is read, so that a large file does not count as this process's memory.
+    It is mapped again for each piece that is read, so that a large file does not count as this process's memory.
 
     Args:
         provide: Gives the open file; called once, and again after `close`.

@@ -146,7 +146,7 @@ def test_the_training_goes_on_by_itself_when_a_lost_host_comes_back(
         assert stays.wait(timeout=60) == 0
     finally:
         print(logs[0].read_text(), (tmp_path / "back.log").read_text())
-    assert "Going on with" in logs[0].read_text() + (tmp_path / "back.log").read_text()
+    assert "Resuming" in logs[0].read_text() + (tmp_path / "back.log").read_text()
     assert epochs_in(tmp_path / "run") == list(range(1, 9))
 
 
@@ -193,7 +193,7 @@ def test_a_slurm_job_that_is_given_notice_saves_and_is_queued_again_and_goes_on(
     assert 0 < len(epochs_in(tmp_path / "run")) < 8
 
     assert start(command, log, **job).wait(timeout=120) == 0
-    assert "Going on with" in log.read_text()
+    assert "Resuming" in log.read_text()
     assert epochs_in(tmp_path / "run") == list(range(1, 9))
     assert (tmp_path / "requeued").read_text() == "7\n"
 

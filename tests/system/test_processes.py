@@ -257,7 +257,7 @@ def test_under_torchrun_a_killed_process_is_started_again_and_the_run_ends_as_if
     finally:
         launcher.kill()
     assert launcher.returncode == 0, said
-    assert "Going on with" in said[0]
+    assert "Resuming" in said[0]
     assert history(output) == history(finished)
     assert weights(output)[0] == weights(finished)[0]
 
