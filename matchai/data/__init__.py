@@ -4,7 +4,6 @@ from typing import TYPE_CHECKING
 
 from matchai.system.lazy import lazy_exports
 
-# fmt: off
 if TYPE_CHECKING:
     from matchai.data.arrays import ArraySet, open_sets
     from matchai.data.augmentation import Augmentation
@@ -29,4 +28,3 @@ __all__ = [
     "for_each_slice", "group_slices", "inspect_slice", "mirrored", "open_sets", "phantom_slices", "prepare", "quantise",
     "read_data", "read_groups", "refuse_unfit", "resize", "window", "write_phantom",
 ]
-# fmt: on

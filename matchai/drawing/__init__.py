@@ -4,7 +4,6 @@ from typing import TYPE_CHECKING
 
 from matchai.system.lazy import lazy_exports
 
-# fmt: off
 if TYPE_CHECKING:
     from matchai.drawing.figures import (
         DPI, GRID, INK, MUTED, PALETTE, PAPER, TRAIN_COLOR, VAL_COLOR, class_colors, draw_confusion_matrix,
@@ -19,4 +18,3 @@ __all__ = [
     "Piece", "Points", "Section", "Table", "Text", "class_colors", "draw_confusion_matrix", "draw_dice_per_class",
     "draw_learning_curves", "draw_panels", "fill_panel", "render_page", "save_figure", "style_chart",
 ]
-# fmt: on

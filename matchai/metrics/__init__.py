@@ -4,7 +4,6 @@ from typing import TYPE_CHECKING
 
 from matchai.system.lazy import lazy_exports
 
-# fmt: off
 if TYPE_CHECKING:
     from matchai.metrics.bootstrap import MAX_UNDEFINED, MIN_GROUPS, NUM_RESAMPLES, Bootstrap, Interval
     from matchai.metrics.confusion import (
@@ -24,4 +23,3 @@ __all__ = [
     "describe", "dice_per_class", "iou_per_class", "mean_along", "mean_defined", "notebook_dice",
     "precision_per_class", "recall_per_class", "slice_rows", "summarise", "surface_distances", "volume_rows",
 ]
-# fmt: on

@@ -4,7 +4,6 @@ from typing import TYPE_CHECKING
 
 from matchai.system.lazy import lazy_exports
 
-# fmt: off
 if TYPE_CHECKING:
     from matchai.model.cpu_layers import use_cpu_layers
     from matchai.model.dropout import KeyedDropPath, KeyedDropout, KeyedLayer, key_dropout, keyed_layers, set_dropout
@@ -22,4 +21,3 @@ __all__ = [
     "keyed_layers", "set_dropout", "smp", "soften", "synchronise", "synchronise_processes", "use_cpu_layers",
     "weights_place",
 ]
-# fmt: on

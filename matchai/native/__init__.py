@@ -4,11 +4,9 @@ from typing import TYPE_CHECKING
 
 from matchai.system.lazy import lazy_exports
 
-# fmt: off
 if TYPE_CHECKING:
     from matchai.native import compiler, library
 else:
     __getattr__, __dir__ = lazy_exports(__name__)
 
 __all__ = ["compiler", "library"]
-# fmt: on

@@ -4,7 +4,6 @@ from typing import TYPE_CHECKING
 
 from matchai.system.lazy import lazy_exports
 
-# fmt: off
 if TYPE_CHECKING:
     from matchai.prediction.evaluation import evaluate
     from matchai.prediction.export_formats import pack_onnx, pack_safetensors
@@ -18,4 +17,3 @@ __all__ = [
     "Predictor", "SliceResult", "VolumeResult", "evaluate", "load_model", "pack_onnx", "pack_safetensors",
     "predict", "predict_volume", "uncertainty",
 ]
-# fmt: on

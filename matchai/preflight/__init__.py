@@ -4,7 +4,6 @@ from typing import TYPE_CHECKING
 
 from matchai.system.lazy import lazy_exports
 
-# fmt: off
 if TYPE_CHECKING:
     from matchai.preflight.preflight import check_training
     from matchai.preflight.software import (
@@ -16,4 +15,3 @@ else:
 __all__ = [
     "Finding", "check_extras", "check_launcher", "check_loading", "check_packages", "check_torch", "check_training",
 ]
-# fmt: on

@@ -4,7 +4,6 @@ from typing import TYPE_CHECKING
 
 from matchai.system.lazy import lazy_exports
 
-# fmt: off
 if TYPE_CHECKING:
     from matchai.runs.facts import RunFacts, read_facts
     from matchai.runs.model_card import CARD, write_card
@@ -18,4 +17,3 @@ __all__ = [
     "CARD", "PAGE", "OnEpoch", "OnStep", "RunFacts", "RunResult", "Setup", "Trainer", "on_main_first", "read",
     "read_facts", "run", "versions", "write_card", "write_page",
 ]
-# fmt: on

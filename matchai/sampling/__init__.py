@@ -4,7 +4,6 @@ from typing import TYPE_CHECKING
 
 from matchai.system.lazy import lazy_exports
 
-# fmt: off
 if TYPE_CHECKING:
     from matchai.sampling.draws import BalancedDraws, DistinctDraws, IndependentDraws
     from matchai.sampling.sampler import DistributedWeightedSampler, Draw, collate, micro_shares, share, slice_weights
@@ -15,4 +14,3 @@ __all__ = [
     "BalancedDraws", "DistinctDraws", "DistributedWeightedSampler", "Draw", "IndependentDraws", "collate",
     "micro_shares", "share", "slice_weights",
 ]
-# fmt: on

@@ -4,7 +4,6 @@ from typing import TYPE_CHECKING
 
 from matchai.system.lazy import lazy_exports
 
-# fmt: off
 if TYPE_CHECKING:
     from matchai.settings import parsing
     from matchai.settings.command_settings import (
@@ -24,4 +23,3 @@ __all__ = [
     "TuneConfig", "check", "check_study", "given", "load_mapping", "parse", "parse_interval", "parse_label_map",
     "parse_settings", "parsing", "refuse_restart",
 ]
-# fmt: on

@@ -4,7 +4,6 @@ from typing import TYPE_CHECKING
 
 from matchai.system.lazy import lazy_exports
 
-# fmt: off
 if TYPE_CHECKING:
     from matchai.study.confirmation import Confirmation, best_file, draw_report
     from matchai.study.launcher import STOPPED, supervise, work
@@ -23,4 +22,3 @@ __all__ = [
     "Verdict", "Worker", "best_file", "default_space", "draw_report", "judge", "load_space", "make_plan",
     "open_store", "supervise", "work",
 ]
-# fmt: on

@@ -4,7 +4,6 @@ from typing import TYPE_CHECKING
 
 from matchai.system.lazy import lazy_exports
 
-# fmt: off
 if TYPE_CHECKING:
     from matchai.system import machine
     from matchai.system.command import INTERRUPTED, MISTAKE, print_problems, run_command
@@ -39,4 +38,3 @@ __all__ = [
     "preparing_threads", "print_problems", "refuse_launch", "run_command", "seed_sequence", "set_threads",
     "share_error", "show_evaluation", "sync_file", "sync_folder", "write_whole",
 ]
-# fmt: on

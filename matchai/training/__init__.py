@@ -4,7 +4,6 @@ from typing import TYPE_CHECKING
 
 from matchai.system.lazy import lazy_exports
 
-# fmt: off
 if TYPE_CHECKING:
     from matchai.training import checkpoint
     from matchai.training.build import (
@@ -25,4 +24,3 @@ __all__ = [
     "load_about", "load_state", "load_weights", "pack_weights", "predict", "restore", "save_state",
     "slice_weights_of", "step_problems", "train_epoch", "validate",
 ]
-# fmt: on

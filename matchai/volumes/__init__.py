@@ -4,7 +4,6 @@ from typing import TYPE_CHECKING
 
 from matchai.system.lazy import lazy_exports
 
-# fmt: off
 if TYPE_CHECKING:
     from matchai.volumes import nifti
     from matchai.volumes.grid import GridVolume, check_same_geometry
@@ -26,4 +25,3 @@ __all__ = [
     "file_labels", "format_shape", "implausible_range", "kind_of", "natural_key", "nifti", "open_array", "open_nifti",
     "open_pictures", "open_volume", "pictures_in", "read_picture_header", "rescaled", "turn",
 ]
-# fmt: on
