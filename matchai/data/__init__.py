@@ -1,4 +1,4 @@
-"""From a folder to prepared slices: reading, checking, caching, splitting by group, augmentation."""
+"""From a folder to prepared slices: `arrays` opens every format for training; then caching, splits, augmentation."""
 
 from typing import TYPE_CHECKING
 

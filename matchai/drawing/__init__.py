@@ -1,4 +1,4 @@
-"""Charts and self-contained HTML pages, of no subject of their own."""
+"""Charts and self-contained HTML pages, for the reports of runs, studies and evaluations."""
 
 from typing import TYPE_CHECKING
 

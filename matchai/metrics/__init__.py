@@ -1,4 +1,4 @@
-"""What is counted and what follows: Dice and its relatives from confusion counts, intervals, surface distances."""
+"""Dice and other metrics from confusion counts, bootstrap intervals, surface distances."""
 
 from typing import TYPE_CHECKING
 

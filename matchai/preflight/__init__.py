@@ -1,4 +1,4 @@
-"""What `python -m matchai.doctor` looks at before a training: packages, hardware, data."""
+"""What `python -m matchai.doctor` checks before a training: packages, hardware, data."""
 
 from typing import TYPE_CHECKING
 

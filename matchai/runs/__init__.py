@@ -1,4 +1,4 @@
-"""A training run from first to last: the trainer, its folder, its report and model card."""
+"""A training run from first to last: the trainer, which picks the best epoch; the run's folder, report, model card."""
 
 from typing import TYPE_CHECKING
 

@@ -25,19 +25,20 @@ class RunSettings:
     """What to run, and where the results go."""
 
     preset: Literal["recipe", "quick", "study"] = "recipe"
-    """The settings to start from: `recipe` (as published), `quick` (small, for a first look) or `study` (smaller
-    still). Without it: `recipe` if --data is given, otherwise `quick`, or `study` for a study."""
+    """The settings to start from: `recipe` (the full settings: EfficientNet-B3, 384 px, 60 epochs, ImageNet weights),
+    `quick` (small, for a first look) or `study` (smaller still). Without it: `recipe` if --data is given, otherwise
+    `quick`, or `study` for a study."""
     config: Path | None = None
     """A YAML file of settings, such as the config.yaml of another run. Flags override it."""
     output: Path | None = None
     """Folder of the run (default: runs/PRESET) or of the study (default: studies/NAME). Running the same command again
     resumes what is there."""
     restart: bool = False
-    """Start the run over. The old run is moved aside, never deleted. Studies do not accept it."""
+    """Start the run over. The old run is moved aside, never deleted. Not available for a study."""
     init: Path | None = None
     """Start from the best weights of another run: its folder, or a best.safetensors file."""
     seed: int = _number(0, 0, 2**63 - 1)
-    """Seed for everything random: initial weights, split, order of slices, augmentation, drop path."""
+    """Random seed of initial weights, split, sampling, augmentation and drop path."""
     deterministic: bool = False
     """Reproduce results bit for bit, at lower speed: on CPUs with any number of processes, on CUDA with the same number
     of processes."""
@@ -75,11 +76,11 @@ class InputSettings:
     lesion_classes: tuple[str, ...] = ("ground glass", "consolidation")
     """The classes whose mean Dice is the lesion Dice."""
     hu_window: tuple[float, float] = (-1500.0, 500.0)
-    """Lowest and highest pixel value, in HU. Values outside are clipped to them."""
+    """Lowest and highest value in HU; values outside are clipped."""
     image_size: int = _number(384, 32, 4096)
     """Height and width that slices are resized to, in pixels; a multiple of 32."""
     val_fraction: float = _number(0.2, above=0.0, high=0.9)
-    """Share of the slices used for validation, above 0 and up to 0.9. Groups are never split."""
+    """Share of the slices used for validation, above 0 and up to 0.9. Groups (patients or volumes) are never split."""
     folds: int = _number(0, 0, 1000)
     """Number of folds of a grouped K-fold split. 0: a single split."""
     fold: int = _number(0, 0, 999)
@@ -134,11 +135,11 @@ class SamplingSettings:
     batch_size: int = _number(6, 1, 65536)
     """Slices per optimiser step, over all processes and micro-batches."""
     accumulate: int = _number(1, 1, 65536)
-    """Number of micro-batches that each step is split into, to save memory."""
+    """Gradient accumulation: micro-batches per step. It saves memory, but batch norm sees smaller batches."""
     sampler_weight: float = _number(3.0, above=0.0)
-    """How many times as often a slice with a target class is drawn as a slice without one."""
+    """Sampling weight of slices that show a target class; other slices have weight 1."""
     target_classes: tuple[str, ...] = ("consolidation",)
-    """A slice with a pixel of any of these classes is a target slice of the sampler."""
+    """The classes whose slices are drawn more often."""
 
 
 @dataclass(frozen=True)
@@ -179,7 +180,7 @@ class OptimisationSettings:
     epochs: int = _number(60, 1, 1_000_000)
     """Number of epochs. Each draws as many slices as there are for training."""
     max_lr: float = _number(5e-4, above=0.0)
-    """Peak learning rate of the one-cycle schedule, which starts at a 25th of it."""
+    """Peak learning rate of the one-cycle schedule, which starts at max_lr / 25."""
     weight_decay: float = _number(1e-4, 0)
     """Weight decay of AdamW."""
     clip_grad_norm: float = _number(0.0, 0)
@@ -188,8 +189,8 @@ class OptimisationSettings:
     """Decay per step of an exponential moving average of the weights, below 1. If used, the averaged weights are
     validated and kept. 0: none."""
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
-    """Precision of the forward pass; no is fp32. auto: what the launcher asks for, else bf16 where the device computes
-    it natively, else fp16 on CUDA, else no."""
+    """Precision of the forward pass; no is fp32. auto: the launcher's choice, otherwise bf16 if the hardware supports
+    it, otherwise fp16 on CUDA, otherwise no (float32)."""
 
 
 @dataclass(frozen=True)
@@ -197,7 +198,7 @@ class MachineSettings:
     """What may differ between machines without changing the experiment."""
 
     num_workers: int | None = _number(None, 0, 1024)
-    """Data loader processes of each training process (default: chosen by cores and device)."""
+    """DataLoader workers per process (default: by cores and device)."""
     save_every: str = "60s"
     """How often the resumable state is saved within an epoch: seconds (60s), minutes (5min) or steps (200)."""
     collective_timeout: float = _number(600.0, above=0.0)

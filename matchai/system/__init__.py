@@ -1,4 +1,4 @@
-"""The machine below: errors, files that are whole or absent, the terminal, processes, memory and threads."""
+"""What all other wings use: errors, whole files, locks, the terminal, processes and stop signals, memory, threads."""
 
 from typing import TYPE_CHECKING
 

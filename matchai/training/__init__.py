@@ -1,4 +1,4 @@
-"""The training loop: a step, an epoch, a validation pass, and the state that a run resumes from."""
+"""The training loop: a step, an epoch, a validation pass, and the state that a run saves and resumes from."""
 
 from typing import TYPE_CHECKING
 

@@ -182,7 +182,7 @@ def test_a_signal_to_one_process_stops_all_of_them_in_training_and_in_validation
             said = [process.communicate(timeout=60) for process in processes]
             assert time.monotonic() - began < 30  # ten seconds of work, on a machine that does other things too
             assert [process.returncode for process in processes] == [0, 0], said
-            assert "goes on from there" in said[0][0]
+            assert "resumes from there" in said[0][0]
         assert len(history(run)) < 2
         finish(2, arguments)
         assert history(run) == history(finished)
