@@ -19,7 +19,6 @@ def main(argv: list[str] | None = None, prog: str = "python -m matchai.evaluate"
     def work() -> int:
         settings = parse_settings(argv, DESCRIPTION, prog, EvaluateSettings)
         refuse_launch(prog)
-        settings.check()
         choose_waiting()
         # seconds of imports that --help does not need
         from matchai.prediction import evaluate  # noqa: PLC0415

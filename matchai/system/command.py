@@ -1,8 +1,7 @@
 """From what ends a command to one sentence and an exit status: the one place where that is decided."""
 
 import sys
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
 
 from matchai.system.errors import FailedError, InputError
 
@@ -12,9 +11,7 @@ FAILED, MISTAKE, INTERRUPTED = 1, 2, 130
 _MORE_MEMORY = "A batch needs more memory than there is; give a smaller --batch-size."
 
 
-def run_command(
-    work: Callable[[], int], left: str | Callable[[], str] = "Nothing was written.", memory: str = _MORE_MEMORY
-) -> int:
+def run_command(work: Callable[[], int], left: str = "Nothing was written.", memory: str = _MORE_MEMORY) -> int:
     """Runs a command, and prints a sentence for each problem that ends it; a fault in the program is raised.
 
     Args:
@@ -35,9 +32,9 @@ def run_command(
         return _end([_explain(error, memory)], FAILED)
     except OSError as error:
         what = f"{error.filename} cannot" if error.filename is not None else "A file cannot"
-        return _end([f"{what} be read or written ({error.strerror or error}). {_text(left)}"], FAILED)
+        return _end([f"{what} be read or written ({error.strerror or error}). {left}"], FAILED)
     except KeyboardInterrupt:
-        print(f"Stopped by Ctrl-C. {_text(left)}", file=sys.stderr)
+        print(f"Stopped by Ctrl-C. {left}", file=sys.stderr)
         return INTERRUPTED
     finally:
         if "torch.distributed" in sys.modules:
@@ -46,19 +43,15 @@ def run_command(
             leave_group()
 
 
-def print_problems(problems: Any) -> None:
+def print_problems(problems: Iterable[str]) -> None:
     """Prints the sentences of `problems` to stderr as errors."""
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
 
 
-def _end(problems: Any, status: int) -> int:
+def _end(problems: Iterable[str], status: int) -> int:
     print_problems(problems)
     return status
-
-
-def _text(left: str | Callable[[], str]) -> str:
-    return left if isinstance(left, str) else left()
 
 
 def _explain(error: RuntimeError, memory: str) -> str:

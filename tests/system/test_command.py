@@ -50,14 +50,3 @@ def test_a_fault_in_the_program_is_raised() -> None:
 
 def test_the_status_is_that_of_the_work() -> None:
     assert run_command(lambda: 7) == 7
-
-
-def test_what_is_left_is_looked_at_when_the_command_ends(capsys: pytest.CaptureFixture[str]) -> None:
-    done: list[str] = []
-
-    def work() -> int:
-        done.append("a")
-        raise KeyboardInterrupt
-
-    run_command(work, left=lambda: f"Done: {done}.")
-    assert capsys.readouterr().err == "Stopped by Ctrl-C. Done: ['a'].\n"
