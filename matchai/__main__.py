@@ -5,6 +5,8 @@ import importlib
 import sys
 from importlib import metadata
 
+from matchai.system import MISTAKE, print_problems, run_command
+
 COMMANDS = {
     "train": "trains a UNet++ on CT slices, or resumes a run",
     "tune": "searches for better settings, or resumes a study",
@@ -20,7 +22,11 @@ COMMANDS = {
 
 def main(argv: list[str] | None = None) -> int:
     """Hands the words after the command to it; returns its exit status, or 2 for an unknown command."""
-    argv = sys.argv[1:] if argv is None else argv
+    words = sys.argv[1:] if argv is None else argv
+    return run_command(lambda: _main(words))
+
+
+def _main(argv: list[str]) -> int:
     name, rest = (argv[0], argv[1:]) if argv else ("", [])
     if name in COMMANDS:
         status: int = importlib.import_module(f"matchai.{name}").main(rest, prog=f"matchai {name}")
@@ -32,11 +38,11 @@ def main(argv: list[str] | None = None) -> int:
         print("usage: matchai COMMAND ...\n\nSegments COVID-19 lesions in lung CT slices. For research only.\n")
         print("\n".join(f"  {command:<10}{does}" for command, does in COMMANDS.items()))
         print("\n`matchai COMMAND --help` shows the common settings of a command, `--help-all` all of them.")
-        return 0 if name else 2
+        return 0 if name else MISTAKE
     near = difflib.get_close_matches(name, COMMANDS, 1, 0.5)
     hint = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(COMMANDS)}."
-    print(f"error: There is no command {name!r}: {hint}", file=sys.stderr)
-    return 2
+    print_problems([f"There is no command {name!r}: {hint}"])
+    return MISTAKE
 
 
 if __name__ == "__main__":

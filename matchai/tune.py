@@ -90,7 +90,15 @@ def _say_how_it_ended(plan: "Plan", display: Any, received: signal.Signals | Non
 
 def _report(plan: "Plan") -> int:
     """Draws the report of a study as the store has it; writes nothing else."""
-    from matchai.study import Confirmation, Stage, TrialTable, best_file, draw_report, open_store  # noqa: PLC0415
+    from matchai.study import (  # noqa: PLC0415
+        Confirmation,
+        Stage,
+        TrialTable,
+        about_study,
+        best_file,
+        draw_report,
+        open_store,
+    )
 
     store = open_store(plan.settings.storage, may_create=False)
     if not store.has_study(plan.name):
@@ -98,7 +106,7 @@ def _report(plan: "Plan") -> int:
             f"{store.shown} holds no study {plan.name}, so there is nothing to report; run it first, or give its "
             "--study-name."
         )
-    about = TrialTable.about_study(store, plan.name)
+    about = about_study(store, plan.name)
     settings = dataclasses.replace(plan.settings, objective=about["objective"])
     plan = dataclasses.replace(plan, settings=settings, direction=about["direction"])
     names = [name for name in (f"{plan.name}-screen", plan.name) if store.has_study(name)]

@@ -62,6 +62,23 @@ def data(tmp_path: Path) -> Path:
     return folder
 
 
+@contextlib.contextmanager
+def unprivileged() -> Iterator[Path]:
+    """A folder of a user for whom permissions count, who the process is while the block runs: root may read all."""
+    folder = Path(tempfile.mkdtemp())
+    user = os.geteuid()
+    if user == 0:
+        os.chown(folder, 65534, -1)
+        os.seteuid(65534)
+    try:
+        yield folder
+    finally:
+        os.seteuid(user)
+        for path in folder.rglob("*"):
+            path.chmod(0o700)
+        shutil.rmtree(folder)
+
+
 def assert_global_randomness_is_untouched(work: Callable[[], Any]) -> None:
     """Asserts that `work` comes to the same whatever the global random states are, and leaves them as they were."""
     import torch

@@ -11,20 +11,21 @@ if TYPE_CHECKING:
     from matchai.data.dataset import (
         OF_VOLUMES, Data, built_in_phantom, digest_sets, group_slices, read_data, read_groups,
     )
-    from matchai.data.pairs import IMAGES
+    from matchai.data.pairs import IMAGE_FOLDERS
+    from matchai.data.inspection import inspect_slice, refuse_unfit
     from matchai.data.phantom import phantom_slices, write_phantom
     from matchai.data.prepared import (
-        STEPS, THUMBNAIL, SliceDataset, Slices, bytes_per_slice, for_each_slice, inspect_slice, prepare, quantise,
-        refuse_unfit, resize, window,
+        STEPS, THUMBNAIL, SliceDataset, Slices, bytes_per_slice, for_each_slice, prepare, quantise, resize, window,
     )
-    from matchai.data.slice_set import SliceSet, Target
+    from matchai.data.slice_set import SliceSet, Target, format_value
     from matchai.data.split import FoundGroups, assign_folds, find_groups
 else:
     __getattr__, __dir__ = lazy_exports(__name__)
 
 __all__ = [
-    "IMAGES", "OF_VOLUMES", "STEPS", "THUMBNAIL", "ArraySet", "Augmentation", "Data", "FoundGroups", "SliceDataset",
-    "SliceSet", "Slices", "Target", "assign_folds", "built_in_phantom", "bytes_per_slice", "digest_sets", "find_groups",
-    "for_each_slice", "group_slices", "inspect_slice", "mirrored", "open_sets", "phantom_slices", "prepare", "quantise",
-    "read_data", "read_groups", "refuse_unfit", "resize", "window", "write_phantom",
+    "IMAGE_FOLDERS", "OF_VOLUMES", "STEPS", "THUMBNAIL", "ArraySet", "Augmentation", "Data", "FoundGroups",
+    "SliceDataset", "SliceSet", "Slices", "Target", "assign_folds", "built_in_phantom", "bytes_per_slice",
+    "digest_sets", "find_groups", "for_each_slice", "format_value", "group_slices", "inspect_slice", "mirrored",
+    "open_sets", "phantom_slices", "prepare", "quantise", "read_data", "read_groups", "refuse_unfit", "resize",
+    "window", "write_phantom",
 ]

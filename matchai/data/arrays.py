@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from matchai.data.pairs import IMAGES, MASKS, holds_pairs, open_pairs
-from matchai.data.slice_set import SliceSet, Target, expected_numbers, read_numbers
+from matchai.data.pairs import find_layout, open_pairs
+from matchai.data.slice_set import ROUNDING, SliceSet, Target, expected_numbers, read_numbers
 from matchai.settings import InputSettings, parse_label_map
-from matchai.system import InputError, Problems
-from matchai.volumes import check_size, open_array, rescaled
+from matchai.system import InputError, Problems, is_there
+from matchai.volumes import axes_note, check_size, open_array, rescaled
 
 KNOWN_SETS = ("medseg", "radiopedia")
 """The sets that are looked for when none is named."""
@@ -66,6 +66,9 @@ class ArraySet:
         mask = np.asarray(self.masks[index])
         if mask.ndim == 2:
             return read_numbers(mask, self._numbers(num_classes), background_class)
+        if mask.dtype.kind == "f":
+            whole = np.rint(mask)
+            mask = np.where(np.abs(mask - whole) <= ROUNDING, whole, mask)
         wrong_values = [] if mask.dtype == bool else np.setdiff1d(mask, [0, 1, 255])[:5].tolist()
         if not wrong_values and mask.dtype != bool and (mask == 1).any() and (mask == 255).any():
             wrong_values = [255]
@@ -103,27 +106,31 @@ def open_sets(folder: Path, settings: InputSettings, scratch: Path | None = None
         InputError: With every problem found.
     """
     images_name, masks_name = settings.images_name, settings.masks_name
-    if not folder.is_dir():
+    if not (is_there(folder) and folder.is_dir()):
         what, example = "is a file" if folder.exists() else "does not exist", images_name.format(set=KNOWN_SETS[0])
         raise InputError(
-            f"The data folder {folder} {what}; --data takes the folder that holds {example}, or that of {IMAGES}/ and "
-            f"{MASKS}/."
+            f"The data folder {folder} {what}; --data takes the folder that holds {example}, or that of images/ and "
+            "masks/."
         )
+    layout = find_layout(folder)  # lists the folder, which may not be readable
     numbers = parse_label_map(settings.label_map, settings.class_names) if settings.label_map else None
     names = list(settings.sets) or (["medseg"] if "{set}" not in images_name + masks_name else list(KNOWN_SETS))
     pairs = [(name, folder / images_name.format(set=name), folder / masks_name.format(set=name)) for name in names]
-    has_arrays = any(path.exists() for _, *paths in pairs for path in paths)
-    if not settings.sets and not has_arrays and holds_pairs(folder):
-        return open_pairs(folder, settings, numbers, scratch)
+    has_arrays = any(is_there(path) for _, *paths in pairs for path in paths)
+    if not settings.sets and not has_arrays and layout is not None:
+        return open_pairs(folder, layout, settings, numbers, scratch)
     if not settings.sets and "{set}" in images_name:
-        pairs = [pair for pair in pairs if pair[1].exists() or pair[2].exists()] or pairs[:1]
+        pairs = [pair for pair in pairs if is_there(pair[1]) or is_there(pair[2])] or pairs[:1]
     opened: list[ArraySet] = []
     problems = Problems()
     for pair in pairs:
         with problems.collect():
             opened.append(_open_set(*pair, settings, numbers))
     if problems and not has_arrays:
-        problems.append(f"NIfTI files and pictures are looked for in {folder / IMAGES} and {folder / MASKS}.")
+        problems.append(
+            f"NIfTI files and pictures are looked for in {folder / 'images'} and {folder / 'masks'}, or in nnU-Net's "
+            "imagesTr and labelsTr."
+        )
     problems.raise_any()
     return opened
 
@@ -138,7 +145,8 @@ def _open_set(
             "mean, or save class numbers (N, H, W)."
         )
     lies = "LP" if settings.orientation == "auto" else settings.orientation
-    return ArraySet(name, image_path, mask_path, images, masks, lies, settings.rescale, numbers)
+    notes = [f"{image_path.name}: {note}" for note in [axes_note(images)] if note]
+    return ArraySet(name, image_path, mask_path, images, masks, lies, settings.rescale, numbers, notes=notes)
 
 
 def _open_pair(image_path: Path, mask_path: Path, class_names: Sequence[str]) -> tuple[NDArray[Any], NDArray[Any]]:

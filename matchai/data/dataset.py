@@ -10,12 +10,13 @@ from numpy.typing import NDArray
 
 from matchai.data.arrays import ArraySet, open_sets
 from matchai.data.digests import condense, fingerprint
+from matchai.data.duplicates import find_equal, join_groups
 from matchai.data.phantom import write_phantom
 from matchai.data.prepared import Progress, Slices, prepare
 from matchai.data.slice_set import SliceSet
 from matchai.data.split import assign_folds, check_groups_array, find_groups, volume_numbers
 from matchai.settings import InputSettings
-from matchai.system import InputError, Problems, plural
+from matchai.system import InputError, Problems, is_there, plural
 from matchai.volumes import kind_of
 
 _Floats = NDArray[np.float32]
@@ -169,6 +170,8 @@ def group_slices(
 ) -> tuple[_Ints, _Ints, str]:
     """The group and the volume of each slice, each (N,) int64, and where the groups come from in words.
 
+    Groups that hold the same slice are one, whatever names their files have.
+
     Args:
         thumbnails: As for `matchai.data.split.find_groups`.
         opened: The sets of the slices.
@@ -176,6 +179,23 @@ def group_slices(
         groups_name: The file of it, for the words.
         context: Neighbours on each side that the model will see; above 0 the images tell volumes of one group apart.
     """
+    groups, volumes, origin = _known_or_found_groups(thumbnails, opened, known, groups_name, context)
+    equal = find_equal(thumbnails, groups)
+    if not equal:
+        return groups, volumes, origin
+    places = [(one.name, index) for one in opened for index in range(len(one))]
+    first, second = (f"slice {index} of {name}" for name, index in (places[row] for row in equal[0]))
+    joined = join_groups(groups, equal)
+    note = (
+        f"{plural(len(equal), 'pair')} of slices in different groups show the same, first {first} and {second}, so "
+        f"their groups are one: {plural(int(joined.max()) + 1, 'group')}."
+    )
+    return joined, volumes, f"{origin} {note}"
+
+
+def _known_or_found_groups(
+    thumbnails: _Floats, opened: Sequence[SliceSet], known: NDArray[Any] | None, groups_name: str, context: int
+) -> tuple[_Ints, _Ints, str]:
     sets = np.repeat(np.arange(len(opened)), [len(one) for one in opened])
     are_volumes = all(one.is_volume for one in opened)
     if known is not None:
@@ -199,7 +219,7 @@ def read_groups(path: Path, opened: Sequence[SliceSet]) -> NDArray[Any] | None:
     Raises:
         InputError: If it is damaged, or does not name one group for each slice or volume.
     """
-    if not path.exists():
+    if not is_there(path):
         return None
     num_slices = sum(map(len, opened))
     try:

@@ -66,7 +66,7 @@ def condense(digests: dict[str, str]) -> dict[str, str]:
     folders: dict[str, list[str]] = {}
     for path in sorted(digests):
         folders.setdefault(f"{path.rpartition('/')[0]}/", []).append(f"{digests[path]}  {path}\n")
-    return {name: hashlib.sha256("".join(lines).encode()).hexdigest() for name, lines in folders.items()}
+    return {name: hashlib.sha256(os.fsencode("".join(lines))).hexdigest() for name, lines in folders.items()}
 
 
 Known = dict[str, tuple[str, list[int] | None]]
@@ -95,7 +95,7 @@ def _remember(memory: Path, known: Known, found: Known) -> None:
     files = dict(list(files.items())[-MOST:])
     with contextlib.suppress(OSError):  # the next start hashes again
         memory.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(memory, json.dumps({"files": files, "seal": _seal(files)}).encode())
+        write_whole(memory, json.dumps({"files": files, "seal": _seal(files)}))
 
 
 def _seal(files: object) -> str:

@@ -1,5 +1,10 @@
-"""Training data as pairs of files: `images/` and `masks/` with NIfTI volumes, or with PNG or TIFF pictures."""
+"""Training data as pairs of files: `images/` and `masks/` with NIfTI volumes, or with PNG or TIFF pictures.
 
+nnU-Net's `imagesTr/` and `labelsTr/` are read as well, with the labels that its `dataset.json` names.
+"""
+
+import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,23 +14,32 @@ from numpy.typing import NDArray
 
 from matchai.data.slice_set import SliceSet, Target, expected_numbers, numbers_of, read_numbers
 from matchai.settings import InputSettings
-from matchai.system import InputError, Problems
+from matchai.system import InputError, Problems, is_there, list_folder
 from matchai.volumes import (
+    NIFTI,
     GridVolume,
     PictureVolume,
     check_same_geometry,
     check_size,
     format_shape,
+    has_suffix,
     natural_key,
     nifti,
     open_nifti,
     open_pictures,
     pictures_in,
     read_picture_header,
+    why_unread,
 )
 
-IMAGES, MASKS = "images", "masks"
-"""The two folders."""
+LAYOUTS = (("images", "masks"), ("imagesTr", "labelsTr"))
+"""The two folders, as matchai and as nnU-Net names them."""
+
+IMAGE_FOLDERS = tuple(f"{images}/" for images, _ in LAYOUTS)
+"""How the names of images begin that lie in such a folder."""
+
+DATASET_JSON = "dataset.json"
+"""nnU-Net's description of a data set, in the folder above."""
 
 MAX_PROBLEMS = 20
 MAX_NAMES = 10
@@ -87,56 +101,121 @@ class PairSet:
         self.masks.close()
 
 
-def holds_pairs(folder: Path) -> bool:
-    """Whether a folder is meant to hold pairs of files."""
-    return (folder / IMAGES).is_dir() or (folder / MASKS).is_dir()
+def find_layout(folder: Path) -> tuple[str, str] | None:
+    """The names of the two folders in a folder that is meant to hold pairs of files; None for any other.
+
+    Raises:
+        InputError: If something in the folder cannot be opened, or it has folders by both layouts.
+    """
+    names = {path.name for path in list_folder(folder)[1]}
+    found = [layout for layout in LAYOUTS if names.intersection(layout)]
+    if len(found) > 1:
+        raise InputError(
+            f"{folder} holds folders of two layouts, {' and '.join('/'.join(layout) for layout in found)}; keep one."
+        )
+    return found[0] if found else None
 
 
 def open_pairs(
-    folder: Path, settings: InputSettings, numbers: Mapping[int, int] | None, scratch: Path | None
+    folder: Path,
+    layout: tuple[str, str],
+    settings: InputSettings,
+    numbers: Mapping[int, int] | None,
+    scratch: Path | None,
 ) -> Sequence[SliceSet]:
-    """Opens the pairs of `images/` and `masks/`, in natural order of their names.
+    """Opens the pairs of the two folders, in natural order of their names.
 
     A mask has the name of its image, which may end in nnU-Net's `_0000`. Each NIfTI pair and each pair of stacks (TIFF
     files of several pages) is a set of its own; single pictures are one set together.
 
     Args:
         folder: The folder above.
+        layout: The names of the folders of images and of masks.
         settings: What volumes are turned to (orientation; auto: LP), and how pictures lie (auto: PL); slope and
             intercept that make HU of what the files give (rescale).
-        numbers: The class of each number in the masks; None for those of
-            `matchai.data.slice_set.numbers_of`.
+        numbers: The class of each number in the masks; None for those that `dataset.json` names or, without it, those
+            of `matchai.data.slice_set.numbers_of`.
         scratch: Folder for volumes while they are decompressed (default: the system's).
 
     Raises:
         InputError: With every problem found, up to `MAX_PROBLEMS`.
     """
-    missing = [one for one in (IMAGES, MASKS) if not (folder / one).is_dir()]
+    missing = [one for one in layout if not is_there(folder / one)]
     if missing:
-        there = MASKS if missing == [IMAGES] else IMAGES
+        there = layout[1] if missing == [layout[0]] else layout[0]
         raise InputError(
             f"{folder} has a folder {there}, but none named {missing[0]}, where the other halves should lie."
         )
-    kind, images = _list_files(folder / IMAGES)
-    mask_kind, masks = _list_files(folder / MASKS)
+    image_folder, mask_folder = (folder / one for one in layout)
+    kind, images = _list_files(image_folder)
+    mask_kind, masks = _list_files(mask_folder)
     if kind != mask_kind:
         raise InputError(
-            f"{folder / IMAGES} holds {kind}, but {folder / MASKS} {mask_kind}: convert one of them, so that a mask "
+            f"{image_folder} holds {kind}, but {mask_folder} {mask_kind}: convert one of them, so that a mask "
             "lies on its image pixel by pixel."
         )
-    pairs = _pair(folder, images, masks)
+    pairs = _pair(image_folder, mask_folder, images, masks)
+    description = folder / DATASET_JSON
+    has_description = numbers is None and is_there(description)
+    if has_description:
+        numbers = read_labels(description, settings.class_names, settings.background_class)
     if kind == "NIfTI files":
-        return _each(pairs, lambda image, mask: _open_volume(image, mask, settings, numbers, scratch))
-    return _open_pictures(folder, pairs, settings, numbers)
+        opened = _each(pairs, lambda image, mask: _open_volume(image, mask, settings, numbers, scratch))
+    else:
+        opened = _open_pictures(image_folder, mask_folder, pairs, settings, numbers)
+    if has_description:  # what the numbers mean belongs to the data, whose content decides what a run resumes with
+        opened[0].files = [*opened[0].files, description]
+    return opened
+
+
+def read_labels(path: Path, class_names: Sequence[str], background_class: str) -> dict[int, int]:
+    """The class of each number in the masks, by the names in nnU-Net's `dataset.json` (of either version).
+
+    Names are compared without regard to case, hyphens and underscores; number 0 is the background, whatever its name.
+
+    Raises:
+        InputError: If the file cannot be read, or names anything but one class for each number.
+    """
+    try:
+        labels = json.loads(path.read_text(encoding="utf-8"))["labels"]
+        # version 2 has {"lesion": 1}, version 1 {"1": "lesion"}
+        named = {int(k): str(v) for k, v in labels.items()} if "0" in labels else {int(v): k for k, v in labels.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise InputError(
+            f"{path} names no labels with one number each; say what the numbers in the masks mean with --label-map "
+            "NUMBER:CLASS ..."
+        ) from None
+    classes = {_plain(name): c for c, name in enumerate(class_names)}
+    known = {number: classes.get(_plain(name)) for number, name in named.items()}
+    known |= {0: class_names.index(background_class)} if 0 in named else {}
+    numbers = {number: c for number, c in known.items() if c is not None}
+    if len(numbers) < len(known):
+        told = ", ".join(f"{number} {name}" for number, name in sorted(named.items()))
+        example = " ".join(f"{number}:CLASS" for number in sorted(named))
+        raise InputError(
+            f"{path} names the labels {told}, but the classes are {', '.join(class_names)}; say which is which with "
+            f"--label-map {example}, or set --class-names."
+        )
+    return numbers
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[-_\s]+", " ", name.casefold()).strip()
 
 
 def _list_files(folder: Path) -> tuple[str, dict[str, Path]]:
     """What kind of files a folder holds, and these by their stems in natural order."""
-    volumes = [
-        path
-        for path in folder.iterdir()
-        if path.name.lower().endswith(nifti.SUFFIXES) and not path.name.startswith(".") and path.is_file()
-    ]
+    files, folders = list_folder(folder)
+    for path in folders:
+        if any(list_folder(path)):
+            raise InputError(
+                f"{folder} holds the folder {path.name}, but training reads the files in it alone; move the files up, "
+                "and convert DICOM series to NIfTI, for example with dcm2niix."
+            )
+    for path in files:
+        if (what := why_unread(path)) is not None:
+            raise InputError(f"{path} is {what}.")
+    volumes = [path for path in files if has_suffix(path, NIFTI)]
     slices = pictures_in(folder)
     if bool(volumes) == bool(slices):
         found = (
@@ -152,7 +231,9 @@ def _list_files(folder: Path) -> tuple[str, dict[str, Path]]:
     return "NIfTI files" if volumes else "pictures", stems
 
 
-def _pair(folder: Path, images: Mapping[str, Path], masks: Mapping[str, Path]) -> list[tuple[Path, Path]]:
+def _pair(
+    image_folder: Path, mask_folder: Path, images: Mapping[str, Path], masks: Mapping[str, Path]
+) -> list[tuple[Path, Path]]:
     pairs, lonely, used = [], [], set()
     for name, image in images.items():
         found = next((one for one in (name, name.removesuffix("_0000")) if one in masks), None)
@@ -165,9 +246,12 @@ def _pair(folder: Path, images: Mapping[str, Path], masks: Mapping[str, Path]) -
         used.add(found)
     unused = [mask.name for name, mask in masks.items() if name not in used]
     Problems(
-        f"{folder / there}: {len(names)} of {len(files)} files have no namesake in {folder / other}: "
+        f"{there}: {len(names)} of {len(files)} files have no namesake in {other}: "
         f"{', '.join(names[:MAX_NAMES])}{' ...' if len(names) > MAX_NAMES else ''}; add these, or take the files away."
-        for there, other, names, files in ((IMAGES, MASKS, lonely, images), (MASKS, IMAGES, unused, masks))
+        for there, other, names, files in (
+            (image_folder, mask_folder, lonely, images),
+            (mask_folder, image_folder, unused, masks),
+        )
         if names
     ).raise_any()
     return pairs
@@ -190,14 +274,18 @@ def _open_volume(
     image: Path, mask: Path, settings: InputSettings, numbers: Mapping[int, int] | None, scratch: Path | None
 ) -> PairSet:
     orientation = "LP" if settings.orientation == "auto" else settings.orientation
-    images = open_nifti(image, orientation, settings.rescale, scratch)
-    masks = open_nifti(mask, orientation, (1.0, 0.0), scratch)
+    images = open_nifti(image, orientation, settings.rescale, scratch, settings.nifti_affine)
+    masks = open_nifti(mask, orientation, (1.0, 0.0), scratch, settings.nifti_affine)
     check_same_geometry(images, masks)
     return PairSet(nifti.stem(image), image, mask, (image, mask), images, masks, numbers, is_volume=True)
 
 
 def _open_pictures(
-    folder: Path, pairs: Sequence[tuple[Path, Path]], settings: InputSettings, numbers: Mapping[int, int] | None
+    image_folder: Path,
+    mask_folder: Path,
+    pairs: Sequence[tuple[Path, Path]],
+    settings: InputSettings,
+    numbers: Mapping[int, int] | None,
 ) -> Sequence[SliceSet]:
     stacks = [
         image for image, _ in pairs if image.suffix.lower() != ".png" and read_picture_header(image).num_pages > 1
@@ -205,7 +293,7 @@ def _open_pictures(
     if stacks and len(stacks) < len(pairs):
         single = next(image for image, _ in pairs if image not in stacks)
         raise InputError(
-            f"{folder / IMAGES} holds stacks of several pages ({stacks[0].name}) and single slices ({single.name}), so "
+            f"{image_folder} holds stacks of several pages ({stacks[0].name}) and single slices ({single.name}), so "
             "that nobody knows which slices are neighbours; keep one kind."
         )
 
@@ -223,4 +311,4 @@ def _open_pictures(
         name, files = image.stem if is_stack else image.name, [*image_files, *mask_files]
         return PairSet(name, image, mask, files, images, masks, numbers, is_volume=is_stack)
 
-    return _each(pairs if stacks else [(folder / IMAGES, folder / MASKS)], open_pair)
+    return _each(pairs if stacks else [(image_folder, mask_folder)], open_pair)

@@ -1,7 +1,6 @@
 """Prepared slices: checked, windowed, resized once, kept in a memory-mapped cache that is verified before every use."""
 
 import hashlib
-import itertools
 import json
 import shutil
 import tempfile
@@ -10,7 +9,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import cv2
 import numpy as np
@@ -23,15 +22,15 @@ from torch.utils.data import Dataset
 from matchai.data.augmentation import Augmentation
 from matchai.data.context import neighbours
 from matchai.data.digests import fingerprint
+from matchai.data.inspection import describe_oddities, inspect_slice, refuse_unfit
 from matchai.data.slice_set import SliceSet
 from matchai.settings import InputSettings
-from matchai.system import InputError, Problems, preparing_threads, sync_folder, write_whole
-from matchai.volumes import implausible_range
+from matchai.system import InputError, format_size, preparing_threads, sync_folder, write_whole
+from matchai.volumes import replace_padding
 
-FORMAT = 1  # part of the cache's key: raised whenever the preparation changes
+FORMAT = 2  # part of the cache's key: raised whenever the preparation changes
 STEPS = 65535  # uint16; over a window of 2000 HU a step is 0.03 HU and rounding 0.015, against CT noise of 10 to 30 HU
 THUMBNAIL = 64
-MAX_PROBLEMS = 20
 
 Progress = Callable[[int, int], None]
 
@@ -149,7 +148,7 @@ def prepare(
         free = shutil.disk_usage(cache).free
         if free < need * 1.05:
             raise InputError(
-                f"The prepared slices need {need / 1e6:,.0f} MB in {cache}, but {free / 1e6:,.0f} MB are free there; "
+                f"The prepared slices need {format_size(need * 1.05)}, but {format_size(free)} are free in {cache}; "
                 "make room, or name another folder with --cache."
             )
         with tempfile.TemporaryDirectory(dir=cache, prefix=".making-") as name:
@@ -171,8 +170,9 @@ def prepare(
 
 def _key_of(sets: Sequence[SliceSet], digests: dict[str, str], settings: InputSettings) -> str:
     """A hash of all that decides what an entry holds; settings of how files are read count where they are not usual."""
-    defaults = {"orientation": "LP", "rescale": (1, 0), "label_map": []}
+    defaults = {"orientation": "LP", "rescale": (1, 0), "label_map": [], "nifti_affine": "auto"}
     reading = {"orientation": sets[0].orientation, "rescale": settings.rescale, "label_map": [*settings.label_map]}
+    reading["nifti_affine"] = settings.nifti_affine
     parts = [FORMAT, sorted(digests.items()), [s.name for s in sets], settings.hu_window, settings.image_size]
     parts += [len(settings.class_names), settings.background_index]
     if changed := sorted((name, value) for name, value in reading.items() if value != defaults[name]):
@@ -212,7 +212,9 @@ def _make(sets: Sequence[SliceSet], folder: Path, settings: InputSettings, progr
     }
 
     def prepare_slice(row: int, number: int, index: int) -> dict[str, Any]:
-        image, target, found = inspect_slice(sets[number], index, num_classes, settings.background_index)
+        image, target, found = inspect_slice(
+            sets[number], index, num_classes, settings.background_index, settings.hu_window
+        )
         if image is None:
             return found
         windowed = window(image, settings.hu_window)
@@ -230,8 +232,8 @@ def _make(sets: Sequence[SliceSet], folder: Path, settings: InputSettings, progr
     for array in out.values():
         array.flush()
     digests = fingerprint([folder / f"{name}.npy" for name in ARRAYS])
-    meta = {"notes": _notes(sets, found, out["pixels"].sum(axis=0), settings), "digests": digests}
-    write_whole(folder / "meta.json", json.dumps(meta).encode())
+    meta = {"notes": describe_oddities(sets, found, out["pixels"].sum(axis=0), settings), "digests": digests}
+    write_whole(folder / "meta.json", json.dumps(meta))
 
 
 def for_each_slice(
@@ -265,59 +267,15 @@ def for_each_slice(
     return found
 
 
-class InspectedSlice(NamedTuple):
-    """A slice as its files have it.
-
-    Attributes:
-        image: (H, W) in HU; None where pixels are NaN or infinite.
-        labels: (H, W) class indices.
-        found: What `image_problems` and `mask_problems` judge.
-    """
-
-    image: NDArray[np.float32] | None
-    labels: NDArray[np.uint8]
-    found: dict[str, Any]
-
-
-def inspect_slice(one: SliceSet, index: int, num_classes: int, background_class: int) -> InspectedSlice:
-    """Reads a slice and its mask, and notes what may be wrong with them, which `refuse_unfit` then judges."""
-    image, target = one.read_image(index), one.read_target(index, num_classes, background_class)
-    finite = np.isfinite(image)
-    found = {"overlapping": target.num_overlapping, "empty": target.num_empty, "wrong": target.wrong_values}
-    if not finite.all():
-        first = np.unravel_index(int(np.argmin(finite)), image.shape)
-        return InspectedSlice(None, target.labels, found | {"non_finite": int((~finite).sum()), "first": first})
-    return InspectedSlice(image, target.labels, found | {"low": float(image.min()), "high": float(image.max())})
-
-
-def refuse_unfit(
-    sets: Sequence[SliceSet],
-    found: Sequence[dict[str, Any]],
-    hu_window: tuple[float, float],
-    class_names: Sequence[str],
-    background_class: int,
-) -> None:
-    """Refuses slices that cannot be trained on or judged by, given what `inspect_slice` found in each.
-
-    Raises:
-        InputError: With the first `MAX_PROBLEMS` problems.
-    """
-    problems = Problems()
-    rest = iter(found)
-    for one in sets:
-        rows = list(itertools.islice(rest, len(one)))
-        problems += _image_problems(one, rows, hu_window) + _mask_problems(one, rows, class_names, background_class)
-    Problems(problems[:MAX_PROBLEMS]).raise_any()
-
-
 def bytes_per_slice(image_size: int) -> int:
     """Bytes that a prepared slice takes in the cache: image, target and thumbnail."""
     return image_size**2 * 3 + THUMBNAIL**2 * 4
 
 
 def window(image: NDArray[np.float32], hu_window: tuple[float, float]) -> NDArray[np.float32]:
-    """Clips HU (..., H, W) to `hu_window` and maps it to 0..1; float32."""
+    """Clips HU (..., H, W) to `hu_window` and maps it to 0..1, float32; padding becomes air."""
     low, high = hu_window
+    image = replace_padding(image, hu_window)
     return np.asarray(np.clip((image - np.float32(low)) / np.float32(high - low), 0, 1))
 
 
@@ -331,53 +289,3 @@ def resize(image: NDArray[np.float32], size: int) -> NDArray[np.float32]:
     shrinks = size < min(image.shape)
     kind = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
     return np.asarray(cv2.resize(image, (size, size), interpolation=kind), np.float32)
-
-
-def _image_problems(one: SliceSet, rows: Sequence[dict[str, Any]], hu_window: tuple[float, float]) -> list[str]:
-    broken = [index for index, row in enumerate(rows) if "non_finite" in row]
-    if broken:
-        row = rows[broken[0]]
-        which = ", ".join(map(str, broken[:10])) + (" ..." if len(broken) > 10 else "")
-        return [
-            f"{one.image_path} has NaN or infinite pixels in {len(broken)} of {len(rows)} slices ({which}); slice "
-            f"{broken[0]} has {row['non_finite']}, the first at row {row['first'][0]}, column {row['first'][1]}. "
-            "Replace them, by -1000 HU (air) say."
-        ]
-    low, high = min(row["low"] for row in rows), max(row["high"] for row in rows)
-    problem = implausible_range(str(one.image_path), low, high, hu_window)
-    return [problem] if problem else []
-
-
-def _mask_problems(
-    one: SliceSet, rows: Sequence[dict[str, Any]], class_names: Sequence[str], background_class: int
-) -> list[str]:
-    wrong = [index for index, row in enumerate(rows) if row["wrong"]]
-    if not wrong:
-        return []
-    values = ", ".join(f"{value:g}" for value in rows[wrong[0]]["wrong"])
-    return [
-        f"{one.mask_path} holds {values} in slice {wrong[0]} ({len(wrong)} of {len(rows)} slices hold such values), "
-        f"but {one.expected_values(class_names, background_class)}."
-    ]
-
-
-def _notes(
-    sets: Sequence[SliceSet], found: list[dict[str, Any]], totals: NDArray[np.int64], settings: InputSettings
-) -> list[str]:
-    notes = []
-    overlapping, empty = (sum(one[name] for one in found) for name in ("overlapping", "empty"))
-    if overlapping:
-        notes.append(f"{overlapping:,} pixels carry several classes; each takes the first in channel order.")
-    if empty:
-        notes.append(f"{empty:,} pixels carry no class; they count as {settings.background_class}.")
-    for height, width in dict.fromkeys(one.shape for one in sets if one.shape[0] != one.shape[1]):
-        names = [one.image_path.name for one in sets if one.shape == (height, width)]
-        which = names[0] if len(names) == 1 else f"{len(names)} files from {names[0]} on"
-        notes.append(f"{which}: slices of {height}x{width} pixels are squeezed to a square.")
-    most = settings.class_names[int(totals.argmax())]
-    if most != settings.background_class:
-        notes.append(
-            f"The most frequent class is {most} ({totals.max() / totals.sum():.0%} of the pixels), not "
-            f"{settings.background_class}: check --class-names and --background-class."
-        )
-    return notes

@@ -68,6 +68,10 @@ class SliceSet(Protocol):
         """Frees what reading has opened; what is read later is opened again."""
 
 
+ROUNDING = 1e-3
+"""What a number of a mask may be off a whole one: programs save masks as floats with a scale, which rounds."""
+
+
 def numbers_of(num_classes: int, background_class: int) -> dict[int, int]:
     """The class of each number in NIfTI and picture masks without a label map: `matchai.volumes.volume.file_labels`."""
     return {number: c for c, number in enumerate(file_labels(num_classes, background_class))}
@@ -86,17 +90,24 @@ def read_numbers(mask: NDArray[Any], numbers: Mapping[int, int], background_clas
     is_known = np.zeros(len(classes), bool)
     for number, c in numbers.items():
         classes[number - lowest], is_known[number - lowest] = c, True
-    is_near = (mask >= lowest) & (mask <= highest)  # false for NaN
-    near = np.where(is_near, mask, 0).astype(np.int64)  # wide before a number is put in that the dtype may lack
+    whole = np.rint(mask) if mask.dtype.kind == "f" else mask
+    is_near = (whole >= lowest) & (whole <= highest)  # false for NaN
+    near = np.where(is_near, whole, 0).astype(np.int64)  # wide before a number is put in that the dtype may lack
     places = np.where(is_near, near - lowest, 0)
     is_right = is_near & is_known[places]
     if mask.dtype.kind == "f":
-        is_right &= mask == np.trunc(mask)
+        is_right &= np.abs(np.subtract(mask, whole, where=is_near, out=np.zeros(mask.shape))) <= ROUNDING
     labels = classes[places]
     if is_right.all():
         return Target(labels, 0, 0, [])
     labels[~is_right] = background_class
     return Target(labels, 0, 0, np.unique(mask[~is_right])[:5].tolist())
+
+
+def format_value(value: float) -> str:
+    """A number of a mask, for messages: one that is no whole number never looks like one."""
+    short = f"{value:g}"
+    return short if float(short) == value else repr(float(value))
 
 
 def expected_numbers(numbers: Mapping[int, int], class_names: Sequence[str], is_mapped: bool) -> str:

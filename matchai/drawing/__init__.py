@@ -14,7 +14,7 @@ else:
     __getattr__, __dir__ = lazy_exports(__name__)
 
 __all__ = [
-    "DPI", "GRID", "INK", "MUTED", "PALETTE", "PAPER", "TRAIN_COLOR", "VAL_COLOR", "Answer", "Code", "Picture",
-    "Piece", "Points", "Section", "Table", "Text", "class_colors", "draw_confusion_matrix", "draw_dice_per_class",
+    "DPI", "GRID", "INK", "MUTED", "PALETTE", "PAPER", "TRAIN_COLOR", "VAL_COLOR", "Answer", "Code", "Picture", "Piece",
+    "Points", "Section", "Table", "Text", "class_colors", "draw_confusion_matrix", "draw_dice_per_class",
     "draw_learning_curves", "draw_panels", "fill_panel", "render_page", "save_figure", "style_chart",
 ]

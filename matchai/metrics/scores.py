@@ -328,17 +328,17 @@ def _put_distances(rows: Sequence[dict[str, Any]], scores: Scores, distances: Di
                 row[f"{region.replace(' ', '_')}_{name}"] = _plain(value)
 
 
-def as_csv(rows: Sequence[dict[str, Any]]) -> bytes:
-    r"""Rows as CSV in UTF-8, a cell empty where a value is undefined.
+def as_csv(rows: Sequence[dict[str, Any]]) -> str:
+    r"""Rows as CSV, a cell empty where a value is undefined.
 
     Args:
         rows: One or more, with the same keys.
 
     >>> as_csv([{"slice": 0, "dice": 0.5}, {"slice": 1, "dice": None}])
-    b'slice,dice\n0,0.5\n1,\n'
+    'slice,dice\n0,0.5\n1,\n'
     """
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    return text.getvalue().encode()
+    return text.getvalue()

@@ -228,6 +228,17 @@ def synchronise_processes(model: nn.Module) -> nn.Module:
     return model
 
 
+def local_norms(model: nn.Module) -> list[_BatchNorm]:
+    """The batch norms of a model, possibly wrapped, whose statistics are those of this process alone."""
+    return [
+        module
+        for module in model.modules()
+        if isinstance(module, _BatchNorm)
+        and not isinstance(module, nn.SyncBatchNorm)
+        and not (isinstance(module, SyncBatchNorm) and module.gather is not alone)
+    ]
+
+
 def join_buffers(model: nn.Module) -> list[Tensor]:
     """Makes all buffers of a model parts of one tensor for each type, and returns these: kept and put back at once.
 

@@ -1,19 +1,18 @@
 """The UNet++ of segmentation-models-pytorch: its weights seeded, its dropout keyed, its encoder loaded or refused."""
 
+import copy
 import difflib
-import socket
-import urllib.request
 import warnings
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from matchai.model.dropout import key_dropout
-from matchai.system import InputError
+from matchai.model.encoder_weights import from_hub, load_weights_into, offline_problem, read_weights
+from matchai.system import InputError, is_out_of_memory
 
 try:
     import segmentation_models_pytorch as smp
@@ -26,150 +25,180 @@ except (RuntimeError, OSError, ImportError) as error:
         "`pip install --force-reinstall torch torchvision`."
     ) from error
 
-__all__ = ["PROBE_SIZE", "build_model", "smp", "timm"]  # the libraries, too: their import is guarded here alone
+__all__ = [
+    "PROBE_SIZE",
+    "build_model",
+    "probe",
+    "smp",
+    "timm",
+]  # the libraries, too: their import is guarded here alone
 
 PROBE_SIZE = 64  # pixels; enough for five halvings
+SURE_ENCODER = "timm-efficientnet-b3"  # the recipe's, which takes slices of any size
 
 
 def build_model(
-    encoder: str, num_classes: int, *, in_channels: int = 1, encoder_weights: str = "none", seed: int = 0
+    encoder: str,
+    num_classes: int,
+    *,
+    in_channels: int = 1,
+    encoder_weights: str = "none",
+    seed: int = 0,
+    image_size: int | None = None,
 ) -> nn.Module:
-    """Builds the UNet++ for slices, each alone or between its neighbours.
+    """Builds the UNet++ for slices, each alone or between its neighbours, and sees that it takes them.
 
     Takes images (B, in_channels, H, W) to logits (B, num_classes, H, W), H and W multiples of 32. The same seed gives
     the same weights; the global random state is left as it was. Parameters that no output depends on (the recipe's
     encoder has `conv_head` and `bn2`) are frozen: DistributedDataParallel waits for their gradient in vain.
 
     Args:
-        encoder: Name of an smp encoder.
+        encoder: Name of an smp encoder, or one of timm's as tu-NAME.
         num_classes: C.
         in_channels: Channels of an image.
         encoder_weights: `imagenet` (local cache, then hub), `none`, or a file of encoder weights. Filters of the first
             layer that take three colours, or one channel, are shared out to the channels as smp does.
         seed: Seed of the initial weights.
+        image_size: Pixels a side; an encoder of one size is built for it. By default `PROBE_SIZE`, or the encoder's
+            own size where it does not take that.
 
     Raises:
-        InputError: For an unknown encoder, or weights that cannot be had or do not fit. Never falls back to random
-            weights.
+        InputError: For an encoder that is unknown or does not take such images, or weights that cannot be had or do
+            not fit. Never falls back to random weights.
     """
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`timm-` encoders are deprecated", DeprecationWarning)
         warnings.filterwarnings("ignore", "For 'tu-'", UserWarning)
-        torch.manual_seed(seed)
-        model = _unetplusplus(encoder, num_classes, in_channels, encoder_weights)
+
+        def build(source: str) -> nn.Module:
+            weights = _encoder_weights(encoder, source) if source != "none" else None
+            problem: Exception | None = None
+            for size, options in _attempts(encoder, image_size):
+                torch.manual_seed(seed)
+                try:
+                    model = _unetplusplus(encoder, num_classes, in_channels, weights, source, options)
+                    return _frozen(model, probe(model, 1, in_channels, size))
+                except Exception as error:  # whatever smp, timm or a layer says of an encoder that is not for this
+                    if isinstance(error, InputError) or is_out_of_memory(error):
+                        raise
+                    problem = problem or error
+            assert problem is not None
+            raise InputError(_encoder_problem(encoder, in_channels, image_size, problem)) from problem
+
+        try:
+            model = build(encoder_weights)
+        except InputError:
+            if encoder_weights != "none":
+                build("none")  # an encoder that cannot be used says so: its weights would be fetched in vain
+            raise
     key_dropout(model)
-    _freeze_unused(model, in_channels)
     return model
 
 
-def _unetplusplus(encoder: str, num_classes: int, in_channels: int, encoder_weights: str) -> nn.Module:
-    # timm's own encoders bring their weights themselves
-    by_timm = encoder_weights == "imagenet" and "pretrained_settings" not in smp.encoders.encoders.get(encoder, {})
-    pretrained = encoder_weights != "none" and not by_timm
-    weights = _encoder_weights(encoder, encoder_weights) if pretrained else {}
-    # only the first convolution takes colours; by shape, as a safetensors file does not keep the order of its names
-    colours = any(weight.ndim == 4 and weight.shape[1] == 3 for weight in weights.values())
+def _attempts(encoder: str, image_size: int | None) -> list[tuple[int, dict[str, Any]]]:
+    """The sizes to try an encoder at, and with which of its options."""
+    if image_size is not None:
+        return [(image_size, {}), (image_size, {"img_size": image_size})]  # timm's networks of one size take that
+    return [(size, {}) for size in dict.fromkeys((PROBE_SIZE, _own_size(encoder) or PROBE_SIZE))]
+
+
+def _own_size(encoder: str) -> int | None:
+    """Pixels a side at which timm trained an encoder, if it is one of timm's."""
     try:
-        model: Any = smp.UnetPlusPlus(
-            encoder,
-            encoder_weights="imagenet" if by_timm else None,
-            in_channels=3 if colours else in_channels,
-            classes=num_classes,
+        config = timm.get_pretrained_cfg(encoder.removeprefix("tu-")) if encoder.startswith("tu-") else None
+    except RuntimeError:  # no such weights
+        return None
+    return config.input_size[-1] if config else None
+
+
+def _frozen(model: nn.Module, used: set[str]) -> nn.Module:
+    """The model, of which only the parameters of these names are trained."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in used)
+    return model
+
+
+def _unetplusplus(
+    encoder: str,
+    num_classes: int,
+    in_channels: int,
+    weights: dict[str, Tensor] | None,
+    source: str,
+    options: dict[str, Any],
+) -> nn.Module:
+    # only the first convolution takes colours; by shape, as a safetensors file does not keep the order of its names
+    colours = any(weight.ndim == 4 and weight.shape[1] == 3 for weight in (weights or {}).values())
+    channels = 3 if colours else in_channels
+    by_timm = source == "imagenet" and weights is None
+
+    def build(encoder_weights: str | None) -> Any:
+        return smp.UnetPlusPlus(
+            encoder, encoder_weights=encoder_weights, in_channels=channels, classes=num_classes, **options
         )
-        if colours and in_channels != 3:  # not at once: the decoder's random numbers follow those of three channels
-            model.encoder = smp.encoders.get_encoder(encoder, in_channels, weights=None)
+
+    try:
+        model = build("imagenet" if by_timm else None)
     except Exception as error:
-        raise InputError(_encoder_problem(encoder, by_timm, error)) from error
-    if pretrained:
-        weights = _share_out(weights, model.encoder.state_dict())
-        try:
-            # the encoder's own way first: it drops its classifier, and some rename what older files hold
-            model.encoder.load_state_dict(dict(weights))
-        except (RuntimeError, KeyError):
-            _load_fitting(model.encoder, weights, f"{encoder_weights} does not hold the weights of encoder {encoder}")
+        if by_timm and not options:
+            raise InputError(offline_problem(encoder)) from error
+        raise
+    if colours and in_channels != 3:  # not at once: the decoder's random numbers follow those of three channels
+        model.encoder = smp.encoders.get_encoder(encoder, in_channels, weights=None, **options)
+    if weights is not None:
+        load_weights_into(model.encoder, weights, in_channels, encoder, source)
     built: nn.Module = model
     return built
 
 
-def _share_out(weights: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights, the filters of their first layer shared out to as many channels as `expected` has, as smp does."""
-    fitted = dict(weights)
-    for name, weight in weights.items():
-        shape = expected[name].shape if name in expected else weight.shape
-        if weight.shape == shape or weight.ndim != 4 or weight.shape[1] not in (1, 3):
-            continue
-        held, wanted = weight.shape[1], shape[1]
-        if wanted == 1:
-            fitted[name] = weight.sum(1, keepdim=True)
-        else:
-            fitted[name] = weight[:, [channel % held for channel in range(wanted)]] * (held / wanted)
-    return fitted
-
-
-def _load_fitting(encoder: nn.Module, weights: dict[str, Tensor], problem: str) -> None:
-    """Loads a file that holds the encoder's weights among others; raises InputError, which begins with `problem`."""
-    expected = encoder.state_dict()
-    missing = sorted(set(expected) - set(weights) - {k for k in expected if k.endswith("num_batches_tracked")})
-    wrong = [name for name in expected if name in weights and expected[name].shape != weights[name].shape]
-    if missing or wrong:
-        which = f"{missing[0]} is missing" if missing else f"{wrong[0]} is {tuple(weights[wrong[0]].shape)}"
-        raise InputError(
-            f"{problem}: {which} ({len(missing)} missing and {len(wrong)} of another shape among {len(expected)}); "
-            "give the weights of that encoder, or another --encoder."
-        )
-    encoder.load_state_dict({**expected, **{k: v for k, v in weights.items() if k in expected}})
-
-
-def _encoder_weights(encoder: str, source: str) -> dict[str, Tensor]:
-    """Pretrained weights of an encoder under its own names, from the hub's cache, the hub or a file."""
+def _encoder_weights(encoder: str, source: str) -> dict[str, Tensor] | None:
+    """Pretrained weights of an encoder from the hub's cache, the hub or a file; None if timm is to fetch its own."""
     if source != "imagenet":
-        path = Path(source).expanduser()
-    else:
-        settings: Any = smp.encoders.encoders[encoder]["pretrained_settings"].get("imagenet")
-        if settings is None:
-            raise InputError(f"encoder {encoder} has no ImageNet weights; give --encoder-weights none, or a file.")
-        path = _from_hub(encoder, settings["repo_id"], settings["revision"])
-    try:
-        if path.suffix == ".safetensors":
-            weights: Any = load_file(path)
-        else:
-            weights = torch.load(path, map_location="cpu", weights_only=True)
-        weights = weights.get("state_dict", weights)
-        assert all(isinstance(weight, Tensor) for weight in weights.values())
-    except Exception as error:
-        reason = "it does not exist" if isinstance(error, FileNotFoundError) else "it is no file of tensors"
+        return read_weights(Path(source).expanduser())
+    place = weights_place(encoder)
+    if place is None:
         raise InputError(
-            f"encoder weights cannot be read from {path}: {reason}; --encoder-weights takes imagenet, none, or a "
-            ".safetensors or .pth file of weights alone."
-        ) from None
-    prefix = "encoder."
-    inner = {name.removeprefix(prefix): weight for name, weight in weights.items() if name.startswith(prefix)}
-    return inner or dict(weights)
+            f"The hub has no ImageNet weights of encoder {encoder}; give a local file with --encoder-weights FILE, or "
+            "start from random weights with --encoder-weights none."
+        )
+    repo_id, revision, _ = place
+    return None if revision is None else read_weights(from_hub(encoder, repo_id, revision))
 
 
-def _from_hub(encoder: str, repo_id: str, revision: str) -> Path:
-    from huggingface_hub import constants, hf_hub_download  # noqa: PLC0415 imports that random weights do not need
+def probe(
+    model: nn.Module, num_slices: int, in_channels: int, image_size: int, *, normalises: bool = False
+) -> set[str]:
+    """Computes a batch of black slices forward and backward, in evaluation, on a copy of a model.
 
-    try:
-        return Path(hf_hub_download(repo_id, "model.safetensors", revision=revision, local_files_only=True))
-    except Exception:  # not in the cache: the hub raises its own and its HTTP library's errors
-        print(f"Fetching the ImageNet weights of {encoder} from the hub ...", flush=True)
-    try:
-        if not urllib.request.getproxies():
-            # without a network this fails at once, the hub's own retries after 23 s
-            socket.create_connection((urlsplit(constants.ENDPOINT).hostname, 443), timeout=10).close()
-        return Path(hf_hub_download(repo_id, "model.safetensors", revision=revision))
-    except Exception as error:
-        raise InputError(_offline_problem(encoder, repo_id, revision)) from error
+    Args:
+        model: The model; not changed.
+        num_slices: Slices of the batch; may be 0.
+        in_channels: Channels of an image.
+        image_size: Pixels a side.
+        normalises: Whether batch norm takes the statistics of this batch, as in training.
 
+    Returns:
+        The names of the parameters that the logits depend on.
 
-def _offline_problem(encoder: str, repo_id: str = "", revision: str = "") -> str:
-    fetch = f"run `hf download {repo_id} --revision {revision}` and " if repo_id else ""
-    return (
-        f"The ImageNet weights of {encoder} are not in the local cache, and the hub cannot be reached: on a machine "
-        f"with network {fetch}copy its ~/.cache/huggingface here, or give a local file with --encoder-weights FILE, "
-        "or start from random weights with --encoder-weights none."
-    )
+    Raises:
+        Exception: What a layer says that does not take such images.
+    """
+    problem: Exception | None = None
+    for device in ("meta", "cpu"):  # by shapes alone first, in a tenth of the time; some layers need numbers
+        one = copy.deepcopy(model).to(device).eval()
+        for norm in one.modules():
+            norm.training = normalises and isinstance(norm, _BatchNorm)
+        images = next(one.parameters()).new_zeros(num_slices, in_channels, image_size, image_size)
+        try:
+            logits = one(images)
+            if (len(logits), *logits.shape[2:]) != (num_slices, image_size, image_size):
+                raise ValueError(f"its logits are {tuple(logits.shape)}")
+            logits.sum().backward()
+        except Exception as error:
+            problem = error
+        else:
+            return {name for name, parameter in one.named_parameters() if parameter.grad is not None}
+    assert problem is not None
+    raise problem
 
 
 def encoder_names() -> list[str]:
@@ -182,29 +211,36 @@ def weights_place(encoder: str) -> tuple[str, str | None, tuple[str, ...]] | Non
     if "pretrained_settings" in smp.encoders.encoders.get(encoder, {}):
         settings: Any = smp.encoders.encoders[encoder]["pretrained_settings"].get("imagenet")
         return settings and (settings["repo_id"], settings["revision"], ("model.safetensors",))
-    config = timm.get_pretrained_cfg(encoder.removeprefix("tu-"))
+    try:
+        config = timm.get_pretrained_cfg(encoder.removeprefix("tu-")) if encoder.startswith("tu-") else None
+    except RuntimeError:  # no weights of that tag
+        return None
     if config is None or not config.hf_hub_id:
         return None
     return config.hf_hub_id, None, ("model.safetensors", "pytorch_model.bin")
 
 
-def _encoder_problem(encoder: str, by_timm: bool, error: Exception) -> str:
+def _encoder_problem(encoder: str, in_channels: int, image_size: int | None, error: Exception) -> str:
     names = encoder_names()
-    if encoder in names:
-        return _offline_problem(encoder) if by_timm else f"Encoder {encoder} cannot be built into a UNet++: {error}"
+    if encoder.partition(".")[0] in names:
+        said = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        own = _own_size(encoder)
+        remedy = f"name another with --encoder, such as {SURE_ENCODER}"
+        if own and own != image_size and own % 32 == 0 and _is_built(encoder, in_channels, own):
+            remedy = f"give --image-size {own}, or {remedy}"
+        size = "" if image_size is None else f" for slices of {image_size} pixels"
+        return f"Encoder {encoder} cannot be built into a UNet++{size} ({said}); {remedy}."
     near = difflib.get_close_matches(encoder, names, 3)
+    hint = f"; did you mean {' or '.join(near)}? The" if near else "; the"
     return (
-        f"There is no encoder {encoder!r}"
-        + (f"; did you mean {' or '.join(near)}" if near else "")
-        + "? The encoders are those of segmentation-models-pytorch, and all of timm's as tu-NAME."
+        f"There is no encoder {encoder!r}{hint} encoders are those of segmentation-models-pytorch, and all of timm's "
+        "as tu-NAME."
     )
 
 
-def _freeze_unused(model: nn.Module, in_channels: int) -> None:
-    was_training = model.training
-    model.eval()
-    model(torch.zeros(1, in_channels, PROBE_SIZE, PROBE_SIZE)).sum().backward()
-    for parameter in model.parameters():
-        parameter.requires_grad_(parameter.grad is not None)
-        parameter.grad = None
-    model.train(was_training)
+def _is_built(encoder: str, in_channels: int, image_size: int) -> bool:
+    try:
+        probe(_unetplusplus(encoder, 2, in_channels, None, "none", {}), 1, in_channels, image_size)
+    except Exception:  # as where a model is built
+        return False
+    return True

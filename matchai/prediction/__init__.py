@@ -14,6 +14,6 @@ else:
     __getattr__, __dir__ = lazy_exports(__name__)
 
 __all__ = [
-    "Predictor", "SliceResult", "VolumeResult", "evaluate", "load_model", "pack_onnx", "pack_safetensors",
-    "predict", "predict_volume", "uncertainty",
+    "Predictor", "SliceResult", "VolumeResult", "evaluate", "load_model", "pack_onnx", "pack_safetensors", "predict",
+    "predict_volume", "uncertainty",
 ]

@@ -14,12 +14,13 @@ import torch
 from numpy.typing import NDArray
 
 from matchai.data import (
-    IMAGES,
+    IMAGE_FOLDERS,
     THUMBNAIL,
     SliceSet,
     built_in_phantom,
     digest_sets,
     for_each_slice,
+    format_value,
     group_slices,
     inspect_slice,
     open_sets,
@@ -46,12 +47,12 @@ from matchai.metrics import (
 from matchai.prediction.holdout import Choice, choose_slices
 from matchai.prediction.inference import Predictor
 from matchai.settings import EvaluateSettings, InputSettings, TrainConfig, parsing
-from matchai.system import Display, InputError, make_folder, need, plural, sync_folder, write_whole
+from matchai.system import Display, InputError, is_there, make_folder, need, plural, sync_folder, write_whole
 from matchai.volumes import kind_of, turn
 
 RESULT, SLICES, VOLUMES, PICTURE = "evaluation.json", "slices.csv", "volumes.csv", "confusion_matrix.png"
 FILES = (RESULT, SLICES, VOLUMES, PICTURE)
-OF_A_KIND: dict[str, Any] = {"orientation": "auto", "rescale": (1.0, 0.0), "label_map": ()}
+OF_A_KIND: dict[str, Any] = {"orientation": "auto", "nifti_affine": "auto", "rescale": (1.0, 0.0), "label_map": ()}
 """Settings that say how one kind of files is read, as they are for another."""
 
 Show = Callable[[str, int, int, str], None]
@@ -66,7 +67,7 @@ def read_settings(run: Path) -> TrainConfig:
         InputError: If the folder is no run's.
     """
     path = run / "config.yaml"
-    if not path.is_file():
+    if not is_there(path):
         raise InputError(f"{run} holds no config.yaml, so it is no matchai run; give the folder that training wrote.")
     return TrainConfig().updated(**parsing.load(path))
 
@@ -168,7 +169,7 @@ def _open(
     sets = open_sets(folder, settings, scratch)
     names = {one.image_path.name for one in sets}
     digests = digest_sets(folder, sets, cache).items()
-    return sets, {name: digest for name, digest in digests if name in names or name.startswith(f"{IMAGES}/")}
+    return sets, {name: digest for name, digest in digests if name in names or name.startswith(IMAGE_FOLDERS)}
 
 
 def _for_the_files(
@@ -205,7 +206,7 @@ def _inspect(sets: Sequence[SliceSet], predictor: Predictor, show: Show) -> NDAr
     thumbnails = np.zeros((sum(map(len, sets)), THUMBNAIL, THUMBNAIL), np.float32)
 
     def inspect(row: int, number: int, index: int) -> dict[str, Any]:
-        image, _, found = inspect_slice(sets[number], index, len(names), predictor.background_class)
+        image, _, found = inspect_slice(sets[number], index, len(names), predictor.background_class, hu_window)
         if image is not None:
             thumbnails[row] = resize(window(image, hu_window), THUMBNAIL)
         return found
@@ -320,7 +321,7 @@ def _read_truth(one: SliceSet, index: int, predictor: Predictor) -> Labels:
     target = one.read_target(index, len(predictor.class_names), predictor.background_class)
     if target.wrong_values:
         raise InputError(
-            f"{one.mask_path} holds {target.wrong_values[0]:g} in slice {index}, but "
+            f"{one.mask_path} holds {format_value(target.wrong_values[0])} in slice {index}, but "
             f"{one.expected_values(predictor.class_names, predictor.background_class)}."
         )
     return target.labels
@@ -338,7 +339,7 @@ def _write(output: Path, result: dict[str, Any], scores: Scores) -> None:
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=".evaluation-") as name:
         beside = Path(name) / "new"
         beside.mkdir()
-        write_whole(beside / RESULT, json.dumps(result, indent=1, allow_nan=False).encode())
+        write_whole(beside / RESULT, json.dumps(result, indent=1, allow_nan=False))
         write_whole(beside / SLICES, as_csv(slice_rows(scores)))
         if scores.volumes:
             write_whole(beside / VOLUMES, as_csv(volume_rows(scores)))

@@ -10,7 +10,7 @@ from matchai.prediction.inference import Predictor
 from matchai.prediction.summaries import Submission, affected_text, describe_volume, write_label_table, write_summaries
 from matchai.prediction.volume_prediction import VolumeResult, check_volume, predict_volume
 from matchai.settings import PredictSettings
-from matchai.system import Display, InputError, Problems, make_folder, plural
+from matchai.system import Display, InputError, Problems, is_there, make_folder, plural
 from matchai.training import BEST
 from matchai.volumes import TrainedOn, Volume, file_labels, kind_of, open_volume
 
@@ -117,8 +117,10 @@ def _open_all(inputs: Sequence[Path], predictor: Predictor, settings: PredictSet
                 trained_on=mine[0] if mine else None,
                 scratch=settings.output,
                 series=settings.series,
+                nifti_affine=settings.nifti_affine,
             )
-            check_volume(volume, [about["hu_window"] for about in predictor.abouts])
+            notes = check_volume(volume, [about["hu_window"] for about in predictor.abouts])
+            volume.notes = [*volume.notes, *notes]
             volumes.append(volume)
             if len(inputs) > 1:
                 volume.close()  # what is unpacked on disk, all together, may be large
@@ -127,7 +129,7 @@ def _open_all(inputs: Sequence[Path], predictor: Predictor, settings: PredictSet
 
 
 def _is_run(path: Path) -> bool:
-    return path.suffix == ".safetensors" or (path / BEST).is_file()
+    return path.suffix == ".safetensors" or is_there(path / BEST)
 
 
 def _listed(trained_on: Sequence[TrainedOn]) -> str:

@@ -73,7 +73,7 @@ def write_summaries(
         slices: A row for each slice: names to values.
     """
     text = json.dumps({**about, "inputs": list(inputs)}, indent=2, ensure_ascii=False)
-    write_whole(folder / "summary.json", text.encode())
+    write_whole(folder / "summary.json", text)
     rows = []
     for one in inputs:
         row = {key: value for key, value in one.items() if not isinstance(value, dict | list)}
@@ -90,7 +90,7 @@ def write_table(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)), restval="")
     writer.writeheader()
     writer.writerows(rows)
-    write_whole(path, text.getvalue().encode())
+    write_whole(path, text.getvalue())
 
 
 def write_label_table(path: Path, class_names: Sequence[str], background_class: int) -> None:
@@ -107,7 +107,7 @@ def write_label_table(path: Path, class_names: Sequence[str], background_class: 
         red, green, blue = (round(255 * part) for part in to_rgb(color))
         plain, shown = name.replace('"', "'"), int(label > 0)
         lines.append(f'{label:5} {red:5} {green:3} {blue:3} {shown:8} {shown:2} {shown:2}    "{plain}"')
-    write_whole(path, "\n".join([*lines, ""]).encode())
+    write_whole(path, "\n".join([*lines, ""]))
 
 
 class Submission:

@@ -15,8 +15,17 @@ from matchai.data import THUMBNAIL, find_groups, quantise, resize, window
 from matchai.drawing import draw_panels
 from matchai.prediction.inference import Predictor, ReadSlice, uncertainty
 from matchai.prediction.summaries import affected_percent, affected_text
-from matchai.system import InputError
-from matchai.volumes import UPRIGHT, Volume, check_size, file_labels, implausible_range, turn
+from matchai.system import InputError, file_name
+from matchai.volumes import (
+    UPRIGHT,
+    ValueCounts,
+    Volume,
+    check_size,
+    count_values,
+    file_labels,
+    implausible_values,
+    turn,
+)
 
 NUM_PANELS = 6
 NUM_INSPECTED = 16  # slices whose range of values is checked before any is predicted
@@ -58,8 +67,11 @@ class VolumeResult:
     files: dict[str, Path]
 
 
-def check_volume(volume: Volume, hu_windows: Sequence[tuple[float, float]]) -> None:
+def check_volume(volume: Volume, hu_windows: Sequence[tuple[float, float]]) -> list[str]:
     """Looks at some slices before any is predicted.
+
+    Returns:
+        What the user should know of their values, in sentences.
 
     Raises:
         InputError: If slices are too small, or their values are no HU.
@@ -67,10 +79,13 @@ def check_volume(volume: Volume, hu_windows: Sequence[tuple[float, float]]) -> N
     check_size(volume.path, *volume.shape[1:])
     places = np.unique(np.linspace(0, volume.shape[0] - 1, NUM_INSPECTED).round().astype(int)).tolist()
     images = [_read_finite(volume, index) for index in places]
-    low, high = min(float(one.min()) for one in images), max(float(one.max()) for one in images)
+    notes: dict[str | None, None] = {}
     for hu_window in hu_windows:
-        if problem := implausible_range(str(volume.path), low, high, hu_window, can_choose_window=False):
+        values = ValueCounts.total(count_values(one, hu_window) for one in images)
+        if problem := implausible_values(str(volume.path), values, hu_window, can_choose_window=False):
             raise InputError(problem)
+        notes[values.padding_note()] = None
+    return [note for note in notes if note is not None]
 
 
 def _read_finite(volume: Volume, index: int) -> NDArray[np.float32]:
@@ -119,8 +134,7 @@ def predict_volume(
     with ExitStack() as stack:
         # on disk, not in memory: one byte a voxel, with maps two more for each
         mask_file = stack.enter_context(tempfile.TemporaryFile(dir=folder))
-        shown = [f"probability_{name.replace(' ', '_')}" for name in names] if with_probabilities else []
-        shown += ["uncertainty"] if with_uncertainty else []
+        shown = _names_of_maps(names if with_probabilities else []) + (["uncertainty"] if with_uncertainty else [])
         map_files = {what: stack.enter_context(tempfile.TemporaryFile(dir=folder)) for what in shown}
         for turned in _predict_each(volume, predictor, read):
             probs = turn(turned, predictor.orientation, volume.orientation)
@@ -144,6 +158,14 @@ def predict_volume(
         _draw(volume, mask, results, predictor, files["panels"])
     pixels = np.sum([one.pixels for one in results], axis=0)
     return VolumeResult(volume, results, pixels, _affected(pixels, predictor), files)
+
+
+def _names_of_maps(class_names: Sequence[str]) -> list[str]:
+    """What the files of the probabilities of some classes are called, each differently."""
+    names: list[str] = []
+    for name in class_names:
+        names.append(file_name(f"probability_{name}", names))
+    return names
 
 
 def _slice_result(pred: NDArray[np.uint8], doubt: NDArray[np.float32] | None, predictor: Predictor) -> SliceResult:

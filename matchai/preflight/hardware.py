@@ -11,7 +11,7 @@ import torch
 
 from matchai.native import library
 from matchai.preflight.software import Finding
-from matchai.system import cpu_has_bf16, is_set_by_launcher, num_cores
+from matchai.system import cpu_has_bf16, format_size, is_set_by_launcher, num_cores
 
 LEAST_DISK = 2.2e8  # bytes; a state of the recipe has as many,
 FEW_DISK = 2e9  # and three of them, the best weights and the prepared slices take turns in so many
@@ -109,10 +109,10 @@ def check_disk(folder: Path, flag: str, need: float = 0) -> Finding:
     if not near.is_dir() or not os.access(near, os.W_OK | os.X_OK):
         return Finding("problem", f"{folder} cannot be written: {near} does not allow it", f"name another with {flag}")
     free = shutil.disk_usage(near).free
-    text = f"Disk: {free / 1e9:,.1f} GB free for {folder}"
+    text = f"Disk: {format_size(free)} free for {folder}"
     remedy = f"make room, or name another folder with {flag}"
     if free < max(need * 1.05, LEAST_DISK):
-        wanted = f", but {need / 1e9:,.1f} GB are needed" if need * 1.05 > free else ""
+        wanted = f", but {format_size(need)} are needed" if need * 1.05 > free else ""
         return Finding("problem", text + wanted, remedy)
     return Finding("warning", text, remedy) if free < need + FEW_DISK else Finding("ok", text)
 
@@ -134,7 +134,7 @@ def check_shared_memory(num_workers: int, batch_size: int, channels: int, image_
         free = shutil.disk_usage("/dev/shm").free
     except OSError:
         return Finding("ok", f"Shared memory: {num_workers} workers; this system has no /dev/shm to run out of")
-    text = f"Shared memory: {free / 1e6:,.0f} MB free, {num_workers} workers need up to {need / 1e6:,.0f} MB"
+    text = f"Shared memory: {format_size(free)} free, {num_workers} workers need up to {format_size(need)}"
     remedy = "give the container more (docker run --shm-size 2g), or load without workers: --num-workers 0"
     return Finding("problem", text, remedy) if free < need else Finding("ok", text)
 

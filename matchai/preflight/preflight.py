@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from matchai.data import STEPS, Data, bytes_per_slice, open_sets
 from matchai.preflight.data import (
@@ -31,8 +32,8 @@ from matchai.preflight.hardware import (
 from matchai.preflight.software import Finding, check_encoder, check_launcher, check_trackers
 from matchai.runs import read
 from matchai.settings import TrainConfig, check
-from matchai.system import Display, InputError, choose_precision, default_workers, num_cores
-from matchai.training import load_weights, step_problems
+from matchai.system import Display, InputError, Problems, check_launch, choose_precision, default_workers, num_cores
+from matchai.training import build_model_of, load_weights, step_problems
 from matchai.volumes import UPRIGHT, turn
 
 HISTOGRAM, PANELS = "histogram.png", "slices.png"
@@ -51,6 +52,10 @@ def check_training(config: TrainConfig, pictures: Path) -> Iterator[Finding]:
     """
     wrong = check(config)
     yield from _problems(wrong)
+    launch = Problems()
+    with launch.collect():
+        check_launch()
+    yield from _problems(launch)
     device = choose_device()
     yield from check_devices(device)
     try:
@@ -66,7 +71,9 @@ def check_training(config: TrainConfig, pictures: Path) -> Iterator[Finding]:
     workers = default_workers(device, 1) if config.machine.num_workers is None else config.machine.num_workers
     channels, size = 2 * config.network.context + 1, config.input.image_size
     yield check_shared_memory(workers, config.sampling.batch_size, channels, size)
-    yield check_encoder(config.network.encoder, "none" if config.run.init else config.network.encoder_weights)
+    model: list[nn.Module] = []
+    weights = "none" if config.run.init else config.network.encoder_weights
+    yield check_encoder(config.network.encoder, weights, lambda weights: model.append(_build(config, weights)))
     if config.run.init:
         try:
             load_weights(config.run.init)
@@ -79,7 +86,7 @@ def check_training(config: TrainConfig, pictures: Path) -> Iterator[Finding]:
         yield Finding("warning", "The data are not examined", "fix the settings first")
     else:
         try:
-            data = yield from _check_data(config, device, pictures)
+            data = yield from _check_data(config, device, model[0] if model else None, pictures)
             num_slices = len(data.slices)
         except InputError as error:
             yield from _problems(error.problems)
@@ -87,7 +94,13 @@ def check_training(config: TrainConfig, pictures: Path) -> Iterator[Finding]:
     yield check_disk(Path("runs"), "--output")
 
 
-def _check_data(config: TrainConfig, device: torch.device, pictures: Path) -> Generator[Finding, None, Data]:
+def _build(config: TrainConfig, encoder_weights: str) -> nn.Module:
+    return build_model_of(config.updated(encoder_weights=encoder_weights), is_resuming=False)
+
+
+def _check_data(
+    config: TrainConfig, device: torch.device, model: nn.Module | None, pictures: Path
+) -> Generator[Finding, None, Data]:
     """Reads the data as training would; returns them, or raises InputError with its problems."""
     settings, names = config.input, config.input.class_names
     assert settings.data is not None
@@ -106,7 +119,7 @@ def _check_data(config: TrainConfig, device: torch.device, pictures: Path) -> Ge
         sampling, presence = config.sampling, data.presence()[data.train]
         targets = [names.index(name) for name in sampling.target_classes]
         yield check_sampler(presence, targets, sampling.target_classes, sampling.sampler_weight)
-        yield from _problems(step_problems(config, len(data.train), 1, device))
+        yield from _problems(step_problems(config, len(data.train), 1, device, model))
         _draw(config, data, values.counts, pictures)
     yield Finding("ok", f"Pictures: {pictures / HISTOGRAM} and {pictures / PANELS}")
     return data

@@ -1,19 +1,20 @@
 """The packages that a training needs, its launcher and its encoder, checked; speaks where torch is broken, too."""
 
-import difflib
 import os
 import shutil
 import socket
 import sys
 import threading
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module, metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
+
+from matchai.system import InputError
 
 HUB_PATIENCE = 2.0  # seconds
 OTHER_WEIGHTS = "give a local file with --encoder-weights FILE, or start from random weights: --encoder-weights none"
@@ -180,37 +181,44 @@ def _check_default_config(path: Path, num_gpus: int) -> Finding:
         return Finding("warning", f"{path}, which accelerate launch reads, is damaged", "remove it")
     text = f"accelerate launch without --config_file reads {path}: " + ", ".join(f"{k} {v}" for k, v in shown.items())
     number = shown.get("num_processes", 1)
-    if str(shown.get("distributed_type")) == "MULTI_GPU" and isinstance(number, int) and number > num_gpus:
+    kind, precision = str(shown.get("distributed_type", "NO")), str(shown.get("mixed_precision", "no"))
+    if kind not in ("NO", "MULTI_GPU", "MULTI_CPU", "False") or precision not in ("no", "bf16", "fp16", "False"):
+        remedy = "give accelerate launch --config_file accelerate_config.yaml"
+        return Finding("warning", f"{text}, by which matchai does not train", remedy)
+    if kind == "MULTI_GPU" and isinstance(number, int) and number > num_gpus:
         remedy = f"give --config_file accelerate_config.yaml, or --num_processes {max(num_gpus, 1)}"
         return Finding("warning", f"{text}, but there are {num_gpus} GPUs", remedy)
     return Finding("ok", text)
 
 
-def check_encoder(encoder: str, encoder_weights: str) -> Finding:
-    """Whether the encoder is known, and its weights are at hand or can be fetched."""
-    from matchai.model import encoder_names  # noqa: PLC0415 needs torch, torchvision and timm
+def check_encoder(encoder: str, encoder_weights: str, build: Callable[[str], object]) -> Finding:
+    """Whether the model can be built as training would build it, and its weights are at hand or can be fetched.
 
-    if encoder not in encoder_names():
-        near = difflib.get_close_matches(encoder, encoder_names(), 1)
-        remedy = f"did you mean {near[0]}?" if near else "name one of smp's, or one of timm's as tu-NAME"
-        return Finding("problem", f"There is no encoder {encoder!r}", remedy)
+    Args:
+        encoder: Its name.
+        encoder_weights: `imagenet`, `none`, or a file.
+        build: Builds the model with such weights, or raises InputError with what training would say.
+    """
+    try:
+        if encoder_weights == "imagenet" and (found := _check_hub(encoder)):
+            build("none")  # what the hub has is not fetched for a check
+            return found
+        build(encoder_weights)
+    except InputError as error:
+        return Finding("problem", " ".join(error.problems))
     if encoder_weights == "imagenet":
-        return _check_imagenet(encoder)
-    if encoder_weights == "none":
-        return Finding("ok", f"Encoder {encoder}, from random weights")
-    if Path(encoder_weights).expanduser().is_file():
-        return Finding("ok", f"Encoder {encoder}, from the weights in {encoder_weights}")
-    return Finding("problem", f"The encoder weights {encoder_weights} do not exist", OTHER_WEIGHTS)
+        return Finding("ok", f"The ImageNet weights of {encoder} are in the local cache")
+    source = "random weights" if encoder_weights == "none" else f"the weights in {encoder_weights}"
+    return Finding("ok", f"Encoder {encoder}, from {source}")
 
 
-def _check_imagenet(encoder: str) -> Finding:
-    from matchai.model import weights_place  # noqa: PLC0415 as above
+def _check_hub(encoder: str) -> Finding | None:
+    """Whether an encoder's ImageNet weights can be fetched; None if that is not needed, or there are none."""
+    from matchai.model import weights_place  # noqa: PLC0415 needs torch, torchvision and timm
 
     place = weights_place(encoder)
-    if place is None:
-        return Finding("problem", f"Encoder {encoder} has no ImageNet weights", OTHER_WEIGHTS)
-    if _is_cached(*place):
-        return Finding("ok", f"The ImageNet weights of {encoder} are in the local cache")
+    if place is None or _is_cached(*place):
+        return None
     reason = _why_hub_is_out_of_reach()
     if reason is None:
         return Finding("ok", f"The ImageNet weights of {encoder} will be fetched: the hub, or the proxy to it, answers")

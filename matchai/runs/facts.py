@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from matchai.data import OF_VOLUMES
 from matchai.metrics import ANY_LESION, RATIOS, Bootstrap, Counts, collapse, dice_per_class, mean_along
 from matchai.settings import PRESETS, TrainConfig, parsing
-from matchai.system import InputError
+from matchai.system import InputError, is_there
 from matchai.training import checkpoint
 
 METRICS = ("Dice", "IoU", "precision", "recall")
@@ -170,7 +170,7 @@ def read_facts(folder: Path) -> RunFacts:
         InputError: If the folder holds no run, or one of its files cannot be read.
     """
     settings = folder / "config.yaml"
-    if not settings.is_file():
+    if not is_there(settings):
         reason = "holds no config.yaml, so it is no matchai run" if folder.is_dir() else "is no folder"
         raise InputError(f"{folder} {reason}; give the folder that training wrote (--output, or runs/PRESET).")
     config = TrainConfig().updated(**parsing.load(settings))

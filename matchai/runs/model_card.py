@@ -26,7 +26,7 @@ def write_card(facts: RunFacts, path: Path) -> None:
         raise InputError(f"{path} was edited by hand, so it is left as it is; move it away to have it written again.")
     text = render_card(facts)
     seal = hashlib.sha256(text.encode()).hexdigest()
-    write_whole(path, f"{text}\n<!-- written by matchai, seal {seal} -->\n".encode())
+    write_whole(path, f"{text}\n<!-- written by matchai, seal {seal} -->\n")
 
 
 def render_card(facts: RunFacts) -> str:

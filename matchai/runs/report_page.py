@@ -29,7 +29,7 @@ def write_page(facts: RunFacts, path: Path, *, redraw: bool = True) -> None:
         path: The HTML file.
         redraw: Draws what the history alone gives again for the page, as the pictures in the folder may be older.
     """
-    write_whole(path, render(facts, read_pictures(facts, redraw=redraw)).encode())
+    write_whole(path, render(facts, read_pictures(facts, redraw=redraw)))
 
 
 def read_pictures(facts: RunFacts, *, redraw: bool) -> dict[str, bytes]:

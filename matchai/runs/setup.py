@@ -98,10 +98,11 @@ def _read_and_build(
     data, model = None, None
     with problems.collect():
         data = on_main_first(lambda: read(config, cache, display))
-        problems += step_problems(config, len(data.train), accelerator.num_processes, accelerator.device)
     display.close()
     with problems.collect():
         model = on_main_first(lambda: build_model_of(config, is_resuming=is_resuming))
+    if data is not None:
+        problems += step_problems(config, len(data.train), accelerator.num_processes, accelerator.device, model)
     if problems or data is None or model is None:
         raise InputError(*dict.fromkeys(problems))
     return data, model
@@ -119,17 +120,25 @@ def make_accelerator(config: TrainConfig, output: Path, problems: Problems) -> t
     if missing:
         problems.append(f"tracker {', '.join(missing)} is not installed; `pip install {' '.join(missing)}`.")
         trackers = []
-    accelerator = Accelerator(
-        mixed_precision=precision,
-        log_with=trackers or None,
-        project_config=ProjectConfiguration(project_dir=str(output), logging_dir=str(output)),
-        kwargs_handlers=[
-            # the running statistics are made equal before each validation, see `matchai.training.loop.validate`
-            DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False),
-            # from torch's 65536 sixteen halvings may go before the first step, more than may be skipped in a row
-            GradScalerKwargs(init_scale=2.0**13),
-        ],
-    )
+    try:
+        accelerator = Accelerator(
+            mixed_precision=precision,
+            log_with=trackers or None,
+            project_config=ProjectConfiguration(project_dir=str(output), logging_dir=str(output)),
+            kwargs_handlers=[
+                # the running statistics are made equal before each validation, see `matchai.training.loop.validate`
+                DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False),
+                # from torch's 65536 sixteen halvings may go before the first step, more than may be skipped in a row
+                GradScalerKwargs(init_scale=2.0**13),
+            ],
+        )
+    except Exception as error:  # what it says of settings of the environment that `check_launch` does not know
+        if machine.is_out_of_memory(error):
+            raise
+        raise InputError(
+            f"Accelerate does not start with the settings that it finds ({str(error).splitlines()[0]}); start with "
+            "`accelerate launch --config_file accelerate_config.yaml -m matchai.train` in matchai's folder."
+        ) from error
     check_launch(accelerator.num_processes)
     return accelerator, f"{precision} ({reason})"
 
@@ -272,7 +281,7 @@ def check_experiment(output: Path, config: TrainConfig, record: dict[str, Any]) 
     """
     path = output / "config.yaml"
     if not path.exists():
-        write_whole(path, parsing.dump(config, record).encode())
+        write_whole(path, parsing.dump(config, record))
         return
     was, now = TrainConfig().updated(**parsing.load(path)).flat(), config.flat()
     old, new = parsing.load_recorded(path).get("data", {}), record["data"]
@@ -281,6 +290,11 @@ def check_experiment(output: Path, config: TrainConfig, record: dict[str, Any]) 
     ]
     changed = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
     differences += [f"the content of {name} is another" for name in changed]
+    if differences == [f"epochs was {was['epochs']} and is {now['epochs']}"]:
+        raise InputError(
+            f"{output} was planned for {was['epochs']} epochs, over which its learning rate goes down to 0. To train "
+            f"longer, start a new run from its best weights: --init {output} --output {output}-more."
+        )
     if differences:
         raise InputError(
             f"{output} holds another experiment: {'; '.join(differences)}. Name another folder with --output, or start "
@@ -298,7 +312,7 @@ def write_split(output: Path, config: TrainConfig, data: Data) -> None:
         "val": data.val,
         "groups": data.groups.tolist(),
     }
-    write_whole(output / "split.json", json.dumps(split).encode())
+    write_whole(output / "split.json", json.dumps(split))
 
 
 def on_main_first(work: Callable[[], T]) -> T:

@@ -221,15 +221,17 @@ class Trainer:
             self.progress.best_confusions = torch.from_numpy(confusions)
             weights = self.training.validated_model.state_dict()
             self.progress.best = checkpoint.pack_weights(weights, describe_weights(self.config, self.data, row))
-        self.display.close()
-        self.display.say(epoch_line(row, self.config.optimisation.epochs, self.names, is_best))
-        if advice := self.input_bound.after_epoch(meter.seconds, meter.waited):
-            self.display.warn(advice)
         self._save()
         if self.accelerator.is_main_process:
             self._publish()
-            if time.monotonic() - self.drawn_at > self.draw_every and epoch < self.config.optimisation.epochs:
-                self._draw(final=False, confusions=confusions)
+        self.display.close()
+        # what is told is kept: whoever reads the line may stop the run at once
+        self.display.say(epoch_line(row, self.config.optimisation.epochs, self.names, is_best))
+        if advice := self.input_bound.after_epoch(meter.seconds, meter.waited):
+            self.display.warn(advice)
+        is_due = time.monotonic() - self.drawn_at > self.draw_every and epoch < self.config.optimisation.epochs
+        if is_due and self.accelerator.is_main_process:
+            self._draw(final=False, confusions=confusions)
         self.accelerator.log({name: value for name, value in row.items() if isinstance(value, int | float)}, step=epoch)
         if self.on_epoch:
             self.on_epoch(row)
@@ -281,7 +283,7 @@ class Trainer:
         """Makes history.jsonl and best.safetensors those of the state, whatever a killed process left."""
         lines = "".join(json.dumps(row) + "\n" for row in self.progress.history)
         try:
-            write_whole(self.output / "history.jsonl", lines.encode())
+            write_whole(self.output / "history.jsonl", lines)
             if self.progress.best is not None:
                 checkpoint.publish_best(self.output, self.progress.best)
         except OSError as error:

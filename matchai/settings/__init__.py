@@ -19,7 +19,7 @@ else:
 
 __all__ = [
     "FREE", "LEAVES", "OBJECTIVES", "PLACE", "PRESETS", "EvaluateSettings", "ExportSettings", "InputSettings",
-    "PhantomSettings", "PredictSettings", "ReportSettings", "RunSettings", "StudySettings", "TrainConfig",
-    "TuneConfig", "check", "check_study", "given", "load_mapping", "parse", "parse_interval", "parse_label_map",
-    "parse_settings", "parsing", "refuse_restart",
+    "PhantomSettings", "PredictSettings", "ReportSettings", "RunSettings", "StudySettings", "TrainConfig", "TuneConfig",
+    "check", "check_study", "given", "load_mapping", "parse", "parse_interval", "parse_label_map", "parse_settings",
+    "parsing", "refuse_restart",
 ]

@@ -38,6 +38,9 @@ class PredictSettings:
     """The sides of the patient that the rows and columns of arrays and pictures run toward: L left, R right, A front, P
     back (default: as in the run's data for arrays; PL, upright, for pictures). NIfTI and DICOM files store their
     own."""
+    nifti_affine: Literal["auto", "sform", "qform"] = "auto"
+    """The affine of a NIfTI header that places its voxels. auto: the sform if there is one; a file whose sform and
+    pixdim disagree on the spacing is refused. qform: the qform, with the spacing of pixdim."""
     series: str | None = None
     """Number of the series to use if a DICOM folder holds several."""
     batch_size: int | None = None
@@ -78,6 +81,8 @@ class EvaluateSettings:
     orientation: Literal["auto", "LP", "LA", "RP", "RA", "PL", "PR", "AL", "AR"] | None = None
     """The sides of the patient that the rows and columns of arrays and pictures run toward: L left, R right, A front, P
     back (default: as in the run, or as training's auto if the run's files are of another kind)."""
+    nifti_affine: Literal["auto", "sform", "qform"] | None = None
+    """The affine of a NIfTI header that places its voxels: see matchai.train (default: as in the run)."""
     rescale: tuple[float, float] | None = None
     """Slope and intercept that convert the numbers in the files to HU (default: as in the run, or 1 and 0 if the run's
     files are of another kind)."""
@@ -96,7 +101,8 @@ class EvaluateSettings:
 
     def of_the_data(self) -> dict[str, Any]:
         """The settings of the data that were given, by name; the others are those of the first run."""
-        names = ("sets", "images_name", "masks_name", "groups_name", "orientation", "rescale", "label_map")
+        files = ("sets", "images_name", "masks_name", "groups_name")
+        names = (*files, "orientation", "nifti_affine", "rescale", "label_map")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     def check(self) -> None:

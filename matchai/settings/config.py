@@ -4,7 +4,6 @@ The recipe is the default of every setting. `matchai.settings.parsing` reads and
 """
 
 import dataclasses
-import difflib
 import math
 import types
 import typing
@@ -12,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from matchai.settings.names import nearest
 from matchai.system import InputError
 
 
@@ -64,6 +64,9 @@ class InputSettings:
     """The sides of the patient that the rows and columns of a slice run toward: L left, R right, A front, P back. auto:
     LP for .npy arrays (as in the Kaggle set), PL for pictures (upright, as a viewer shows them). NIfTI files store
     their own orientation and are turned to LP."""
+    nifti_affine: Literal["auto", "sform", "qform"] = "auto"
+    """The affine of a NIfTI header that places its voxels. auto: the sform if there is one; a file whose sform and
+    pixdim disagree on the spacing is refused. qform: the qform, with the spacing of pixdim."""
     rescale: tuple[float, float] = (1.0, 0.0)
     """Slope and intercept that convert the numbers in the files to HU: HU = slope * number + intercept."""
     label_map: tuple[str, ...] = ()
@@ -239,10 +242,10 @@ class TrainConfig:
     def updated_from(self, settings: dict[str, Any], where: str = "") -> "TrainConfig":
         """As `updated`, from a mapping; `where` begins each sentence of an error, such as the name of a file."""
         problems, changes = [], {}
-        for name, value in settings.items():
+        for name, value in ungrouped(settings, where).items():
             if name not in LEAVES:
-                near = difflib.get_close_matches(str(name), LEAVES, 1, 0.5)
-                hint = f"did you mean {near[0]}?" if near else "python -m matchai.train --help-all lists all"
+                near = nearest(str(name), LEAVES)
+                hint = f"did you mean {near}?" if near else "python -m matchai.train --help-all lists all"
                 problems.append(f"{where}Unknown setting {name!r}: {hint}")
                 continue
             try:
@@ -266,6 +269,28 @@ LEAVES: dict[str, tuple[str, dataclasses.Field[Any]]] = {
     for leaf in dataclasses.fields(typing.cast(Any, group.type))
 }
 """Every setting: its one name, the group it stands in, its field."""
+
+
+def ungrouped(settings: dict[str, Any], where: str = "") -> dict[str, Any]:
+    """Settings under their flat names, of a mapping that may hold some in their groups: `optimisation: {epochs: 9}`.
+
+    Raises:
+        InputError: If a setting stands in a group that is not its own, or stands twice.
+    """
+    groups = {group.name for group in dataclasses.fields(TrainConfig)}
+    flat, problems = {}, []
+    for name, value in settings.items():
+        is_group = name in groups and isinstance(value, dict)
+        for leaf, one in value.items() if is_group else [(name, value)]:
+            if is_group and leaf in LEAVES and LEAVES[leaf][0] != name:
+                problems.append(f"{where}{leaf} stands in {name}, but belongs in {LEAVES[leaf][0]} or in no group.")
+            if leaf in flat:
+                problems.append(f"{where}{leaf} is given twice; keep one.")
+            flat[leaf] = one
+    if problems:
+        raise InputError(*problems)
+    return flat
+
 
 _TYPES: dict[str, Any] = {name: leaf.type for name, (_, leaf) in LEAVES.items()}
 

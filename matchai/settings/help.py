@@ -9,18 +9,20 @@ import functools
 import inspect
 import io
 import itertools
-import os
 import re
 import shutil
 import sys
 import textwrap
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import tyro
 from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructFieldSpec, StructTypeInfo
+
+from matchai.settings.names import nearest
+from matchai.system import Problems
 
 Kind = TypeVar("Kind")
 
@@ -51,6 +53,7 @@ def read_flags(
     options: dict[str, Any] = {} if default is None else {"default": default}
     options |= {"prog": prog, "description": description, "config": (tyro.conf.OmitArgPrefixes,)}
     if not asks_for_help(argv):
+        _refuse_other_names(argv, _names(kind))
         settings: Kind = tyro.cli(kind, args=argv, registry=_registry(), **options)
         return settings
     rare = () if "--help-all" in argv else rare
@@ -61,12 +64,8 @@ def read_flags(
     usage = re.sub(r"\x1b\[[\d;]*m", "", usage)  # styles have no width
     text = f"{_fill(usage)}\n{rest.replace(description, _fill(description), 1)}"
     if rare:
-        text += f"These are the common settings; --help-all lists all {_count(kind)} settings.\n"
-    try:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-    except BrokenPipeError:  # the reader, such as `head`, has seen enough; nothing may be left to write at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        text += f"These are the common settings; --help-all lists all {len(_names(kind))} settings.\n"
+    sys.stdout.write(text)
     sys.exit(0)
 
 
@@ -92,9 +91,19 @@ def _fill(text: str) -> str:
     )
 
 
-def _count(kind: Any) -> int:
+def _names(kind: Any) -> list[str]:
+    """The settings of a dataclass and of its groups."""
     fields = dataclasses.fields(kind)
-    return sum(_count(field.type) if dataclasses.is_dataclass(field.type) else 1 for field in fields)
+    return [name for one in fields for name in (_names(one.type) if dataclasses.is_dataclass(one.type) else [one.name])]
+
+
+def _refuse_other_names(argv: Sequence[str], names: Collection[str]) -> None:
+    """Refuses flags of another program that mean one of ours; all other wrong ones are left to the parser."""
+    flags = [word[2:].split("=")[0] for word in argv if word.startswith("--")]
+    known = {*names, *(f"no_{name}" for name in names)}
+    strange = [flag for flag in flags if flag.replace("-", "_") not in known]
+    meant = [(flag, near) for flag in strange if (near := nearest(flag, names)) is not None]
+    Problems(f"There is no --{flag}: did you mean --{near.replace('_', '-')}?" for flag, near in meant).raise_any()
 
 
 def _registry(rare: Collection[str] = ()) -> ConstructorRegistry:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
 
-from matchai.settings.config import COMMON, LEAVES, PLACE, PRESETS, TrainConfig
+from matchai.settings.config import COMMON, LEAVES, PLACE, PRESETS, TrainConfig, ungrouped
 from matchai.settings.help import asks_for_help, read_flags
 from matchai.system import InputError
 
@@ -101,11 +101,20 @@ def preset_config(
     return base.updated_from({**settings, "preset": name if name in PRESETS else "recipe"}, "")
 
 
+_MERGE = "tag:yaml.org,2002:merge"
+
+
 class _UniqueKeyLoader(yaml.SafeLoader):
     """SafeLoader that refuses a key given twice, of which YAML would silently keep the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
+        merged = [value for key, value in node.value if key.tag == _MERGE]
+        sources = [
+            one for value in merged for one in (value.value if isinstance(value, yaml.SequenceNode) else [value])
+        ]
+        # what is merged from a key beside, `common: &common {...}` with `<<: *common`, is there for that alone
+        node.value = [pair for pair in node.value if pair[0].tag == _MERGE or not any(pair[1] is s for s in sources)]
+        keys = [self.construct_object(key, deep=deep) for key, _ in node.value if key.tag != _MERGE]
         for key in keys:
             if keys.count(key) > 1:
                 raise InputError(f"{key} is given twice; keep one.")
@@ -120,6 +129,7 @@ def load(path: Path) -> dict[str, Any]:
     """
     content = load_mapping(path, "--config", "settings")
     content.pop("recorded", None)
+    content = ungrouped(content, f"{path}: ")
     TrainConfig().updated_from(content, f"{path}: ")
     return content
 

@@ -7,7 +7,7 @@ from matchai.system.lazy import lazy_exports
 if TYPE_CHECKING:
     from matchai.study.confirmation import Confirmation, best_file, draw_report
     from matchai.study.launcher import STOPPED, supervise, work
-    from matchai.study.plan import Plan, Stage, make_plan
+    from matchai.study.plan import Plan, Stage, about_study, make_plan
     from matchai.study.samplers import OneCyclePruner
     from matchai.study.significance import Contender, Verdict, judge
     from matchai.study.space import Space, default_space, load_space
@@ -19,6 +19,6 @@ else:
 
 __all__ = [
     "STOPPED", "Confirmation", "Contender", "OneCyclePruner", "Plan", "Space", "Stage", "Store", "TrialTable",
-    "Verdict", "Worker", "best_file", "default_space", "draw_report", "judge", "load_space", "make_plan",
+    "Verdict", "Worker", "about_study", "best_file", "default_space", "draw_report", "judge", "load_space", "make_plan",
     "open_store", "supervise", "work",
 ]

@@ -14,8 +14,9 @@ from optuna.trial import FrozenTrial
 
 from matchai.settings import TrainConfig, parsing
 from matchai.study.leases import retry_on_lost_lock
-from matchai.study.plan import Plan
+from matchai.study.plan import MIN_SEEDS, Plan
 from matchai.study.report_page import write_report
+from matchai.study.rows import describe_left_out
 from matchai.study.significance import Verdict, judge
 from matchai.study.trials import DONE, WAIT, Task, TrialTable
 from matchai.system import StoreError, write_whole
@@ -32,7 +33,7 @@ class Confirmation:
     def __init__(self, table: TrialTable) -> None:
         self.table, self.plan, self.store = table, table.plan, table.store
         recipe = table.recipe()
-        best = table.ranking()[: self.plan.settings.confirm]
+        best = table.ranking()[: self.plan.settings.confirm if len(table.seeds) >= MIN_SEEDS else 0]
         self.contenders: list[FrozenTrial] = [recipe, *best] if recipe and best else []
         self.runs = [(trial, seed) for seed in table.seeds for trial in self.contenders]
 
@@ -106,8 +107,8 @@ def conclude(tables: Sequence[TrialTable], say: Callable[[str], None]) -> dict[s
         has_answer = trial is not None and (verdict is not None or not plan.settings.confirm)
         best = best_file(plan, verdict) if has_answer else None
         command = train_command(best) if best else None
-        trials = [(trial.number, trial.state.name, trial.value) for trial in store.trials(table.study)]
-        digest = hashlib.sha256(json.dumps([trials, sentence]).encode()).hexdigest()
+        trials = [(trial.number, trial.state.name, trial.value) for trial in table.trials()]
+        digest = hashlib.sha256(json.dumps([trials, sentence, *_left_out(tables)]).encode()).hexdigest()
         done = {"digest": digest, "confirm": plan.settings.confirm}
         has_files = (plan.folder / "report.html").exists() and (best is None or best.exists())
         if not has_files or table.study.user_attrs.get("concluded") != done:
@@ -132,6 +133,7 @@ def draw_report(tables: Sequence[TrialTable], best: Path | None) -> Path:
     notes = ["All figures are of the synthetic phantom, not of patients."] if table.about["is_synthetic"] else []
     if plan.settings.confirm:
         notes.append("Each fresh seed is another split into training and validation slices, too.")
+    notes += _left_out(tables)
     return write_report(
         plan.folder,
         table.study,
@@ -143,6 +145,12 @@ def draw_report(tables: Sequence[TrialTable], best: Path | None) -> Path:
         notes=notes,
         screen=tables[0].study if len(tables) > 1 else None,
     )
+
+
+def _left_out(tables: Sequence[TrialTable]) -> list[str]:
+    """A sentence for each stage with trials that count as nothing."""
+    found = {table.stage.name: table.others()[1] for table in tables}
+    return [describe_left_out(name, left_out) for name, left_out in found.items() if left_out]
 
 
 def best_file(plan: Plan, verdict: Verdict | None) -> Path:
@@ -224,4 +232,4 @@ def _write_best(path: Path, table: TrialTable, trial: FrozenTrial, sentence: str
     config = config.updated(**places, encoder_weights=str(weights))
     found = {"study": plan.name, "trial": trial.number, "answer": sentence, "store": table.store.shown}
     head = f"# Study {plan.name}: {sentence}\n# Train it: {train_command(path)}\noutput: runs/{plan.name}-best\n\n"
-    write_whole(path, (head + parsing.dump(config, found)).encode())
+    write_whole(path, (head + parsing.dump(config, found)))

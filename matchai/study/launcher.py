@@ -112,7 +112,7 @@ def _start(plan: Plan, slot: _Slot, gpus: list[str]) -> None:
     context = multiprocessing.get_context("spawn")
     slot.inbox, outbox = context.Pipe(duplex=False)
     slot.process = context.Process(target=_work, args=(plan, slot.number, outbox), name=f"matchai worker {slot.number}")
-    with _environment(plan.settings.workers, slot.number, gpus):
+    with _environment(plan.settings.workers, slot.number, gpus), _without_interrupts():
         slot.process.start()
     outbox.close()
 
@@ -184,6 +184,19 @@ def _environment(num_workers: int, number: int, gpus: list[str]) -> Iterator[Non
         os.environ.update(before)
 
 
+@contextlib.contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Holds Ctrl-C back while a worker is started, which never hears it: it would die amid its imports."""
+    if not hasattr(signal, "pthread_sigmask"):  # on Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _gpus() -> list[str]:
     """The GPUs that may be used, as CUDA_VISIBLE_DEVICES names them, found without loading CUDA."""
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -206,6 +219,8 @@ def _work(plan: Plan, number: int, outbox: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def tell(event: dict[str, Any]) -> None:
+        if number and event.get("is_common"):  # the first worker says it
+            return
         with contextlib.suppress(OSError):
             outbox.send(event)
 

@@ -47,6 +47,10 @@ class LostLeaseError(RuntimeError):
     """Another worker took over, as this one had seemed to stand still."""
 
 
+class LostTrialError(LostLeaseError):
+    """Another program ended or deleted the trial; one sentence."""
+
+
 class Leases:
     """The claims of one worker in one study.
 

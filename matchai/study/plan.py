@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import optuna
 import torch
+from optuna.trial import TrialState
 
 from matchai.data import Data
 from matchai.settings import (
@@ -24,12 +26,14 @@ from matchai.settings import (
     check_study,
     refuse_restart,
 )
+from matchai.study.rows import read_enqueued
 from matchai.study.space import Space, default_space, describe_entry, load_space
+from matchai.study.storage import Store
 from matchai.study.storage_url import parse_storage
-from matchai.system import InputError, Problems, choose_precision
+from matchai.system import InputError, Problems, choose_precision, plural
 from matchai.training import build_model_of, step_problems
 
-NUM_SEEDS = 3  # fresh seeds of a confirmation
+NUM_SEEDS, MIN_SEEDS = 3, 2  # fresh seeds of a confirmation; on one, noise cannot be told from a difference
 MOST_CHECKED = 10_000  # combinations of the sizes of a step
 
 
@@ -187,6 +191,23 @@ def fresh_seeds(plan: Plan, read: Callable[[TrainConfig], Data]) -> list[int]:
     return seeds
 
 
+def check_seeds(plan: Plan, seeds: Sequence[int]) -> None:
+    """Refuses a study that could not be confirmed.
+
+    Args:
+        plan: The study.
+        seeds: Its fresh seeds.
+
+    Raises:
+        InputError: If it is to be confirmed on fewer than `MIN_SEEDS`.
+    """
+    if plan.settings.confirm and len(seeds) < MIN_SEEDS:
+        raise InputError(
+            f"Study {plan.name} has {plural(len(seeds), 'fresh seed')} on which its data can be split, but to confirm "
+            f"trials takes {MIN_SEEDS}: give --confirm 0, another --val-fraction, or more data."
+        )
+
+
 def describe(plan: Plan, stage: Stage, data: Data, seeds: Sequence[int]) -> dict[str, Any]:
     """What makes a stage this study and no other, and its fresh seeds; plain JSON values."""
     recipe = plan.config.updated(epochs=stage.epochs).flat()
@@ -204,6 +225,58 @@ def describe(plan: Plan, stage: Stage, data: Data, seeds: Sequence[int]) -> dict
     }
     plain: dict[str, Any] = json.loads(json.dumps(found, default=str))
     return plain
+
+
+def about_study(store: Store, name: str) -> dict[str, Any]:
+    """What a study of a store was made as; InputError if matchai did not make it."""
+    found: dict[str, Any] | None = store.open_study(name, "maximize", {}).user_attrs.get("matchai")
+    if found is None:
+        raise InputError(f"{store.shown} holds a study {name} that matchai did not make; name another --study-name.")
+    return found
+
+
+def is_known(store: Store, name: str) -> bool:
+    """Whether the store holds a study of this name that matchai made, or took over."""
+    return store.has_study(name) and "matchai" in store.open_study(name, "maximize", {}).user_attrs
+
+
+def check_stored_study(plan: Plan, stage: Stage, store: Store, description: dict[str, Any]) -> None:
+    """Refuses a study of the stage's name that is another one; one that is not there is well.
+
+    So is one that matchai did not make, but for which somebody has enqueued a trial of the space: it is taken over.
+
+    Raises:
+        InputError: With every difference, and the way out.
+    """
+    if not store.has_study(stage.name):
+        check_seeds(plan, description["fresh_seeds"])
+        return
+    study = store.open_study(stage.name, plan.direction, {})
+    direction = " and ".join(one.name.lower() for one in study.directions)
+    if not is_known(store, stage.name) and _has_enqueued(store, study, plan.space):
+        if direction != plan.direction:
+            raise InputError(
+                f"{store.shown} holds a study {stage.name} whose direction is {direction}, but "
+                f"{plan.settings.objective} needs {plan.direction}: create it so, or name another --study-name."
+            )
+        check_seeds(plan, description["fresh_seeds"])
+        return
+    found = about_study(store, stage.name)
+    wrong = differences({**found, "direction": direction}, description)
+    if wrong:
+        raise InputError(
+            f"{store.shown} holds another study {stage.name}: {'; '.join(wrong)}. Give the old settings, or name "
+            "another --study-name."
+        )
+    check_seeds(plan, found["fresh_seeds"])
+
+
+def _has_enqueued(store: Store, study: optuna.Study, space: Space) -> bool:
+    for trial in store.trials(study):
+        with contextlib.suppress(InputError):
+            if trial.state == TrialState.WAITING and read_enqueued(trial, space):
+                return True
+    return False
 
 
 def differences(was: dict[str, Any], now: dict[str, Any]) -> list[str]:

@@ -80,7 +80,7 @@ def write_report(
     page = render_page(f"Study {study.study_name}", subtitle, sections)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "report.html"
-    write_whole(path, page.encode())
+    write_whole(path, page)
     return path
 
 

@@ -1,7 +1,8 @@
-"""What is shown of a study: its trials, settings and importances, read from the store and trusted in nothing."""
+"""Which trials of a study count, and what is shown of them: all is read from the store, and trusted in nothing."""
 
+import copy
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -9,13 +10,106 @@ import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution, FloatDistribution
 from optuna.importance import FanovaImportanceEvaluator, get_param_importances
+from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
+
+from matchai.study.space import Space
+from matchai.system import InputError
 
 MIXES = ("loss_mix_1", "loss_mix_2")  # the parameters behind the three shares of the loss
 SHARES = ("ce_weight", "dice_weight", "focal_weight")
 LABELS = {"mean_dice": "mean Dice", "lesion_dice": "lesion Dice", "val_loss": "validation loss"}
+MARKS = {"run", "host", "seed", "epochs", "versions"}  # attributes that a trial is made with
 T = TypeVar("T")
 MIN_IMPORTANCE = 10  # complete trials; a forest on fewer tells nothing
+
+
+class StudyView(optuna.Study):
+    """A study of whose trials only some are seen, by all that read a study's trials.
+
+    Args:
+        name: Of the study.
+        storage: Optuna's, which holds it.
+        read: Returns the trials that are seen, of the study that it is given.
+    """
+
+    def __init__(self, name: str, storage: BaseStorage, read: Callable[[optuna.Study], list[FrozenTrial]]) -> None:
+        super().__init__(name, storage)
+        self._read = read
+
+    def get_trials(self, deepcopy: bool = True, states: Container[TrialState] | None = None) -> list[FrozenTrial]:
+        """The trials that are seen, by number; as Optuna's."""
+        found = [trial for trial in self._read(self) if states is None or trial.state in states]
+        return copy.deepcopy(found) if deepcopy else found
+
+
+def select_own(trials: Iterable[FrozenTrial], study_id: str) -> list[FrozenTrial]:
+    """The trials that matchai made, and ended if they have ended; all others count as nothing.
+
+    matchai makes a trial in one transaction with its `MARKS` and the study's id (`study_id`, which version 0.1.0 did
+    not write) among its attributes, and writes its `seconds` before it ends it. So a trial that another program added
+    has no such marks, a copied one has another study's id or the folder of an earlier trial, and one that another
+    program ended has no seconds.
+
+    Args:
+        trials: Of the study, by number.
+        study_id: The `id` that matchai gave the study.
+    """
+    own: dict[str, FrozenTrial] = {}
+    for trial in trials:
+        about = trial.user_attrs
+        is_ended = trial.state in {TrialState.COMPLETE, TrialState.PRUNED}
+        is_own = about.keys() >= MARKS and about.get("study_id", study_id) == study_id
+        if is_own and trial.state != TrialState.WAITING and ("seconds" in about or not is_ended):
+            own.setdefault(str(about["run"]), trial)
+    return list(own.values())
+
+
+def sort_others(
+    trials: Iterable[FrozenTrial], own: Iterable[FrozenTrial], space: Space | None
+) -> tuple[dict[int, dict[str, Any]], dict[int, str]]:
+    """What the trials of a study are that do not count.
+
+    Args:
+        trials: All of them.
+        own: Those that count.
+        space: What is searched; without it, nothing is said of enqueued trials.
+
+    Returns:
+        The parameters of enqueued trials that can be trained, and why each of the rest counts as nothing, by number.
+    """
+    waiting: dict[int, dict[str, Any]] = {}
+    left_out: dict[int, str] = {}
+    numbers = {trial.number for trial in own}
+    for trial in (trial for trial in trials if trial.number not in numbers):
+        if trial.state != TrialState.WAITING:
+            left_out[trial.number] = f"is {trial.state.name}"
+        elif space is not None:
+            try:
+                waiting[trial.number] = read_enqueued(trial, space)
+            except InputError as error:
+                left_out[trial.number] = f"waits, but {' and '.join(error.problems)}"
+    return waiting, left_out
+
+
+def read_enqueued(trial: FrozenTrial, space: Space) -> dict[str, Any]:
+    """The parameters that an enqueued trial is to have, all or some of the space's.
+
+    Raises:
+        InputError: If they do not fit the space.
+    """
+    fixed = trial.system_attrs.get("fixed_params")
+    return space.check_params({**trial.params, **(fixed if isinstance(fixed, dict) else {})})
+
+
+def describe_left_out(name: str, left_out: Mapping[int, str]) -> str:
+    """The sentence on a study's trials that count as nothing, by number with the reason."""
+    shown = [f"trial {number} {why}" for number, why in list(left_out.items())[:10]]
+    more = f"; and {len(left_out) - 10} more" if len(left_out) > 10 else ""
+    return (
+        f"Study {name} holds trials that count as nothing, as matchai did not make or end them: "
+        f"{'; '.join(shown)}{more}."
+    )
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
 """The search of a study: which settings a trial gets, and when a trial is given up.
 
 A proposal is a pure function of (seed, trial number, finished and running trials): its search sampler is made again for
-each trial and seeded by its number, so a restarted study continues as if it had not stopped, and no two workers draw
-alike. A pruner's verdict is a pure function of the trial's values and of the finished trials.
+each trial and seeded by its number among the study's own trials, so a restarted study continues as if it had not
+stopped, and no two workers draw alike. A pruner's verdict is a pure function of the trial's values and of the finished
+trials.
 """
 
 import contextlib
@@ -76,7 +77,7 @@ def propose(name: str, seed: int, study: Study, number: int, space: dict[str, Ba
         seed: Of the study, not negative.
         study: With one objective. Of its rows of this space, those finished and running are learnt from; no settings of
             any, failed ones among them, are proposed again.
-        number: Of the trial.
+        number: Of the trial, among those of the study that count.
         space: What is searched, by setting; of any of Optuna's distributions.
 
     Returns:
@@ -88,7 +89,7 @@ def propose(name: str, seed: int, study: Study, number: int, space: dict[str, Ba
     """
     if name not in _MODELS:
         raise ValueError(f"search sampler {name!r} is none of {', '.join(SEARCH_SAMPLERS)}.")
-    rows = [row for row in study.get_trials(deepcopy=False) if row.number != number and row.distributions == space]
+    rows = [row for row in study.get_trials(deepcopy=False) if row.distributions == space]
     taken = {_point(row.params, space) for row in rows}
     # sorted, so that the order of a file does not decide which setting gets which random word
     free = {setting: space[setting] for setting in sorted(space) if not space[setting].single()}

@@ -48,6 +48,24 @@ class Space:
                 found[name] = self.choices[name][params[name]] if name in self.choices else params[name]
         return found
 
+    def check_params(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Parameters of a trial that somebody else chose, some or all, as the space has them.
+
+        Raises:
+            InputError: For names that are not in the space, and for values outside of it or of another type.
+        """
+        params: dict[str, Any] = {}
+        problems = Problems(
+            f"there is no parameter {name!r} in the space ({', '.join(self.distributions)})"
+            for name in given
+            if name not in self.distributions
+        )
+        for name in (name for name in self.distributions if name in given):
+            with problems.collect():
+                params[name] = _inside(name, given[name], self.distributions[name])
+        problems.raise_any()
+        return params
+
     def attributes(self, settings: Mapping[str, Any]) -> dict[str, float]:
         """The shares among a trial's settings, which are no parameters of their own."""
         return {name: settings[name] for names in self.simplexes.values() for name in names}
@@ -261,6 +279,28 @@ def _is_inside(value: Any, entry: Mapping[str, Any]) -> bool:
         return False
     steps = (value - entry["low"]) / entry["step"] if "step" in entry else 0.0
     return bool(abs(steps - round(steps)) < 1e-9)
+
+
+def _inside(name: str, value: Any, distribution: BaseDistribution) -> Any:
+    """A parameter's value as its distribution has it; InputError where that does not hold it."""
+    entry, is_number = _plain(distribution), isinstance(value, int | float) and not isinstance(value, bool)
+    found: list[Any] = []
+    if isinstance(distribution, CategoricalDistribution):  # True equals 1, but is another choice
+        choices = (choice for choice in distribution.choices if isinstance(choice, bool) == isinstance(value, bool))
+        found = [choice for choice in choices if choice == value]
+    elif (
+        is_number
+        and math.isfinite(value)
+        and _is_inside(value, {"step": 1} | entry if _is_whole(distribution) else entry)
+    ):
+        found = [round(value) if _is_whole(distribution) else float(value)]
+    if not found:
+        raise InputError(f"{name} is {value!r}, which is not in the space ({describe_entry(entry)})")
+    return found[0]
+
+
+def _is_whole(distribution: BaseDistribution) -> bool:
+    return isinstance(distribution, IntDistribution)
 
 
 def _number(value: Any, kind: Any) -> Any:

@@ -8,14 +8,12 @@ uses what Optuna (5.0) does not publish: `_CachedStorage`, `_create_scoped_sessi
 """
 
 import contextlib
-import hashlib
 import json
 import math
 import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -26,10 +24,11 @@ from optuna.storages import RDBStorage, _CachedStorage
 from optuna.storages._rdb import models
 from optuna.storages._rdb.storage import _create_scoped_session
 from optuna.study import StudyDirection
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial, TrialState, create_trial
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
 from matchai.study import storage_url
+from matchai.study.rows import StudyView
 from matchai.system import HostLocks, InputError, LockLostError, StoppedError, StoreError
 
 PATIENCE = 900.0  # seconds that a call waits for a busy store, or for a server that went away
@@ -91,7 +90,7 @@ class Store:
             options: dict[str, Any] = {"poolclass": sql.NullPool, "isolation_level": "AUTOCOMMIT"}
             self._locks = sql.create_engine(self._url, connect_args=storage_url.connect_args(self._url), **options)
             sql.event.listen(self._locks, "connect", storage_url.set_up)
-            self._with_retries(self._check_server)
+            self._with_retries(lambda: storage_url.check_server(self._locks, self._url))
         else:
             file = Path(str(self._url.database))
             storage_url.check_place(file, self.say)
@@ -117,28 +116,10 @@ class Store:
             try:
                 self._storage = self._with_retries(lambda: _RetryingStorage(self))
                 if not self.is_server:
-                    self._with_retries(self._set_wal_mode)
+                    self._with_retries(lambda: storage_url.set_wal_mode(self._storage.engine))
             except StoreError as error:
                 raise InputError(f"{error} See that it can be written, or name another with --storage.") from None
         self._cached = _CachedStorage(self._storage)
-
-    def _set_wal_mode(self) -> None:
-        # the file remembers it; readers and the writer do not wait for each other then
-        with self._storage.engine.connect() as connection:
-            connection.execute(sql.text("PRAGMA journal_mode=WAL"))
-
-    def _check_server(self) -> None:
-        try:
-            with self._locks.connect() as connection:
-                storage_url.check_tables(connection, self.shown, is_file=False)
-        except SQLAlchemyError as error:
-            reason = self._reason(error)
-            if any(words in reason for words in ("too many", "Too many", "starting up", "shutting down")):
-                raise
-            raise InputError(
-                f"The store {self.shown} cannot be opened ({reason}); see that the server runs and can be reached from "
-                "here, and that user, password and database are right."
-            ) from None
 
     def close(self) -> None:
         """Closes the connections; locks that are still held stay."""
@@ -180,12 +161,8 @@ class Store:
             return self._host_locks.take(name)
         if not waiting:
             waiting.append(self._locks.connect())
-        digest = hashlib.sha256(f"{self._url.database}/{name}".encode())
-        is_postgresql = self._url.get_backend_name() == "postgresql"
-        statement = "SELECT pg_try_advisory_lock(:key)" if is_postgresql else "SELECT GET_LOCK(:key, 0)"
-        key = int.from_bytes(digest.digest()[:8], "big", signed=True) if is_postgresql else digest.hexdigest()[:60]
         try:
-            return bool(waiting[0].scalar(sql.text(statement), {"key": key}))
+            return storage_url.try_lock(waiting[0], self._url, name)
         except SQLAlchemyError:
             with contextlib.suppress(SQLAlchemyError):
                 waiting.pop().close()
@@ -232,7 +209,29 @@ class Store:
 
     def trials(self, study: optuna.Study) -> list[FrozenTrial]:
         """All trials of a study as they are now, by number; shared with the study, so not to be altered."""
-        return self._cached.get_all_trials(study._study_id, deepcopy=False)
+
+        def read() -> list[FrozenTrial]:
+            found = self._cached.get_all_trials(study._study_id, deepcopy=False)
+            with self._session() as session:
+                number = session.query(models.TrialModel).filter_by(study_id=study._study_id).count()
+            if number < len(found):  # rows were deleted, which Optuna's cache keeps
+                _CachedStorage.__init__(self._cached, self._storage)
+                found = self._cached.get_all_trials(study._study_id, deepcopy=False)
+            return found
+
+        try:
+            return self._with_retries(read)
+        except KeyError:
+            raise StoreError(
+                f"Study {study.study_name} was deleted from {self.shown} while it ran; the same command with another "
+                "--output begins it anew."
+            ) from None
+
+    def view(self, study: optuna.Study, select: Callable[[list[FrozenTrial]], list[FrozenTrial]]) -> optuna.Study:
+        """The study, of whose trials only those are seen that `select` leaves."""
+        return self._with_retries(
+            lambda: StudyView(study.study_name, self._cached, lambda one: select(self.trials(one)))
+        )
 
     def add_running(
         self,
@@ -249,25 +248,45 @@ class Store:
         Raises:
             LockLostError: If a lock of this thread's was lost before anything was written.
         """
-        trial = optuna.trial.create_trial(
-            state=TrialState.RUNNING, params=params, distributions=distributions, user_attrs=attrs
-        )
+        trial = create_trial(state=TrialState.RUNNING, params=params, distributions=distributions, user_attrs=attrs)
         known: list[int] = []
 
         def add() -> int:
             rows = self.trials(study)
             for row in rows[known[0] :] if known else []:
-                if _is_same(row, trial):
+                if storage_url.is_same(row, trial):
                     return row.number
             known[:] = known or [len(rows)]
             self._check_locks()
             with self._session() as session:
                 models.StudyModel.find_or_raise_by_id(study._study_id, session, for_update=True)
-                row = self._storage._get_prepared_new_trial(study._study_id, trial, session)
+                row = self._storage._get_prepared_new_trial(study._study_id, None, session)
+                # Optuna counts rows, which gives a number twice once a row was deleted
+                row.number = max([int(row.number), *(1 + one.number for one in rows)])
+                storage_url.write_row(session, row, trial)
                 session.flush()
                 return int(row.number)
 
         return self._with_retries(add)
+
+    def take_waiting(self, study: optuna.Study, number: int, trial: FrozenTrial) -> bool:
+        """Makes a WAITING trial a RUNNING one, with the parameters and user attributes of `trial`, in one transaction.
+
+        To be called under the study's lock. Returns whether it did: another program may have taken the trial.
+
+        Raises:
+            LockLostError: If a lock of this thread's was lost before anything was written.
+        """
+
+        def take() -> bool:
+            self._check_locks()
+            found = self._trial(study, number)
+            if found.state != TrialState.WAITING:
+                return storage_url.is_same(found, trial)  # a commit of before, with its outcome unknown
+            with self._session() as session:
+                return storage_url.take_row(session, found._trial_id, trial)
+
+        return self._with_retries(take)
 
     def report(self, study: optuna.Study, number: int, value: float, step: int) -> None:
         """Writes a trial's objective at a step; one that is there already stays as it is."""
@@ -357,12 +376,7 @@ class Store:
         time.sleep(seconds)
 
     def _reason(self, error: BaseException) -> str:
-        cause = storage_url.cause_of(error)
-        words = cause.args[-1] if cause.args and isinstance(cause.args[0], int) else cause  # MySQL has a number first
-        text = " ".join(str(words).split())
-        for secret in storage_url.secrets_of(self._url):
-            text = text.replace(secret, "***")
-        return text.rstrip(".")
+        return storage_url.reason_of(error, self._url)
 
 
 class _RetryingStorage(RDBStorage):
@@ -381,13 +395,3 @@ class _RetryingStorage(RDBStorage):
         if name.startswith("get_") or name in {"_get_trials", "_get_best_trial_id"}:
             return lambda *args, **kwargs: self._store._with_retries(lambda: found(*args, **kwargs))
         return found
-
-
-def _is_same(row: FrozenTrial, trial: FrozenTrial) -> bool:
-    """Whether a row is what was to be added; MySQL keeps whole seconds of the time."""
-    assert row.datetime_start is not None
-    assert trial.datetime_start is not None
-    is_same_time = abs(row.datetime_start - trial.datetime_start) < timedelta(seconds=1)
-    # as JSON, in which a tuple comes back as a list
-    added, kept = (json.dumps([one.params, one.user_attrs], sort_keys=True, default=float) for one in (trial, row))
-    return is_same_time and added == kept

@@ -1,21 +1,26 @@
-"""Where a study's store is: what `--storage` may name, and what is refused before anything is touched.
+"""The database under a study's store: what `--storage` may name, what is refused, its locks, and rows of its tables.
 
-Of what Optuna does not publish, its tables and their version are read here; the rest stands in `matchai.study.storage`.
+Of what Optuna does not publish, its tables and their version are used here; the rest stands in `matchai.study.storage`.
 """
 
+import hashlib
 import importlib.util
+import json
 import os
 import re
 import sqlite3
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import optuna
 import sqlalchemy as sql
 from alembic.script import ScriptDirectory
+from optuna.distributions import distribution_to_json
 from optuna.storages._rdb import models
-from sqlalchemy.exc import ArgumentError, DBAPIError
+from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
 
 from matchai.system import InputError
 
@@ -118,6 +123,12 @@ def set_up(connection: Any, _: Any) -> None:
     cursor.close()
 
 
+def set_wal_mode(engine: sql.Engine) -> None:
+    """Gives a file a write-ahead log, which it remembers: readers and the writer do not wait for each other then."""
+    with engine.connect() as connection:
+        connection.execute(sql.text("PRAGMA journal_mode=WAL"))
+
+
 def cause_of(error: BaseException) -> BaseException:
     """The database's own error, from under those of SQLAlchemy and Optuna."""
     while True:
@@ -125,6 +136,16 @@ def cause_of(error: BaseException) -> BaseException:
         if below is None:
             return error
         error = below
+
+
+def reason_of(error: BaseException, url: sql.URL) -> str:
+    """What the database itself says, without secrets."""
+    cause = cause_of(error)
+    words = cause.args[-1] if cause.args and isinstance(cause.args[0], int) else cause  # MySQL has a number first
+    text = " ".join(str(words).split())
+    for secret in secrets_of(url):
+        text = text.replace(secret, "***")
+    return text.rstrip(".")
 
 
 def filesystem_of(path: Path) -> str:
@@ -247,6 +268,35 @@ def check_tables(connection: sql.Connection, shown: str, *, is_file: bool) -> No
         )
 
 
+def check_server(engine: sql.Engine, url: sql.URL) -> None:
+    """Refuses a server that cannot be used, but for reasons that pass.
+
+    Raises:
+        InputError: If it cannot be reached, or its tables are others.
+        SQLAlchemyError: If it has no room now, or is starting.
+    """
+    try:
+        with engine.connect() as connection:
+            check_tables(connection, shown_url(url), is_file=False)
+    except SQLAlchemyError as error:
+        reason = reason_of(error, url)
+        if any(words in reason for words in ("too many", "Too many", "starting up", "shutting down")):
+            raise
+        raise InputError(
+            f"The store {shown_url(url)} cannot be opened ({reason}); see that the server runs and can be reached from "
+            "here, and that user, password and database are right."
+        ) from None
+
+
+def try_lock(connection: sql.Connection, url: sql.URL, name: str) -> bool:
+    """Takes a lock of a server's by its name, if it is free; it ends with the connection."""
+    digest = hashlib.sha256(f"{url.database}/{name}".encode())
+    is_postgresql = url.get_backend_name() == "postgresql"
+    statement = "SELECT pg_try_advisory_lock(:key)" if is_postgresql else "SELECT GET_LOCK(:key, 0)"
+    key = int.from_bytes(digest.digest()[:8], "big", signed=True) if is_postgresql else digest.hexdigest()[:60]
+    return bool(connection.scalar(sql.text(statement), {"key": key}))
+
+
 # SQLITE_BUSY, SQLITE_LOCKED, SQLITE_PROTOCOL (a race for the write-ahead log)
 _SQLITE_WAITS = {5, 6, 15}
 # serialization, deadlock, lock time-out, too many connections, server going down or coming up
@@ -267,3 +317,39 @@ def is_waiting(error: BaseException) -> bool:
     if isinstance(number, int):
         return number in _MYSQL_WAITS or number == 0  # 0: PyMySQL's word for a connection that was closed
     return type(cause).__name__ in {"OperationalError", "InterfaceError"}  # without a code: no connection
+
+
+def write_row(session: Any, row: Any, trial: FrozenTrial) -> None:
+    """Gives a row the start, parameters and user attributes of a trial, and nothing else.
+
+    Optuna itself would hold the parameters against the first row with such names, whosever that is. What is removed
+    was there already: an enqueued trial's, or that of a deleted row whose id SQLite has given again.
+    """
+    about = {"trial_id": row.trial_id}
+    for part in (models.TrialParamModel, models.TrialUserAttributeModel, models.TrialIntermediateValueModel):
+        session.query(part).filter_by(**about).delete()
+    row.datetime_start = trial.datetime_start
+    for name, distribution in trial.distributions.items():
+        value, text = distribution.to_internal_repr(trial.params[name]), distribution_to_json(distribution)
+        session.add(models.TrialParamModel(**about, param_name=name, param_value=value, distribution_json=text))
+    for key, attribute in trial.user_attrs.items():
+        session.add(models.TrialUserAttributeModel(**about, key=key, value_json=json.dumps(attribute)))
+
+
+def take_row(session: Any, trial_id: int, trial: FrozenTrial) -> bool:
+    """Makes a WAITING row what a RUNNING trial is; returns whether it did, as others may have taken it first."""
+    row = session.query(models.TrialModel).filter_by(trial_id=trial_id)
+    if not row.filter_by(state=TrialState.WAITING).update({"state": TrialState.RUNNING}):
+        return False
+    write_row(session, row.one(), trial)
+    return True
+
+
+def is_same(row: FrozenTrial, trial: FrozenTrial) -> bool:
+    """Whether a row is what was to be added; MySQL keeps whole seconds of the time."""
+    if row.datetime_start is None or trial.datetime_start is None:  # an enqueued one
+        return False
+    is_same_time = abs(row.datetime_start - trial.datetime_start) < timedelta(seconds=1)
+    # as JSON, in which a tuple comes back as a list
+    added, kept = (json.dumps([one.params, one.user_attrs], sort_keys=True, default=float) for one in (trial, row))
+    return is_same_time and added == kept

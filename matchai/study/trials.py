@@ -14,23 +14,27 @@ import subprocess
 import tempfile
 import uuid
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.trial import FrozenTrial, TrialState
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from matchai.runs import versions
-from matchai.study.leases import Leases, LostLeaseError, retry_on_lost_lock
-from matchai.study.plan import Plan, Stage, differences
+from matchai.study.leases import Leases, LostLeaseError, LostTrialError, retry_on_lost_lock
+from matchai.study.plan import Plan, Stage, about_study, check_stored_study, is_known
+from matchai.study.rows import select_own, sort_others
 from matchai.study.samplers import FINISHED, make_pruner, propose
 from matchai.study.storage import Store
-from matchai.system import InputError, write_whole
+from matchai.system import InputError, StoreError, write_whole
 from matchai.training import BEST, LAST
 
 MAX_ERRORS = 3  # of one trial without a new epoch in between, then it fails and is replaced
 KEPT = 3  # weights of the best trials, or as many as are confirmed
+RESULTS = {"is_recipe", "reason", "errors", "best_epoch", "seconds"}  # attributes that no enqueued trial brings along
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,10 @@ DONE = "done"
 class TrialTable:
     """A stage of a study, as one worker sees it.
 
+    Of the study's trials only those count that matchai made and ended (`select_own`): `study` shows no others, and so
+    all that count, rank, propose, prune or draw trials see no others. An enqueued trial becomes such a trial when it is
+    taken.
+
     Args:
         plan: The study.
         stage: Of it.
@@ -80,10 +88,15 @@ class TrialTable:
         self.plan, self.stage, self.store = plan, stage, store
         if description is not None:
             identity = {"id": uuid.uuid4().hex, "preset": plan.config.run.preset, "seed": plan.config.run.seed}
-            store.open_study(stage.name, plan.direction, {"matchai": identity | description})
-            check_study(plan, stage, store, description)  # another process may have been faster
-        self.study = store.open_study(stage.name, plan.direction, {})
-        self.about = self.about_study(store, stage.name)
+            made = store.open_study(stage.name, plan.direction, {"matchai": identity | description})
+            with store.locked(stage.name):
+                check_stored_study(plan, stage, store, description)  # another process may have been faster
+                if not is_known(store, stage.name):
+                    store.set_attr(made, None, "matchai", identity | description)
+        self.about = about_study(store, stage.name)
+        self.study = store.view(
+            store.open_study(stage.name, plan.direction, {}), lambda trials: select_own(trials, self.about["id"])
+        )
         self.seeds: list[int] = self.about["fresh_seeds"]
         if store.path:
             self.leases = Leases(store, self.study, store.path.parent, f"{store.path.name}.trials")
@@ -99,16 +112,6 @@ class TrialTable:
                 self._own_folder()
                 self.tidy()
 
-    @staticmethod
-    def about_study(store: Store, name: str) -> dict[str, Any]:
-        """What a study of a store was made as; InputError if matchai did not make it."""
-        found: dict[str, Any] | None = store.open_study(name, "maximize", {}).user_attrs.get("matchai")
-        if found is None:
-            raise InputError(
-                f"{store.shown} holds a study {name} that matchai did not make; name another --study-name."
-            )
-        return found
-
     @retry_on_lost_lock
     def next_task(self, ranking: list[FrozenTrial] | None = None) -> Task | str:
         """Takes a trial: one whose worker is gone, else a new one; else `WAIT`, or `DONE`.
@@ -117,7 +120,7 @@ class TrialTable:
             ranking: The best trials of the screening, if these are to be trained.
         """
         with self.store.locked(self.stage.name):
-            trials = self.store.trials(self.study)
+            trials = self.trials()
             running = [trial for trial in trials if trial.state == TrialState.RUNNING]
             for trial in running:
                 if self.leases.take(self._key(trial.number)):
@@ -125,41 +128,74 @@ class TrialTable:
             finished = sum(trial.state in FINISHED for trial in trials)
             if finished + len(running) >= self.plan.total(self.stage):
                 return WAIT if running else DONE
-            settings, seed = self.plan.settings, self.plan.config.run.seed
-            space, number = self.plan.space, len(trials)
             is_recipe = not any(trial.user_attrs.get("is_recipe") for trial in trials if trial.state != TrialState.FAIL)
+            waiting = {} if is_recipe else self.others()[0]
+            number: int | None
             if is_recipe:
-                params = space.params(self.plan.config)
+                number = self._add(self.plan.space.params(self.plan.config), is_recipe=True)
+            elif waiting:
+                number = self._take(*next(iter(waiting.items())))
             elif ranking is not None:
                 tried = [trial.params for trial in trials]
                 params = next((trial.params for trial in ranking if trial.params not in tried), {})
                 if not params:
                     return WAIT if running else DONE
+                number = self._add(params)
             else:
-                params = propose(settings.search_sampler, seed, self.study, number, space.distributions)
-            attributes: dict[str, Any] = {
-                **space.attributes(self.plan.config.flat() if is_recipe else space.settings(params)),
-                **({"is_recipe": True} if is_recipe else {}),
-                "seed": seed,
-                "epochs": self.stage.epochs,
-                "run": str(self.plan.trial_folder(self.stage, number)),
-                "host": socket.gethostname(),
-                "git_revision": git_revision(),
-                "versions": {**versions(), "optuna": optuna.__version__},
-            }
-            added = self.store.add_running(self.study, params, space.distributions, attributes)
-            return self.task_of(self._trial(added)) if self.leases.begin(self._key(added)) else WAIT
+                number = self._add(self._propose())
+            if number is None or not self.leases.begin(self._key(number)):
+                return WAIT
+            return self.task_of(self._trial(number))
+
+    def _propose(self) -> dict[str, Any]:
+        """Parameters for the next trial; seeded by its number among those that count, so that no others matter."""
+        name, seed = self.plan.settings.search_sampler, self.plan.config.run.seed
+        return propose(name, seed, self.study, len(self.trials()), self.plan.space.distributions)
+
+    def _add(self, params: dict[str, Any], *, is_recipe: bool = False) -> int:
+        """Adds a trial; returns its number."""
+        number = 1 + max((trial.number for trial in self.store.trials(self.study)), default=-1)
+        attributes = self._attributes(number, params, is_recipe=is_recipe)
+        added = self.store.add_running(self.study, params, self.plan.space.distributions, attributes)
+        if added != number:  # another program was faster
+            self.store.set_attr(self.study, added, "run", str(self.plan.trial_folder(self.stage, added)))
+        return added
+
+    def _take(self, number: int, given: dict[str, Any]) -> int | None:
+        """Takes an enqueued trial, with the parameters given and others proposed; None if another program took it."""
+        space = self.plan.space
+        params = given if len(given) == len(space.distributions) else self._propose() | given
+        brought = {name: value for name, value in self._trial(number).user_attrs.items() if name not in RESULTS}
+        attributes = brought | self._attributes(number, params)
+        trial = create_trial(
+            state=TrialState.RUNNING, params=params, distributions=space.distributions, user_attrs=attributes
+        )
+        return number if self.store.take_waiting(self.study, number, trial) else None
+
+    def _attributes(self, number: int, params: dict[str, Any], *, is_recipe: bool = False) -> dict[str, Any]:
+        space = self.plan.space
+        return {
+            **space.attributes(self.plan.config.flat() if is_recipe else space.settings(params)),
+            **({"is_recipe": True} if is_recipe else {}),
+            "seed": self.plan.config.run.seed,
+            "epochs": self.stage.epochs,
+            "study_id": self.about["id"],
+            "run": str(self.plan.trial_folder(self.stage, number)),
+            "host": socket.gethostname(),
+            "git_revision": git_revision(),
+            "versions": {**versions(), "optuna": optuna.__version__},
+        }
 
     def report(self, task: Task, row: dict[str, Any]) -> bool:
         """Tells the row of an epoch, whose state is saved; returns whether the trial is hopeless.
 
         Raises:
-            LostLeaseError: If another worker has taken it over.
+            LostLeaseError: If another worker has taken it over, or another program has ended it.
         """
-        self._check_lease(task)
         value = row[self.plan.settings.objective]
-        if value is not None:
-            self.store.report(self.study, task.number, value, row["epoch"])
+        with self._writing(task):
+            if value is not None:
+                self.store.report(self.study, task.number, value, row["epoch"])
         return bool(self.pruner.prune(self.study, self._trial(task.number)))
 
     @retry_on_lost_lock
@@ -167,14 +203,14 @@ class TrialTable:
         """Tells how a trial ended, and lets go of it.
 
         Raises:
-            LostLeaseError: If another worker has taken it over.
+            LostLeaseError: If another worker has taken it over, or another program has ended it.
         """
         with self.store.locked(self.stage.name):
-            self._check_lease(task)
-            stale = {"reason": None} if self._trial(task.number).user_attrs.get("reason") else {}
-            for name, attribute in (stale | attributes).items():
-                self.store.set_attr(self.study, task.number, name, attribute)
-            self.store.finish(self.study, task.number, state, value)
+            with self._writing(task):
+                stale = {"reason": None} if self._trial(task.number).user_attrs.get("reason") else {}
+                for name, attribute in (stale | attributes).items():
+                    self.store.set_attr(self.study, task.number, name, attribute)
+                self.store.finish(self.study, task.number, state, value)
             self.leases.drop(task.key)
             self.tidy()
 
@@ -184,21 +220,32 @@ class TrialTable:
 
         Returns:
             Whether it has failed.
+
+        Raises:
+            LostLeaseError: If another worker has taken it over, or another program has ended it.
         """
         with self.store.locked(self.stage.name):
-            if not self.leases.is_mine(task.key):
-                return False
-            errors = [*self._trial(task.number).user_attrs.get("errors", []), [epochs, message]][-MAX_ERRORS:]
-            self.store.set_attr(self.study, task.number, "errors", errors)
-            has_failed = len(errors) == MAX_ERRORS and len({epoch for epoch, _ in errors}) == 1
-            if has_failed:
-                self.store.finish(self.study, task.number, TrialState.FAIL, None)
+            with self._writing(task):
+                errors = [*self._trial(task.number).user_attrs.get("errors", []), [epochs, message]][-MAX_ERRORS:]
+                self.store.set_attr(self.study, task.number, "errors", errors)
+                has_failed = len(errors) == MAX_ERRORS and len({epoch for epoch, _ in errors}) == 1
+                if has_failed:
+                    self.store.finish(self.study, task.number, TrialState.FAIL, None)
             self.leases.drop(task.key)
             return has_failed
 
+    def trials(self) -> list[FrozenTrial]:
+        """The trials that count, by number; not to be altered."""
+        return self.study.get_trials(deepcopy=False)
+
+    def others(self) -> tuple[dict[int, dict[str, Any]], dict[int, str]]:
+        """The other trials: by number the parameters of enqueued ones, and why each of the rest counts as nothing."""
+        space = self.plan.space if self.plan.space.entries == self.about["space"] else None  # of a report, any space
+        return sort_others(self.store.trials(self.study), self.trials(), space)
+
     def counts(self) -> dict[str, Any]:
         """How far the stage is, for people: trials of each kind, the best and the recipe, seconds of a trial."""
-        trials = self.store.trials(self.study)
+        trials = self.trials()
         count = Counter(trial.state for trial in trials)
         best, recipe = self.ranking()[:1], self.recipe()
         seconds = [trial.user_attrs["seconds"] for trial in trials if "seconds" in trial.user_attrs]
@@ -222,7 +269,7 @@ class TrialTable:
         sign = -1.0 if self.plan.is_maximised else 1.0
         complete = [
             trial
-            for trial in self.store.trials(self.study)
+            for trial in self.trials()
             if trial.state == TrialState.COMPLETE
             and not (trial.user_attrs.get("reason") or trial.user_attrs.get("is_recipe"))
         ]
@@ -230,7 +277,7 @@ class TrialTable:
 
     def recipe(self) -> FrozenTrial | None:
         """The recipe's trial, once it is finished."""
-        found = (trial for trial in self.store.trials(self.study) if trial.user_attrs.get("is_recipe"))
+        found = (trial for trial in self.trials() if trial.user_attrs.get("is_recipe"))
         return next((trial for trial in found if trial.state in FINISHED), None)
 
     def settings_of(self, trial: FrozenTrial) -> dict[str, Any]:
@@ -257,12 +304,34 @@ class TrialTable:
         epochs, seed = self.stage.epochs, self.plan.config.run.seed
         return Task(key, self.stage.name, trial.number, self.settings_of(trial), epochs, seed, folder)
 
-    def _check_lease(self, task: Task) -> None:
+    @contextlib.contextmanager
+    def _writing(self, task: Task) -> Iterator[None]:
+        """To be held while a trial is written to, which another program may end at any moment."""
+        self._check(task)
+        try:
+            yield
+        except (UpdateFinishedTrialError, KeyError, StoreError):
+            self._check(task)
+            raise
+
+    def _check(self, task: Task) -> None:
         if not self.leases.is_mine(task.key):
-            raise LostLeaseError(f"trial {task.number} was taken over by another worker.")
+            raise LostLeaseError("left to another worker, which has taken it over")
+        state = self._trial(task.number).state
+        if state != TrialState.RUNNING:
+            raise LostTrialError(self._lost(task.number, f"told {state.name}"))
 
     def _trial(self, number: int) -> FrozenTrial:
-        return self.store.trials(self.study)[number]
+        found = [trial for trial in self.store.trials(self.study) if trial.number == number]
+        if not found:
+            raise LostTrialError(self._lost(number, "deleted"))
+        return found[0]
+
+    def _lost(self, number: int, how: str) -> str:
+        return (
+            f"Trial {number} of study {self.stage.name} was {how} by another program while it was trained: it counts "
+            "as nothing, and another trial takes its place."
+        )
 
     def _key(self, number: int) -> str:
         return f"{self.stage.name}-{number:04d}"
@@ -279,7 +348,7 @@ class TrialTable:
                         f"{folder} holds runs that are not of study {self.stage.name} in {self.store.shown}; name "
                         "another folder with --output, or another --study-name."
                     )
-                write_whole(mark, f"{self.about['id']}\n".encode())
+                write_whole(mark, f"{self.about['id']}\n")
             elif mark.read_text(encoding="utf-8").strip() != self.about["id"]:
                 raise InputError(
                     f"{folder} holds the trials of another study than {self.stage.name} in {self.store.shown}; name "
@@ -289,24 +358,6 @@ class TrialTable:
             raise InputError(
                 f"The study's folder {folder} cannot be written ({error.strerror}); name another with --output."
             ) from None
-
-
-def check_study(plan: Plan, stage: Stage, store: Store, description: dict[str, Any]) -> None:
-    """Refuses a study of the stage's name that is another one; one that is not there is well.
-
-    Raises:
-        InputError: With every difference, and the way out.
-    """
-    if not store.has_study(stage.name):
-        return
-    found = TrialTable.about_study(store, stage.name)
-    direction = store.open_study(stage.name, plan.direction, {}).direction.name.lower()
-    wrong = differences({**found, "direction": direction}, description)
-    if wrong:
-        raise InputError(
-            f"{store.shown} holds another study {stage.name}: {'; '.join(wrong)}. Give the old settings, or name "
-            "another --study-name."
-        )
 
 
 @functools.cache

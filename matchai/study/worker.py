@@ -15,10 +15,11 @@ from optuna.trial import TrialState
 
 from matchai.runs import on_main_first, read, run
 from matchai.study.confirmation import Confirmation, conclude, config_of
-from matchai.study.leases import LostLeaseError
-from matchai.study.plan import Plan, describe, fresh_seeds, refused_values
+from matchai.study.leases import LostLeaseError, LostTrialError
+from matchai.study.plan import Plan, check_stored_study, describe, fresh_seeds, is_known, refused_values
+from matchai.study.rows import describe_left_out
 from matchai.study.storage import open_store
-from matchai.study.trials import DONE, Task, TrialTable, check_study
+from matchai.study.trials import DONE, Task, TrialTable
 from matchai.system import (
     Display,
     FailedError,
@@ -84,6 +85,7 @@ class Worker:
         self.errors_in_row = self.failed_in_row = self.memory_errors_in_row = 0
         self.epochs, self.seconds, self.told_at = 0, 0.0, 0.0
         self.seen: dict[str, int] = {}
+        self.named: set[tuple[str, int]] = set()  # trials of which it was said that they count as nothing, or wait
 
     def work(self) -> bool:
         """Works until the study is done, which is then concluded and true, or until a signal comes.
@@ -136,11 +138,11 @@ class Worker:
             stack.callback(store.close)
             store.should_stop = lambda: self.stop.received is not None
             # a study that is there has its seeds; to find them reads the data once for each
-            is_new = not all(store.has_study(stage.name) for stage in plan.stages)
+            is_new = not all(is_known(store, stage.name) for stage in plan.stages)
             seeds = fresh_seeds(plan, lambda config: read(config, cache, display)) if is_new else []
             descriptions = {stage.name: describe(plan, stage, data, seeds) for stage in plan.stages}
             for stage in plan.stages:  # all, before any is made
-                check_study(plan, stage, store, descriptions[stage.name])
+                check_stored_study(plan, stage, store, descriptions[stage.name])
             self.tables = [TrialTable(plan, stage, store, descriptions[stage.name]) for stage in plan.stages]
 
         decide(open_tables)
@@ -151,6 +153,7 @@ class Worker:
         for place, table in enumerate(self.tables):
             ranking = self.tables[place - 1].ranking() if table.stage.promotes else None
             task = table.next_task(ranking)
+            self._name_others(table, is_done=task == DONE)
             if task != DONE:
                 self._tell_counts(table)
                 return task
@@ -169,8 +172,11 @@ class Worker:
         words = "stopped by an error"
         try:
             words = self._end(task, self._run(task))
+        except LostTrialError as error:
+            words = "given up"
+            self._name_lost(task, error)
         except LostLeaseError as error:
-            words = f"left to another worker: {error}"
+            words = str(error)
         finally:
             if self.tables:
                 self._table(task).leases.drop(task.key)
@@ -253,9 +259,14 @@ class Worker:
         else:
             self.errors_in_row += 1
             is_trial = self.tables and not task.is_confirmation
-            if is_trial and self._table(task).note_error(task, reason, self.epochs):
-                self.failed_in_row += 1
-                how = _End(None, words=f"failed after three errors, to be replaced: {reason}")
+            try:
+                if is_trial and self._table(task).note_error(task, reason, self.epochs):
+                    self.failed_in_row += 1
+                    how = _End(None, words=f"failed after three errors, to be replaced: {reason}")
+            except LostLeaseError as lost:
+                if not is_group:
+                    raise
+                how = _End(None, words=str(lost))  # all processes end below
         if is_group:
             raise BrokenError(f"{_title(task)} ended all processes ({reason}); the same command resumes from there.")
         if self.errors_in_row >= MAX_ERRORS_IN_ROW or self.failed_in_row >= MAX_FAILED_IN_ROW:
@@ -286,6 +297,28 @@ class Worker:
 
     def _mention(self, text: str) -> None:
         self.tell({"kind": "say", "text": text})
+
+    def _name_others(self, table: TrialTable, *, is_done: bool) -> None:
+        """Says once which trials of the study count as nothing, and which wait in vain."""
+        name, total = table.stage.name, table.plan.total(table.stage)
+        waiting, left_out = table.others()
+        left_out = {number: why for number, why in left_out.items() if (name, number) not in self.named}
+        late = [number for number in waiting if is_done and (name, number) not in self.named]
+        self.named |= {(name, number) for number in [*left_out, *late]}
+        told = [describe_left_out(name, left_out)] if left_out else []
+        if late:
+            told.append(
+                f"Study {name} has all its {total} trials, so what was enqueued waits "
+                f"({', '.join(f'trial {number}' for number in late)}): give more --trials."
+            )
+        for text in told:
+            self.tell({"kind": "say", "text": text, "is_common": True})
+
+    def _name_lost(self, task: Task, error: LostTrialError) -> None:
+        """Says that another program has ended a trial, unless it is said of all such trials."""
+        is_common = bool(self.tables) and task.number in self._table(task).others()[1]
+        self.named |= {(task.stage, task.number)} if is_common else set()
+        self.tell({"kind": "say", "text": str(error), "is_common": is_common})
 
     def _say(self, task: Task, kind: str, **about: Any) -> None:
         self.tell({"kind": kind, "key": task.key, **about})

@@ -8,20 +8,22 @@ if TYPE_CHECKING:
     from matchai.system import machine
     from matchai.system.command import INTERRUPTED, MISTAKE, print_problems, run_command
     from matchai.system.console import Display, StudyDisplay, best_line, epoch_line, show_evaluation
-    from matchai.system.errors import (
-        FailedError, InputError, LockLostError, Problems, StoppedError, StoreError, plural,
+    from matchai.system.errors import FailedError, InputError, LockLostError, Problems, StoppedError, StoreError, plural
+    from matchai.system.files import (
+        HostLocks, alone, file_name, format_size, is_there, list_folder, lock_bytes, make_folder, sync_file,
+        sync_folder, walk_files, write_whole,
     )
-    from matchai.system.files import HostLocks, alone, lock_bytes, make_folder, sync_file, sync_folder, write_whole
     from matchai.system.lazy import lazy_exports
     from matchai.system.machine import (
-        choose_precision, cpu_has_bf16, default_workers, is_out_of_memory, keep_heap, num_cores,
-        num_local_processes, preparing_threads, set_threads,
+        choose_precision, cpu_has_bf16, default_workers, is_out_of_memory, keep_heap, num_cores, num_local_processes,
+        preparing_threads, set_threads,
     )
     from matchai.system.optional_packages import need
+    from matchai.system.output import printable
     from matchai.system.processes import (
         StopSignal, any_process, check_agreement, check_launch, decide, end_with_launcher, end_with_parent,
-        is_lost_process, is_set_by_launcher, join_group, launcher, leave_group, lost_process_message,
-        num_processes, num_restarts, share_error,
+        is_lost_process, is_set_by_launcher, join_group, launcher, leave_group, lost_process_message, num_processes,
+        num_restarts, share_error,
     )
     from matchai.system.random_keys import seed_sequence
     from matchai.system.thread_waits import choose_waiting, refuse_launch
@@ -32,9 +34,10 @@ __all__ = [
     "INTERRUPTED", "MISTAKE", "Display", "FailedError", "HostLocks", "InputError", "LockLostError", "Problems",
     "StopSignal", "StoppedError", "StoreError", "StudyDisplay", "alone", "any_process", "best_line", "check_agreement",
     "check_launch", "choose_precision", "choose_waiting", "cpu_has_bf16", "decide", "default_workers",
-    "end_with_launcher", "end_with_parent", "epoch_line", "is_lost_process", "is_out_of_memory", "is_set_by_launcher",
-    "join_group", "keep_heap", "launcher", "lazy_exports", "leave_group", "lock_bytes", "lost_process_message",
-    "machine", "make_folder", "need", "num_cores", "num_local_processes", "num_processes", "num_restarts", "plural",
-    "preparing_threads", "print_problems", "refuse_launch", "run_command", "seed_sequence", "set_threads",
-    "share_error", "show_evaluation", "sync_file", "sync_folder", "write_whole",
+    "end_with_launcher", "end_with_parent", "epoch_line", "file_name", "format_size", "is_lost_process",
+    "is_out_of_memory", "is_set_by_launcher", "is_there", "join_group", "keep_heap", "launcher", "lazy_exports",
+    "leave_group", "list_folder", "lock_bytes", "lost_process_message", "machine", "make_folder", "need", "num_cores",
+    "num_local_processes", "num_processes", "num_restarts", "plural", "preparing_threads", "print_problems",
+    "printable", "refuse_launch", "run_command", "seed_sequence", "set_threads", "share_error", "show_evaluation",
+    "sync_file", "sync_folder", "walk_files", "write_whole",
 ]

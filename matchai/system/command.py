@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable, Iterable
 
 from matchai.system.errors import FailedError, InputError
+from matchai.system.output import safe_output
 
 FAILED, MISTAKE, INTERRUPTED = 1, 2, 130
 """Exit statuses: the work failed, the user's mistake, Ctrl-C."""
@@ -22,6 +23,11 @@ def run_command(work: Callable[[], int], left: str = "Nothing was written.", mem
     Returns:
         The exit status: that of `work`, `FAILED`, `MISTAKE` or `INTERRUPTED`.
     """
+    with safe_output():
+        return _run(work, left, memory)
+
+
+def _run(work: Callable[[], int], left: str, memory: str) -> int:
     try:
         return work()
     except InputError as error:
@@ -29,7 +35,7 @@ def run_command(work: Callable[[], int], left: str = "Nothing was written.", mem
     except FailedError as error:
         return _end([str(error)], FAILED)
     except RuntimeError as error:
-        return _end([_explain(error, memory)], FAILED)
+        return _end([_explain(error, left, memory)], FAILED)
     except OSError as error:
         what = f"{error.filename} cannot" if error.filename is not None else "A file cannot"
         return _end([f"{what} be read or written ({error.strerror or error}). {left}"], FAILED)
@@ -54,13 +60,19 @@ def _end(problems: Iterable[str], status: int) -> int:
     return status
 
 
-def _explain(error: RuntimeError, memory: str) -> str:
+def _explain(error: RuntimeError, left: str, memory: str) -> str:
     """The sentence for an error of torch's that is no fault in the program; raises any other."""
-    from matchai.system.machine import is_out_of_memory  # noqa: PLC0415 needs torch, which raised the error
+    # they need torch, which raised the error
+    from matchai.system.machine import is_dead_loader, is_out_of_memory  # noqa: PLC0415
     from matchai.system.processes import is_lost_process, lost_process_message  # noqa: PLC0415
 
     if is_lost_process(error):
         return lost_process_message()
+    if is_dead_loader(error):
+        return (
+            "A loader process died or found no room in shared memory, as when memory or /dev/shm is full; free memory, "
+            "enlarge /dev/shm (docker run --shm-size 8g), or give a smaller --num-workers; 0 needs none of it. " + left
+        )
     if is_out_of_memory(error):
         return memory
     raise error

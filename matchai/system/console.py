@@ -10,6 +10,8 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TimeRemainingColumn
 from rich.table import Column, Table
 
+from matchai.system.output import safe_stdout
+
 FEW_GROUPS = 10
 PLAIN_EVERY = 30.0  # seconds between lines about a long epoch where there is no terminal
 
@@ -24,7 +26,7 @@ class Display:
 
     def __init__(self, is_main_process: bool, file: IO[str] | None = None) -> None:
         self.is_main_process = is_main_process
-        self.console = Console(highlight=False, soft_wrap=True, file=file)
+        self.console = Console(highlight=False, soft_wrap=True, file=file or safe_stdout())
         self.progress: Progress | None = None
         self.task: TaskID | None = None
         self._last_line = time.monotonic()
@@ -73,7 +75,7 @@ class StudyDisplay:
 
     def __init__(self, objective: str, num_workers: int) -> None:
         self.objective, self.num_workers = objective, num_workers
-        self.console = Console(highlight=False, soft_wrap=True)
+        self.console = Console(highlight=False, soft_wrap=True, file=safe_stdout())
         self.counts: dict[str, Any] = {}
         self.runs: dict[str, dict[str, Any]] = {}
         self.has_ended = 0

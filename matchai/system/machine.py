@@ -76,6 +76,16 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
+# torch's words where a worker of a DataLoader was killed, or a batch did not fit into shared memory
+_DEAD_LOADER = ("dataloader worker", "shared memory", "/torch_", "shm_open", "no space left on device", "bus error")
+
+
+def is_dead_loader(error: BaseException) -> bool:
+    """Whether an error says that a process which loads slices died, or had no room for a batch in shared memory."""
+    said = str(error).lower()
+    return isinstance(error, RuntimeError) and any(words in said for words in _DEAD_LOADER)
+
+
 def num_local_processes(num_processes: int) -> int:
     """Training processes on this host, of `num_processes` over all hosts."""
     return int(os.environ.get("LOCAL_WORLD_SIZE") or num_processes)

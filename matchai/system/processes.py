@@ -47,19 +47,90 @@ def is_set_by_launcher(name: str) -> bool:
     return not any(entry.startswith(f"{name}=".encode()) for entry in environment.split(b"\0"))
 
 
-def check_launch(num_processes: int) -> None:
-    """Refuses a launch that started other processes than the launcher was asked for.
+_TRUE, _FALSE = ("1", "true", "yes", "y", "t", "on"), ("0", "false", "no", "n", "f", "off")  # as Accelerate reads them
+
+
+def _one_of(*allowed: str) -> Callable[[str], bool]:
+    return lambda value: value.lower() in allowed
+
+
+def _whole(low: int, high: int = 2**31) -> Callable[[str], bool]:
+    return lambda value: value.removeprefix("-").isdecimal() and low <= int(value) <= high
+
+
+def _is_device(value: str) -> bool:
+    try:
+        torch.device(value)
+    except RuntimeError:
+        return False
+    return True
+
+
+_Rule = tuple[str, Callable[[str], bool]]
+_ON_OR_OFF: _Rule = ("1 or 0", _one_of(*_TRUE, *_FALSE))
+_OFF: _Rule = ("off, as matchai trains whole models by DDP", _one_of(*_FALSE))
+_INDEX, _COUNT = ("a whole number from 0", _whole(0)), ("a whole number from 1", _whole(1))
+_LAUNCH_SETTINGS: dict[str, _Rule] = {
+    **dict.fromkeys(("ACCELERATE_USE_CPU", "ACCELERATE_DEBUG_MODE", "ACCELERATE_CPU_AFFINITY"), _ON_OR_OFF),
+    **{f"ACCELERATE_DYNAMO_USE_{name}": _ON_OR_OFF for name in ("FULLGRAPH", "DYNAMIC", "REGIONAL_COMPILATION")},
+    "FORK_LAUNCHED": _ON_OR_OFF,
+    **{f"ACCELERATE_USE_{name}": _OFF for name in ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG")},
+    "ACCELERATE_USE_SAGEMAKER": _OFF,
+    "ACCELERATE_DYNAMO_BACKEND": ("no, as matchai compiles no model", _one_of("no")),
+    "ACCELERATE_MIXED_PRECISION": ("no, bf16 or fp16", _one_of("no", "bf16", "fp16")),
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("1, as matchai has --accumulate", _one_of("1")),
+    "ACCELERATE_TORCH_DEVICE": ("a device of torch", _is_device),
+    "MASTER_PORT": ("a whole number from 0 to 65535", _whole(0, 65535)),
+    "LOCAL_RANK": ("a whole number from 0", _whole(-1)),  # -1 is torch's word for a process alone
+    **dict.fromkeys(("RANK", "TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"), _INDEX),
+    **dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE"), _COUNT),
+    **{f"{mpi}_{name}": _INDEX for mpi in ("PMI", "OMPI_COMM_WORLD", "MV2_COMM_WORLD") for name in ("RANK", "SIZE")},
+}
+"""What Accelerate, torch and matchai read of the environment: what each setting must be, in words and as a test."""
+
+
+def _program() -> str:
+    """The module that was started, such as `matchai.train`."""
+    spec = getattr(sys.modules.get("__main__"), "__spec__", None)
+    program: str = spec.name if spec and spec.name.startswith("matchai.") else "matchai.train"
+    return program.replace("__main__", sys.argv[1]) if program == "matchai.__main__" else program
+
+
+def _setting_problems() -> list[str]:
+    """What is wrong with the launcher's settings in the environment, one sentence each; an empty one is not set."""
+    problems = []
+    found = {name: os.environ[name] for name in _LAUNCH_SETTINGS if os.environ.get(name)}
+    for name, value in found.items():
+        expected, is_fitting = _LAUNCH_SETTINGS[name]
+        if not is_fitting(value):
+            remedy = f"unset it (`unset {name}`)"
+            if is_set_by_launcher(name):
+                remedy = (
+                    "the launcher's settings are at fault, so start with "
+                    f"`accelerate launch --config_file accelerate_config.yaml -m {_program()}` in matchai's folder"
+                )
+            problems.append(f"{name} is {value}, but must be {expected}: {remedy}.")
+    world, rank = found.get("WORLD_SIZE", "1"), found.get("RANK", "0")
+    if not problems and int(rank) >= int(world):
+        problems.append(f"RANK is {rank}, but WORLD_SIZE is {world}: start all processes with one launcher.")
+    return problems
+
+
+def check_launch(num_processes: int | None = None) -> None:
+    """Refuses settings of the launcher's that matchai cannot train by, and a launch that started other processes.
 
     Args:
-        num_processes: As Accelerate counts them.
+        num_processes: As Accelerate counts them, once it does.
 
     Raises:
-        InputError: If the environment names more processes than have joined.
+        InputError: If settings in the environment are wrong, or it names more processes than have joined.
     """
-    spec = getattr(sys.modules.get("__main__"), "__spec__", None)
-    program = spec.name if spec and spec.name.startswith("matchai.") else "matchai.train"
-    program = program.replace("__main__", sys.argv[1]) if program == "matchai.__main__" else program
-    command = f"ACCELERATE_USE_CPU=1 accelerate launch --multi_gpu --num_processes {{}} -m {program}"
+    problems = _setting_problems()
+    if problems:
+        raise InputError(*problems)
+    if num_processes is None:
+        return
+    command = f"ACCELERATE_USE_CPU=1 accelerate launch --multi_gpu --num_processes {{}} -m {_program()}"
     text = os.environ.get("WORLD_SIZE", "1")
     asked = int(text) if text.isdecimal() else num_processes
     if asked != num_processes:
@@ -84,8 +155,13 @@ def join_group(timeout: float) -> PartialState:
     """Joins the process group that the launcher names, if there is one; `timeout` in seconds.
 
     Raises:
-        InputError: If it cannot be formed.
+        InputError: If it cannot be formed, or settings of the launcher's are wrong.
     """
+    check_launch()
+    for name in _LAUNCH_SETTINGS:
+        if os.environ.get(name) == "":  # as if it were not set, which Accelerate does not know
+            del os.environ[name]
+    _check_fork()
     seconds = timedelta(seconds=timeout if 0 < timeout < 1e9 else 600)  # what is wrong with it is told by the check
     use_cpu = parse_flag_from_env("ACCELERATE_USE_CPU")
     if os.environ.get("WORLD_SIZE", "").isdecimal():
@@ -107,6 +183,16 @@ def join_group(timeout: float) -> PartialState:
             f"({str(error).splitlines()[0]}); start all of them with one launcher, such as `ACCELERATE_USE_CPU=1 "
             "accelerate launch --multi_gpu --num_processes 2 -m matchai.train` or torchrun."
         ) from error
+
+
+def _check_fork() -> None:
+    """Refuses a process that a notebook's launcher has forked from one in which Accelerate was alone."""
+    asked = int(os.environ.get("WORLD_SIZE", "1"))
+    if PartialState._shared_state and PartialState().num_processes != asked > 1:
+        raise InputError(
+            f"{asked} processes were to train together, but this one comes from a Python that has trained alone; "
+            "restart the kernel, and call the launcher before any other training."
+        )
 
 
 def _is_store_stale() -> bool:

@@ -19,8 +19,8 @@ else:
     __getattr__, __dir__ = lazy_exports(__name__)
 
 __all__ = [
-    "BEST", "LAST", "DivergedError", "EpochMeter", "Progress", "State", "Training", "build_model_of",
-    "build_training", "checkpoint", "collect", "count_step", "dataset_of", "end_workers", "epoch_row", "is_free",
-    "load_about", "load_state", "load_weights", "pack_weights", "predict", "restore", "save_state",
-    "slice_weights_of", "step_problems", "train_epoch", "validate",
+    "BEST", "LAST", "DivergedError", "EpochMeter", "Progress", "State", "Training", "build_model_of", "build_training",
+    "checkpoint", "collect", "count_step", "dataset_of", "end_workers", "epoch_row", "is_free", "load_about",
+    "load_state", "load_weights", "pack_weights", "predict", "restore", "save_state", "slice_weights_of",
+    "step_problems", "train_epoch", "validate",
 ]

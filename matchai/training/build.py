@@ -26,6 +26,7 @@ from matchai.model import (
     build_model,
     join_buffers,
     keyed_layers,
+    probe,
     set_dropout,
     synchronise_processes,
     use_cpu_layers,
@@ -43,8 +44,14 @@ def build_model_of(config: TrainConfig, *, is_resuming: bool) -> nn.Module:
     """The model that the settings ask for; with random weights where `init` or a stored state will replace them."""
     network, num_classes, in_channels = config.network, len(config.input.class_names), num_channels(config)
     weights = "none" if config.run.init or is_resuming else network.encoder_weights
+    size = config.input.image_size
     return build_model(
-        network.encoder, num_classes, in_channels=in_channels, encoder_weights=weights, seed=config.run.seed
+        network.encoder,
+        num_classes,
+        in_channels=in_channels,
+        encoder_weights=weights,
+        seed=config.run.seed,
+        image_size=size if size > 0 and size % 32 == 0 else None,  # another is told by the check of the settings
     )
 
 
@@ -67,10 +74,14 @@ def slice_weights_of(config: TrainConfig, data: Data) -> np.ndarray[Any, np.dtyp
     return slice_weights(data.presence()[data.train], targets, config.sampling.sampler_weight)
 
 
-def step_problems(config: TrainConfig, num_train: int, num_processes: int, device: torch.device) -> list[str]:
-    """What is wrong with the sizes of a step: a share, or a last short batch, that the model cannot take."""
+def step_problems(
+    config: TrainConfig, num_train: int, num_processes: int, device: torch.device, model: nn.Module | None = None
+) -> list[str]:
+    """What is wrong with the sizes of a step: a share, or a last short batch, that the model cannot take.
+
+    Without the `model`, as far as that can be told of any.
+    """
     batch_size, accumulate = config.sampling.batch_size, config.sampling.accumulate
-    size = config.input.image_size
     if batch_size < num_processes:
         return [f"batch_size is {batch_size}, but {num_processes} processes share it: {num_processes} is the least."]
     if accumulate > batch_size:
@@ -78,22 +89,56 @@ def step_problems(config: TrainConfig, num_train: int, num_processes: int, devic
     if accumulate > 1 and _is_deterministic(config, device):
         return [f"accumulate is {accumulate}, but --deterministic computes slice by slice on a CPU: leave it at 1."]
 
-    def smallest(batch: int) -> int:
-        """Slices that the smallest batch norm of an epoch sees."""
-        sizes = {num_train % batch or batch, min(batch, num_train)}
-        least = min(one // min(accumulate, one) for one in sizes)
-        return least if config.network.sync_batch_norm else max(1, least // num_processes)
+    def least(batch: int) -> int:
+        """Slices of the smallest micro-batch of an epoch, over all processes."""
+        return min(one // min(accumulate, one) for one in (num_train % batch or batch, min(batch, num_train)))
 
-    # batch norm needs two values a channel, and the deepest map has (size / 32)² of each slice
-    if smallest(batch_size) * (size // 32) ** 2 < 2:
-        fitting = [batch for batch in range(max(2, num_processes, accumulate), num_train + 1) if smallest(batch) > 1]
-        nearest = min(fitting, key=lambda batch: abs(batch - batch_size), default=None)
-        remedy = "--image-size 64" + (f" or --batch-size {nearest}" if nearest else "")
+    def least_of_norm(batch: int) -> int:
+        """Slices that the smallest batch norm of an epoch sees."""
+        is_shared = config.network.sync_batch_norm or _is_deterministic(config, device)
+        return least(batch) if is_shared else max(1, least(batch) // num_processes)
+
+    def nearest(is_fitting: Callable[[int], bool]) -> str:
+        batches = range(max(2, num_processes, accumulate), num_train + 1)
+        found = min(filter(is_fitting, batches), key=lambda batch: abs(batch - batch_size), default=None)
+        return f"--batch-size {found}" if found else ""
+
+    begin = f"With batch_size {batch_size} and {num_train} training slices"
+    if least_of_norm(batch_size) < 2 and (few := _norm_problem(config, model)):
+        remedies = [few[1], nearest(lambda batch: least_of_norm(batch) > 1)]
+        shown = " or ".join(filter(None, remedies)) or "--sync-batch-norm, or more slices"
+        return [f"{begin} a batch of one slice comes up, which batch norm cannot take {few[0]}: what works is {shown}."]
+    if model is not None and least(batch_size) < num_processes and not _takes(model, config, 0):
+        fitting = nearest(lambda batch: least(batch) >= num_processes) or f"--num_processes {least(batch_size)}"
         return [
-            f"With batch_size {batch_size} and {num_train} training slices a batch of one slice comes up, which batch "
-            f"norm cannot take at image_size {size}: the nearest that work are {remedy}."
+            f"{begin} one of {num_processes} processes has no slice in some batch, which the encoder "
+            f"{config.network.encoder} cannot take: what works is {fitting}, or another --encoder."
         ]
     return []
+
+
+def _norm_problem(config: TrainConfig, model: nn.Module | None) -> tuple[str, str] | None:
+    """Why batch norm cannot take a slice alone, and the size of slices at which it can; None if it can.
+
+    It needs two values a channel, and the deepest map has (size / 32)² of each slice; some encoders have means alone.
+    """
+    size = config.input.image_size
+    if (size // 32) ** 2 < 2:
+        return f"at image_size {size}", "--image-size 64"
+    if model is not None and not _takes(model, config, 1, normalises=True):
+        return f"in the encoder {config.network.encoder}", ""
+    return None
+
+
+def _takes(
+    model: nn.Module, config: TrainConfig, num_slices: int, image_size: int | None = None, *, normalises: bool = False
+) -> bool:
+    """Whether a model computes so many slices, of the settings' size or another; see `probe`."""
+    try:
+        probe(model, num_slices, num_channels(config), image_size or config.input.image_size, normalises=normalises)
+    except (RuntimeError, ValueError):  # what torch's layers raise for a shape that they do not take
+        return False
+    return True
 
 
 def _is_deterministic(config: TrainConfig, device: torch.device) -> bool:
@@ -150,12 +195,13 @@ def _prepare_model(config: TrainConfig, accelerator: Accelerator, model: nn.Modu
     """The model as several processes train it; alone, as it is."""
     if accelerator.num_processes == 1 or _is_deterministic(config, accelerator.device):
         return model
+    size = PROBE_SIZE if _takes(model, config, 1, PROBE_SIZE) else config.input.image_size
     if config.network.sync_batch_norm:
         model = synchronise_processes(model)
     with warnings.catch_warnings():  # Accelerate has no other name yet for what DDP now calls forward_sync_buffers
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
         model = accelerator.prepare(model)
-    _settle_buckets(model, config.run.seed, num_channels(config))
+    _settle_buckets(model, config.run.seed, num_channels(config), size)
     return model
 
 
@@ -222,14 +268,14 @@ def end_workers(training: Training) -> None:
             loader._iterator = None
 
 
-def _settle_buckets(model: nn.Module, seed: int, in_channels: int) -> None:
+def _settle_buckets(model: nn.Module, seed: int, in_channels: int, image_size: int) -> None:
     """Two throw-away backward passes, after which DistributedDataParallel has its gradients in their final buckets.
 
     It reorders them after the first pass. The order of a sum of three or more processes' numbers hangs on their place
     in a bucket, so a resumed run would else begin with other sums than the uninterrupted one had.
     """
     kept = [buffer.clone() for buffer in model.buffers()]
-    blank = next(model.parameters()).new_zeros(2, in_channels, PROBE_SIZE, PROBE_SIZE)
+    blank = next(model.parameters()).new_zeros(2, in_channels, image_size, image_size)
     model.train()
     for _ in range(2):
         set_dropout(keyed_layers(model), seed, 0, [0, 1], blank.device)

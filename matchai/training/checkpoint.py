@@ -4,6 +4,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from matchai.system import InputError, lock_bytes, sync_file, sync_folder, write_whole
+from matchai.system import InputError, is_there, launcher, lock_bytes, sync_file, sync_folder, write_whole
 
 BEST = "best.safetensors"
 LAST = "last"
@@ -84,13 +85,20 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _load(path: Path, *, has_weights: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    if not is_there(path):
+        raise InputError(f"{path} does not exist; give the folder of a matchai run, or its {BEST}.")
     file = path / BEST if path.is_dir() else path
+    is_there(file)  # a folder that cannot be entered is told by its own name
     try:
         with safe_open(file, "pt") as opened:
             about = json.loads((opened.metadata() or {})["matchai"])
             return {name: opened.get_tensor(name) for name in opened.keys() if has_weights}, about  # noqa: SIM118
     except (OSError, SafetensorError, KeyError, ValueError) as error:
-        reason = "does not exist" if isinstance(error, FileNotFoundError) else "is no file of weights that a run kept"
+        reason = "is no file of weights that a run kept"
+        if isinstance(error, FileNotFoundError | PermissionError):
+            reason = (
+                "does not exist" if isinstance(error, FileNotFoundError) else "cannot be read; check its permissions"
+            )
         raise InputError(f"{file} {reason}; give the folder of a matchai run, or its {BEST}.") from None
 
 
@@ -258,7 +266,7 @@ def _names(last: Path) -> list[str]:
 def lock_folder(folder: Path, say: Callable[[str], None] = print) -> Iterator[None]:
     """Holds a run's folder for this process; the system lets go of it when the process ends, however it ends.
 
-    A holder whose launcher was killed is saving and about to end, so it is waited for.
+    A holder that ends with its launcher, which was killed, is saving and about to end, so it is waited for.
 
     Args:
         folder: The folder.
@@ -284,7 +292,9 @@ def lock_folder(folder: Path, say: Callable[[str], None] = print) -> Iterator[No
                 "with --output."
             )
         file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}{PARENT}{os.getppid()}")
+        ends_with_parent = launcher() is not None or multiprocessing.parent_process() is not None
+        parent = f"{PARENT}{os.getppid()}" if ends_with_parent else ""
+        file.write(f"process {os.getpid()} on {socket.gethostname()}{parent}")
         file.flush()
         yield
 

@@ -20,7 +20,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
 from matchai.metrics import Counts, confusion_counts
-from matchai.model import KeyedLayer, SegmentationLoss, set_dropout
+from matchai.model import KeyedLayer, SegmentationLoss, local_norms, set_dropout
 from matchai.sampling import DistributedWeightedSampler, micro_shares
 from matchai.system import FailedError
 from matchai.training.deterministic import DeterministicGradient
@@ -60,6 +60,8 @@ class Training:
         step: Optimiser steps done or skipped.
         skipped_in_row: Steps skipped since the last good one.
         outcome: Of the last step, until the epoch ends.
+        parameters: Those that are trained.
+        local_norms: On several processes, the batch norms that are not synchronised.
     """
 
     accelerator: Accelerator
@@ -83,9 +85,11 @@ class Training:
     skipped_in_row: int = 0
     outcome: StepOutcome | None = None
     parameters: list[nn.Parameter] = field(init=False)
+    local_norms: list[nn.Module] = field(init=False)
 
     def __post_init__(self) -> None:
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.local_norms = [*local_norms(self.model)] if self.accelerator.num_processes > 1 else []
 
     @property
     def raw_model(self) -> nn.Module:
@@ -248,6 +252,8 @@ def _gradient(
 
     def forward(part_images: Tensor, part_target: Tensor, part_positions: list[int]) -> Tensor:
         set_dropout(training.keyed_layers, training.seed, epoch, part_positions, images.device)
+        for norm in training.local_norms:
+            norm.training = len(part_images) > 0  # no slice has no statistics, and must not move the running ones
         with accelerator.autocast():
             logits = training.model(part_images)
         return loss.sums(logits, part_target)

@@ -65,7 +65,7 @@ def _ask(helper: "subprocess.Popen[bytes]", image: DicomImage, said: BinaryIO) -
     said.seek(begun)
     words = said.read()
     if num_bytes < 0:
-        raise InputError(content.decode())
+        raise InputError(os.fsdecode(content))
     if len(content) != num_bytes or not num_bytes:
         reason = words.decode(errors="replace").strip().splitlines()[-1:]
         raise InputError(
@@ -85,7 +85,7 @@ def main() -> None:
             content = read_pixels(image).tobytes()
             count = len(content)
         except InputError as error:
-            content = str(error).encode()
+            content = os.fsencode(str(error))
             count = -len(content)
         sys.stdout.buffer.write(_COUNT.pack(count) + content)
         sys.stdout.buffer.flush()

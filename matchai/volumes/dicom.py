@@ -3,7 +3,6 @@
 Nothing that names a patient is read or told.
 """
 
-import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -12,12 +11,17 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from matchai.system import InputError, need
+from matchai.system import InputError, need, plural, walk_files
 from matchai.volumes.decoding import decode
 from matchai.volumes.dicom_image import DicomImage, read_image, why_not_decodable
 from matchai.volumes.grid import FileVoxels, GridVolume, scratch_file
+from matchai.volumes.hounsfield import AIR
+from matchai.volumes.kinds import LOSSY, PICTURES, VOLUMES, has_suffix
 from matchai.volumes.volume import format_shape
 
+MAX_NAMES = 5
+_SAME_PLACE = 0.01  # of the widest gap, below which two images are of one place
+_UNEVEN, _EVEN = 0.05, 0.01  # of the usual gap: what others may differ from it at most, and without a word
 _TO_RAS = np.diag([-1.0, -1.0, 1.0])  # DICOM counts toward the patient's left, back and head
 
 
@@ -31,7 +35,7 @@ def open_dicom(
     """Opens the CT series in a folder and the folders in it.
 
     Args:
-        folder: Where the files lie, of whatever names; files that are no DICOM images are passed over.
+        folder: Where the files lie, of whatever names; files that are no DICOM images are left out, and told.
         orientation: Toward which sides rows and columns of the slices shall run.
         rescale: Slope and intercept that make HU of what the files' own rescale gives.
         scratch: Folder for the decoded voxels, which are written at the first read and gone with `close` (default: the
@@ -46,39 +50,76 @@ def open_dicom(
             stored in a way that cannot be read for sure.
     """
     need("pydicom", "medical", f"Reading {folder}")
-    images = _choose(folder, list(_images_in(folder)), series)
+    found, left_out = _images_in(folder)
+    images, selection_notes = _choose(folder, found, series)
+    selection_notes += _left_out_notes(folder, left_out, len(images))
     _check_content(images)
     _check_sameness(images)
     images, notes = _without_duplicates(images)
     images, affine, position_notes = _sort_by_position(folder, images)
-    is_uniform = len({(image.scale, image.dtype) for image in images}) == 1
+    has_padding = any(image.padding is not None for image in images)
+    is_uniform = len({(image.scale, image.dtype) for image in images}) == 1 and not has_padding
     dtype = np.dtype(images[0].dtype if is_uniform else np.float32)
+    air = (AIR - rescale[1]) / rescale[0]
     shape = (images[0].shape[1], images[0].shape[0], len(images))
     opened = GridVolume(
         folder,
         folder.resolve().name,
-        FileVoxels(lambda: _decode(folder, images, dtype, is_uniform, scratch), shape, dtype),
+        FileVoxels(lambda: _decode(folder, images, None if is_uniform else air, dtype, scratch), shape, dtype),
         affine,
         orientation,
         scale=images[0].scale if is_uniform else (1.0, 0.0),
         rescale=rescale,
-        notes=[*_content_notes(images), *notes, *position_notes],
+        notes=[*selection_notes, *_content_notes(images), *notes, *position_notes],
     )
     if len(images) == 1 and not images[0].thickness:
         opened.spacing, opened.voxel_ml = None, None
     return opened
 
 
-def _images_in(folder: Path) -> Iterator[DicomImage]:
+def _images_in(folder: Path) -> tuple[list[DicomImage], list[Path]]:
+    """The DICOM images, and the other files."""
     if not folder.is_dir():
         raise InputError(f"{folder} {'is a file, not a folder' if folder.exists() else 'does not exist'}.")
-    for place, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        candidates = (name for name in sorted(names) if not name.startswith(".") and name.upper() != "DICOMDIR")
-        yield from filter(None, (read_image(Path(place) / name) for name in candidates))
+    images, others = [], []
+    for path in walk_files(folder):
+        if path.name.upper() == "DICOMDIR":
+            continue
+        if (image := read_image(path)) is not None:
+            images.append(image)
+        else:
+            others.append(path)
+    return images, others
 
 
-def _choose(folder: Path, images: Sequence[DicomImage], wanted: str | None) -> list[DicomImage]:
+def _left_out_notes(folder: Path, others: Sequence[Path], num_images: int) -> list[str]:
+    """Names the files that are no DICOM images; refuses those that may be the scan, or a part of it.
+
+    Raises:
+        InputError: If there are volumes of other formats, more pictures than a preview or two, or empty files.
+    """
+    for path in others:
+        if has_suffix(path, VOLUMES):
+            raise InputError(
+                f"{folder} holds DICOM images and {path.name}, so it is not clear which is the scan; give a folder "
+                "that holds one of them."
+            )
+        if path.stat().st_size == 0 and not path.suffix:
+            raise InputError(f"{path} is empty, among DICOM images; copy it again, or take it out of the folder.")
+    pictures = [path for path in others if has_suffix(path, (*PICTURES, *LOSSY))]
+    if len(pictures) > max(1, num_images // 10):
+        raise InputError(
+            f"{folder} holds {plural(num_images, 'DICOM image')} and {len(pictures)} pictures such as "
+            f"{pictures[0].name}, so it is not clear which are the scan; give a folder that holds one kind."
+        )
+    if not others:
+        return []
+    names = ", ".join(path.name for path in others[:MAX_NAMES]) + (" ..." if others[MAX_NAMES:] else "")
+    return [f"Left out, as {'they are no DICOM images' if others[1:] else 'it is no DICOM image'}: {names}."]
+
+
+def _choose(folder: Path, images: Sequence[DicomImage], wanted: str | None) -> tuple[list[DicomImage], list[str]]:
+    """The series that is asked for, or the only one, or the only scan; and what is left out for it."""
     if not images:
         raise InputError(f"{folder} holds no DICOM images.")
     found: dict[str, list[DicomImage]] = defaultdict(list)
@@ -87,7 +128,11 @@ def _choose(folder: Path, images: Sequence[DicomImage], wanted: str | None) -> l
     numbers = Counter(members[0].number for members in found.values())
     matching = [members for uid, members in found.items() if wanted in (None, uid, members[0].number)]
     if len(matching) == 1:
-        return matching[0]
+        return matching[0], []
+    scans = [members for members in matching if not _is_no_scan(members)]
+    if wanted is None and len(scans) == 1 and scans[0][0].modality == "CT":
+        rest = "; ".join(_describe_series(members, with_uid=False) for members in matching if members is not scans[0])
+        return scans[0], [f"Left out, as no scans: series {rest}."]
     shown = sorted(found.values(), key=lambda members: (len(members[0].number), members[0].number, members[0].series))
     listed = "; ".join(_describe_series(members, numbers[members[0].number] > 1) for members in shown)
     way = "`--series NUMBER` chooses one"
@@ -95,6 +140,12 @@ def _choose(folder: Path, images: Sequence[DicomImage], wanted: str | None) -> l
         way += ", `--series UID` where numbers are equal or missing"
     found_text = f"holds {len(found)} series" if wanted is None or matching else f"holds no series {wanted}"
     raise InputError(f"{folder} {found_text}: {listed}; {way}.")
+
+
+def _is_no_scan(series: Sequence[DicomImage]) -> bool:
+    """Whether a series is plainly none: captures, localizers, a single key image, or what no scanner makes."""
+    first = series[0]
+    return len(series) == 1 or first.is_capture or first.modality not in ("CT", "MR", "PT", "NM", "")
 
 
 def _describe_series(members: Sequence[DicomImage], with_uid: bool) -> str:
@@ -198,7 +249,7 @@ def _sort_by_position(
     step = (positions[-1] - positions[0]) / (len(images) - 1) if len(images) > 1 else normal * thickness
     notes = []
     if len(images) > 1:
-        _check_gaps(folder, images, positions, normal)
+        notes += _check_gaps(folder, images, positions, normal)
         tilt = float(np.degrees(np.arccos(min(1.0, step @ normal / np.linalg.norm(step)))))
         if tilt > 0.1:
             notes.append(
@@ -217,7 +268,8 @@ def _sort_by_position(
 
 def _check_gaps(
     folder: Path, images: Sequence[DicomImage], positions: NDArray[np.float64], normal: NDArray[np.float64]
-) -> None:
+) -> list[str]:
+    """Refuses a series with gaps, or out of line; tells of gaps that are a little uneven."""
     gaps = np.diff(positions @ normal)
     expected = float(np.sort(gaps)[(len(gaps) - 1) // 2])  # of 1 and 2 mm, the 2 is the gap
     main = int(np.argmax(np.abs(normal)))
@@ -227,16 +279,17 @@ def _check_gaps(
         return f"between {'xyz'[main]} = {spots[index]:g} and {spots[index + 1]:g} mm"
 
     same = int(np.argmin(gaps))
-    if gaps[same] < 0.001:
+    if gaps[same] < _SAME_PLACE * gaps.max():
         raise InputError(
             f"{images[same].path} and {images[same + 1].path} are two images of one place ({'xyz'[main]} = "
             f"{spots[same]:g} mm): two phases or kernels in one series? Leave those of one scan in the folder."
         )
     # positions written with few decimals are off by their rounding, which is no gap; a missing image is
     rounding = min(10.0 ** -max(image.decimals for image in images), 0.2 * expected)
-    allowed = max(0.01 * expected, 0.01, rounding) + 1e-6
+    allowed = max(_UNEVEN * expected, rounding) + 1e-6
     off = int(np.argmax(np.abs(gaps - expected)))
-    if abs(gaps[off] - expected) > allowed:
+    deviation = abs(float(gaps[off]) - expected)
+    if deviation > allowed:
         missing = round(float(gaps[off]) / expected) - 1
         guess = f"{missing} image{'s are' if missing > 1 else ' is'} missing" if missing > 0 else "spacing is uneven"
         raise InputError(
@@ -251,6 +304,9 @@ def _check_gaps(
             f"{folder}: its images do not lie in one straight, even row, but up to {aside:.4g} mm off it, first of all "
             f"between {images[worst].path} and {images[worst + 1].path}; save the series resampled, as NIfTI."
         )
+    if deviation <= max(_EVEN * expected, rounding):
+        return []
+    return [f"Its slice gaps differ by up to {deviation:.2g} mm ({deviation / expected:.1%}); they are taken as even."]
 
 
 def _content_notes(images: Sequence[DicomImage]) -> Iterator[str]:
@@ -262,19 +318,25 @@ def _content_notes(images: Sequence[DicomImage]) -> Iterator[str]:
         )
     if any(not image.modality for image in images):
         yield "It does not name its modality, and is taken for CT."
+    declared = sorted({image.padding for image in images if image.padding is not None})
+    if declared:
+        shown = ", ".join(f"{low}" if low == high else f"{low} to {high}" for low, high in declared[:3])
+        yield f"Its pixels of {shown} are declared as padding, and are taken as air ({AIR:g} HU)."
     others = sorted({image.unit for image in images if image.unit.upper() not in ("HU", "US")})
     if others:
         yield f"It says that its numbers are {', '.join(others)}, not HU."
 
 
 def _decode(
-    folder: Path, images: Sequence[DicomImage], dtype: np.dtype[Any], is_stored: bool, scratch: Path | None
+    folder: Path, images: Sequence[DicomImage], air: float | None, dtype: np.dtype[Any], scratch: Path | None
 ) -> BinaryIO:
-    """All pixels in one file without a name: as they are stored, or in HU where images differ in type or scale."""
+    """All pixels in one file without a name: scaled, padding being `air`; or as they are stored, where it is None."""
 
     def write(file: BinaryIO) -> None:
         for image, values in zip(images, decode(images), strict=True):
-            wanted = values if is_stored else values * image.scale[0] + image.scale[1]
+            wanted = values if air is None else values * image.scale[0] + image.scale[1]
+            if air is not None and image.padding is not None:
+                wanted[(values >= image.padding[0]) & (values <= image.padding[1])] = air
             file.write(wanted.astype(dtype).tobytes())
 
     return scratch_file(folder, len(images) * int(np.prod(images[0].shape)) * dtype.itemsize, scratch, write)

@@ -19,9 +19,11 @@ _TAGS = [
     *["SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "SeriesNumber", "SeriesDescription", "Modality"],
     *["Rows", "Columns", "PhotometricInterpretation", "BitsAllocated", "BitsStored", "HighBit"],
     *["PixelRepresentation", "NumberOfFrames", "PixelSpacing", "ImageOrientationPatient", "ImagePositionPatient"],
-    *["SliceThickness", "RescaleSlope", "RescaleIntercept", "RescaleType", "ModalityLUTSequence"],
+    *["SliceThickness", "RescaleSlope", "RescaleIntercept", "RescaleType", "ModalityLUTSequence", "ImageType"],
+    *["PixelPaddingValue", "PixelPaddingRangeLimit"],
 ]
 _NAMED_DICOM = (".dcm", ".dicom", ".ima")
+_SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class DicomImage:
         number: SeriesNumber; empty where missing.
         description: SeriesDescription.
         modality: Such as "CT"; empty where missing.
+        is_capture: Whether it is a secondary capture or a localizer: a picture, no slice of a scan.
         syntax: UID of the transfer syntax.
         is_packed: Whether pixels are compressed.
         shape: Rows and columns.
@@ -51,6 +54,7 @@ class DicomImage:
         position: (3,) mm toward the left, back and head, of the first pixel; NaN where missing.
         decimals: Of the position as it is written.
         thickness: Of the slice in mm; 0 where missing.
+        padding: Lowest and highest stored number that stand for no pixel; None where none is declared.
     """
 
     path: Path
@@ -59,6 +63,7 @@ class DicomImage:
     number: str
     description: str
     modality: str
+    is_capture: bool
     syntax: str
     is_packed: bool
     shape: tuple[int, int]
@@ -75,6 +80,7 @@ class DicomImage:
     position: NDArray[np.float64]
     decimals: int
     thickness: float
+    padding: tuple[int, int] | None
 
 
 def read_image(path: Path) -> DicomImage | None:
@@ -98,6 +104,8 @@ def read_image(path: Path) -> DicomImage | None:
             if allocated not in (8, 16, 32):
                 raise ValueError(f"BitsAllocated is {allocated}, not 8, 16 or 32")
             num_bits, high_bit, number = int(get("BitsStored") or 16), get("HighBit"), get("SeriesNumber")
+            dtype = np.dtype(f"{'i' if get('PixelRepresentation') else 'u'}{allocated // 8}")
+            is_localizer = "LOCALIZER" in [str(value).upper() for value in get("ImageType") or ()]
             return DicomImage(
                 path=path,
                 uid=str(get("SOPInstanceUID") or ""),
@@ -105,10 +113,11 @@ def read_image(path: Path) -> DicomImage | None:
                 number="" if number is None else str(number),
                 description="".join(filter(str.isprintable, str(get("SeriesDescription") or ""))).strip(),
                 modality=str(get("Modality") or ""),
+                is_capture=is_localizer or str(get("SOPClassUID") or "").startswith(_SECONDARY_CAPTURE),
                 syntax=syntax,
                 is_packed=syntax in uids.AllTransferSyntaxes and uids.UID(syntax).is_encapsulated,
                 shape=(int(header.Rows), int(header.Columns)),
-                dtype=f"{'i' if get('PixelRepresentation') else 'u'}{allocated // 8}",
+                dtype=dtype.str[1:],
                 bits=(num_bits, num_bits - 1 if high_bit is None else int(high_bit)),
                 photometric=str(get("PhotometricInterpretation") or ""),
                 num_frames=int(get("NumberOfFrames") or 1),
@@ -121,6 +130,7 @@ def read_image(path: Path) -> DicomImage | None:
                 position=_floats(get("ImagePositionPatient"), 3),
                 decimals=max((_decimals(str(value)) for value in get("ImagePositionPatient") or ()), default=0),
                 thickness=abs(_float(get("SliceThickness")) or 0.0),
+                padding=_padding(get("PixelPaddingValue"), get("PixelPaddingRangeLimit"), dtype, num_bits),
             )
     except Exception as error:  # pydicom reads values when they are asked for, and has many ways to fail
         raise InputError(f"{path} has a header value that makes no sense: {error}.") from None
@@ -174,6 +184,28 @@ def why_not_decodable(syntax: str) -> str | None:
     return f"is packed as {uid.name}, for which no decoder is installed: `pip install {packages}`"
 
 
+def may_be_dicom(path: Path) -> bool:
+    """Whether a file begins as DICOM files do.
+
+    Raises:
+        InputError: If it cannot be read.
+    """
+    return _is_dicom(_start_of(path))
+
+
+def _start_of(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(132)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}.") from None
+
+
+def _is_dicom(start: bytes) -> bool:
+    # old files have no preamble: they begin with group 2 or 8
+    return start[128:] == b"DICM" or (len(start) == 132 and start[:2] in (b"\2\0", b"\x08\0") and start[3] == 0)
+
+
 def _header_of(path: Path) -> Any:
     """The header of a DICOM image; None for any other file.
 
@@ -181,14 +213,12 @@ def _header_of(path: Path) -> Any:
         InputError: If it should be a DICOM image, by its name or by how it begins, and cannot be read.
     """
     pydicom = need("pydicom", "medical", f"Reading {path}")
-    try:
-        with path.open("rb") as file:
-            start = file.read(132)
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror or error}.") from None
-    # old files have no preamble: they begin with group 2 or 8
-    is_dicom = start[128:] == b"DICM" or (len(start) == 132 and start[:2] in (b"\2\0", b"\x08\0") and start[3] == 0)
-    if not is_dicom:
+    start = _start_of(path)
+    if not _is_dicom(start):
+        if start.startswith((b"version https://git-lfs", b"/annex/objects")):
+            raise InputError(
+                f"{path} is a pointer to a file that is not there; get it with `git lfs pull`, or `git annex get`."
+            )
         if path.suffix.lower() in _NAMED_DICOM:
             raise InputError(
                 f"{path} is named like a DICOM file, but is {'empty' if not start else 'none'}: encrypted, truncated "
@@ -247,6 +277,23 @@ def _floats(values: Any, count: int) -> NDArray[np.float64]:
     if len(values) != count or not np.isfinite(numbers := np.array(values, dtype=np.float64)).all():
         raise ValueError(f"{values} are not {count} finite numbers")
     return numbers
+
+
+def _padding(value: Any, limit: Any, dtype: np.dtype[Any], num_bits: int) -> tuple[int, int] | None:
+    """Padding Pixel Value and Range Limit (PS3.3, C.7.5.1.1.2) as stored numbers, from the lower to the higher.
+
+    Headers often write them with the other sign (63536 for -2000 in 16 bits), so what counts are their bits.
+    """
+    if value in (None, "", b""):
+        return None
+    ends = []
+    for end in (value, value if limit in (None, "", b"") else limit):
+        # implicit VR: pydicom leaves the bytes as they are where it does not know the sign
+        number = int.from_bytes(end, "little") if isinstance(end, bytes) else int(end)
+        number &= 2**num_bits - 1
+        is_negative = dtype.kind == "i" and number >= 2 ** (num_bits - 1)
+        ends.append(number - 2**num_bits if is_negative else number)
+    return min(ends), max(ends)
 
 
 def _decimals(text: str) -> int:

@@ -5,6 +5,7 @@ nothing is resampled, so a mask goes back to the very voxels that its slices cam
 """
 
 import gzip
+import itertools
 import math
 import mmap
 import shutil
@@ -19,11 +20,11 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from matchai.system import InputError, need, write_whole
+from matchai.system import InputError, format_size, need, write_whole
 from matchai.volumes.volume import STEPS, format_shape, release_pages
 
-SAME = 1e-3
-"""Millimetres by which the corners of two grids may differ."""
+SAME = 0.1
+"""Voxels by which the corners of two grids may differ: less than anyone can draw."""
 
 _LEVEL = 4  # of gzip: above it a mask's file shrinks by few per cent, for twice the time
 _PIECE = 16 * 2**20  # bytes that are turned and written at once
@@ -121,7 +122,7 @@ class GridVolume:
 
     @property
     def placement(self) -> NDArray[np.float64]:
-        """(4, 4) affine from (slice, row, column) of `read` to the patient's right, front and top."""
+        """(4, 4) affine, mm, from (slice, row, column) of `read` to the patient's right, front and top."""
         placed = np.eye(4)
         placed[:3, 3] = self.affine[:3, 3]
         for to, (axis, is_flipped) in enumerate(zip(self._axes, self._flips, strict=True)):
@@ -129,6 +130,7 @@ class GridVolume:
             placed[:3, to] = -step if is_flipped else step
             if is_flipped:
                 placed[:3, 3] += (self.voxels.shape[axis] - 1) * step
+        placed[:3] *= self.unit
         return placed
 
     def read(self, index: int) -> NDArray[np.float32]:
@@ -251,7 +253,7 @@ def scratch_file(path: Path, num_bytes: int, scratch: Path | None, write: Callab
         free = shutil.disk_usage(folder).free
         if free < num_bytes:
             raise InputError(
-                f"{path} unpacks to {num_bytes / 1e9:.2f} GB, but {folder} has only {free / 1e9:.2f} GB free; "
+                f"{path} unpacks to {format_size(num_bytes)}, but {folder} has only {format_size(free)} free; "
                 "free some there."
             )
         with ExitStack() as on_failure:
@@ -275,22 +277,26 @@ def check_same_geometry(image: GridVolume, mask: GridVolume) -> None:
         mask: Its mask, opened with the same orientation.
 
     Raises:
-        InputError: If shapes differ, or a corner lies more than `SAME` millimetres elsewhere.
+        InputError: If shapes differ, or a corner lies more than `SAME` voxels elsewhere.
     """
     if image.shape != mask.shape:
         raise InputError(
             f"{mask.path} has {format_shape(mask.shape)} voxels (slices, rows, columns), but its image {image.path} "
             f"has {format_shape(image.shape)}; a mask must lie on its image voxel by voxel: resample it to the image."
         )
-    last = [n - 1 for n in image.shape]
-    corners = np.array([[*np.array(np.unravel_index(c, (2, 2, 2))) * last, 1] for c in range(8)], dtype=np.float64)
-    off = np.linalg.norm(((image.placement - mask.placement) @ corners.T)[:3], axis=0).max()
+    off = displacement(image.placement, mask.placement, image.shape)
     if off > SAME:
         raise InputError(
-            f"{mask.path} does not lie on its image {image.path}: by their affines a corner is {off:.4g} mm away, "
-            f"where {SAME:g} mm are allowed; resample the mask to the image, or, if it was drawn on this very image, "
+            f"{mask.path} does not lie on its image {image.path}: by their affines a corner is {off:.3g} voxels away, "
+            f"where {SAME:g} are allowed; resample the mask to the image, or, if it was drawn on this very image, "
             "give it the image's affine."
         )
+
+
+def displacement(affine: NDArray[np.float64], other: NDArray[np.float64], shape: Sequence[int]) -> float:
+    """How far two affines (4, 4) place the corners of a grid of `shape` apart, in voxels along the worst axis."""
+    corners = np.array(list(itertools.product(*((0, length - 1) for length in shape), (1,))), dtype=np.float64).T
+    return float(np.abs((np.linalg.solve(affine, other @ corners) - corners)[:3]).max())
 
 
 def _axes_and_flips(

@@ -1,26 +1,155 @@
-"""Whether numbers can be Hounsfield units."""
+"""Whether numbers can be Hounsfield units, and which of them are padding that no scanner measured."""
 
+import functools
 import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+AIR = -1000.0
+"""Air in HU, which padding is taken for."""
+
+PADDING = -1500.0
+"""HU below which there is no matter. Scanners fill what lies outside their circle with -2000, -2048 or -3024; noise in
+air stays above -1300."""
+
+_BIN = 64  # numbers in a bin of a histogram
+_REACH = 4096  # the histogram spans -4096 to 4096, with one more bin at either end for what lies beyond
+_POPULATED = 0.001  # share of the pixels from which on a bin counts; the blur around padding fills its bins with less
+_APART = 4  # bins without pixels that tell padding from the body of the histogram
+_LOW_AIR, _HIGH_AIR = -1100.0, -900.0
+_DENSE, _MOST_DENSE = 600.0, 0.1  # HU of bone, whose share is below this; raw values of any tissue lie near 1050
+_MOST_HU = 32767.0  # scanners with an extended scale reach 30710
 
 
-def implausible_range(
-    what: str, low: float, high: float, hu_window: tuple[float, float], *, can_choose_window: bool = True
+@dataclass(frozen=True)
+class ValueCounts:
+    """What numbers some pixels hold.
+
+    Attributes:
+        low: The smallest.
+        high: The largest.
+        num_padding: Pixels below `PADDING`, or below the window where it begins lower.
+        counts: (130,) int64, pixels in bins 64 wide from -4096 to 4096, and beyond either end.
+    """
+
+    low: float
+    high: float
+    num_padding: int
+    counts: NDArray[np.int64]
+
+    @staticmethod
+    def total(parts: "Iterable[ValueCounts]") -> "ValueCounts":
+        """The numbers of several images."""
+        return functools.reduce(ValueCounts.__add__, parts)
+
+    def __add__(self, other: "ValueCounts") -> "ValueCounts":
+        low, high = min(self.low, other.low), max(self.high, other.high)
+        return ValueCounts(low, high, self.num_padding + other.num_padding, self.counts + other.counts)
+
+    def padding_note(self) -> str | None:
+        """A sentence about the padding; None where there is none."""
+        if not self.num_padding:
+            return None
+        return (
+            f"{_percent(self.num_padding / self.counts.sum())} of the pixels lie below {PADDING:g} HU (down to "
+            f"{self.low:g}), as scanners fill what is outside their circle; they are taken as air ({AIR:g} HU)."
+        )
+
+
+def count_values(image: NDArray[Any], hu_window: tuple[float, float]) -> ValueCounts:
+    """Counts the numbers of an image.
+
+    Args:
+        image: Pixels of any shape, finite.
+        hu_window: The range that is kept.
+    """
+    places = np.clip(np.floor_divide(image, _BIN) + (_REACH // _BIN + 1), 0, 2 * _REACH // _BIN + 1)
+    counts = np.bincount(places.ravel().astype(np.int64), minlength=2 * _REACH // _BIN + 2)
+    num_padding = int((image < min(PADDING, hu_window[0])).sum())
+    return ValueCounts(float(image.min()), float(image.max()), num_padding, counts)
+
+
+def replace_padding(image: NDArray[np.float32], hu_window: tuple[float, float]) -> NDArray[np.float32]:
+    """Pixels in HU with air in place of padding; the same array where there is none.
+
+    Args:
+        image: (..., H, W) in HU.
+        hu_window: The range that is kept; what lies in it is no padding.
+    """
+    is_padding = image < min(PADDING, hu_window[0])
+    return np.where(is_padding, np.float32(AIR), image) if is_padding.any() else image
+
+
+def implausible_values(
+    what: str, values: ValueCounts, hu_window: tuple[float, float], *, can_choose_window: bool = True
 ) -> str | None:
     """Tells why numbers are no HU in the window that is kept, or None where they may be.
 
+    What decides is the body of the histogram: padding far below it says nothing of the other numbers.
+
     Args:
         what: What holds them, the begin of the sentence, such as a path.
-        low: The smallest.
-        high: The largest.
+        values: What they are.
         hu_window: The range that is kept.
         can_choose_window: Whether the user may state another, as in training.
 
     Returns:
         A sentence with what was found, what was expected and how to mend it.
     """
+    low, high = values.low, values.high
     span = f"{what} holds values from {low:g} to {high:g}"
     if low == high:
         return f"{what} is constant: every pixel is {low:g}, so there is nothing to see."
+    first, last = _body(values.counts)
+    if first > 0:  # the bins below hold padding, apart from the rest
+        padding_share, low = values.counts[:first].sum() / values.counts.sum(), (first - 1) * _BIN - _REACH
+        is_air = values.low >= _LOW_AIR and low - _BIN > _HIGH_AIR and hu_window[0] < _HIGH_AIR
+        if is_air and _is_tissue(values.counts[first:], first):
+            return None
+        span += f" ({_percent(padding_share)} of the pixels are below {low:g}, apart from the others, as padding is)"
+    if last < len(values.counts) - 1:
+        high = min(high, last * _BIN - _REACH)
+    if problem := _explain_range(span, float(low), float(high), hu_window, can_choose_window):
+        return problem
+    if values.high > max(_MOST_HU, hu_window[1]):
+        share = _percent(values.counts[-1] / values.counts.sum())
+        return (
+            f"{what} holds values up to {values.high:g} ({share} of the pixels), which no HU is: padding that is not "
+            f"declared as such, or damage. Set these pixels to {AIR:g} HU (air)."
+        )
+    return None
+
+
+def _body(counts: NDArray[np.int64]) -> tuple[int, int]:
+    """The first and the last bin of the histogram's body; 0 and the last of all where nothing lies apart from it."""
+    populated = np.flatnonzero(counts >= max(1.0, _POPULATED * counts.sum()))
+    first, last = 0, len(counts) - 1
+    while len(populated) > 1:
+        # padding is one number, which a change of unit or lossy packing spreads a little
+        end = next((k for k in range(1, min(3, len(populated))) if populated[k] - populated[k - 1] > _APART), None)
+        if end is None:
+            break
+        populated = populated[end:]
+        first = int(populated[0])
+    while len(populated) > 1 and populated[-1] == len(counts) - 1 and populated[-1] - populated[-2] > _APART:
+        populated = populated[:-1]
+        last = int(populated[-1])
+    return first, last
+
+
+def _is_tissue(counts: NDArray[np.int64], first: int) -> bool:
+    """Whether a body of bins from number `first` on can be tissue alone, with air of one number around it."""
+    above = counts[max(0, int(_DENSE + _REACH) // _BIN + 1 - first) :].sum()
+    return bool(above < _MOST_DENSE * counts.sum())
+
+
+def _explain_range(
+    span: str, low: float, high: float, hu_window: tuple[float, float], can_choose_window: bool
+) -> str | None:
     window = f"the window of {hu_window[0]:g} to {hu_window[1]:g} HU"
     is_outside = high <= hu_window[0] or low >= hu_window[1]
     is_narrow = high - low < (hu_window[1] - hu_window[0]) / 4
@@ -44,6 +173,10 @@ def implausible_range(
         "--rescale SLOPE INTERCEPT (HU = SLOPE * number + INTERCEPT)"
         + (f", or state the range to keep with --hu-window {low:g} {high:g}." if can_choose_window else ".")
     )
+
+
+def _percent(share: float) -> str:
+    return f"{share:.1%}" if share >= 0.001 else "below 0.1 %"
 
 
 def _offset(high: float) -> int | None:

@@ -10,13 +10,18 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+from numpy.typing import NDArray
 
-from matchai.system import InputError, need
-from matchai.volumes.grid import FileVoxels, GridVolume, scratch_file
+from matchai.system import InputError, is_there, need
+from matchai.volumes.grid import FileVoxels, GridVolume, displacement, scratch_file
+from matchai.volumes.kinds import NIFTI, why_unread
 from matchai.volumes.volume import format_shape
 
-SUFFIXES = (".nii.gz", ".nii")
-"""The ends of NIfTI files' names, in lower case."""
+MAX_OFF = 0.1
+"""Voxels by which two ways to place a volume may differ: a tenth of one is less than anyone can draw."""
+
+SPACING_OFF = 0.01
+"""Share by which two spacings may differ."""
 
 _GZIP = b"\x1f\x8b"
 _PIECE = 2**20
@@ -24,11 +29,15 @@ _PIECE = 2**20
 
 def stem(path: Path) -> str:
     """A file's name without the NIfTI suffix, in whatever case."""
-    return next((path.name[: -len(end)] for end in SUFFIXES if path.name.lower().endswith(end)), path.stem)
+    return next((path.name[: -len(end)] for end in NIFTI if path.name.lower().endswith(end)), path.stem)
 
 
 def open_nifti(
-    path: Path, orientation: str = "LP", rescale: tuple[float, float] = (1.0, 0.0), scratch: Path | None = None
+    path: Path,
+    orientation: str = "LP",
+    rescale: tuple[float, float] = (1.0, 0.0),
+    scratch: Path | None = None,
+    affine: str = "auto",
 ) -> GridVolume:
     """Opens a NIfTI-1 or NIfTI-2 file of one volume, packed by gzip or not.
 
@@ -38,6 +47,8 @@ def open_nifti(
         rescale: Slope and intercept that make HU of what the file's own scale gives.
         scratch: Folder for the unpacked voxels of a packed file, which are written at the first read and gone with
             `close` (default: the system's folder for temporary files).
+        affine: Which of a header's two affines places the voxels: `sform`, `qform` (without one, the directions of the
+            sform with the spacing of pixdim), or `auto`, the sform where there is one and pixdim does not deny it.
 
     Returns:
         The volume. A packed file's damage may show only when its first slice is read, as an `InputError` too.
@@ -46,10 +57,12 @@ def open_nifti(
         InputError: If it is missing, damaged, no NIfTI file, or no volume of real numbers with a place in space.
     """
     nibabel = need("nibabel", "medical", f"Reading {path}")
+    if not is_there(path):
+        raise InputError(f"{path} does not exist.")
     if not path.is_file():
-        raise InputError(f"{path} {'is a folder, not a NIfTI file' if path.exists() else 'does not exist'}.")
+        raise InputError(f"{path} is {'a folder' if path.is_dir() else 'a pipe or device'}, not a NIfTI file.")
     try:
-        header, is_packed = _read_header(nibabel, path)
+        header, pixdim, is_packed = _read_header(nibabel, path)
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}.") from None
     shape, dtype = _shape_of(header, path), _dtype_of(header, path)
@@ -61,10 +74,7 @@ def open_nifti(
             f"{path} is incomplete: {size} of the {num_bytes} bytes that its header promises are there; copy it again."
         )
     scale = _scale_of(nibabel, header, path)
-    try:
-        affine = header.get_best_affine()
-    except (nibabel.spatialimages.HeaderDataError, ValueError) as error:
-        raise InputError(f"{path} has a qform that is no rotation ({error}); write a true affine into it.") from None
+    placed, affine_notes = _affine_of(nibabel, header, pixdim, path, affine)
 
     def provide() -> BinaryIO:
         return _unpack(path, num_bytes, scratch) if is_packed else path.open("rb")
@@ -73,13 +83,13 @@ def open_nifti(
         path,
         stem(path),
         FileVoxels(provide, shape, dtype, offset),
-        affine,
+        placed,
         orientation,
         scale=scale,
         rescale=rescale,
         header=header,
         unit=_unit_of(header)[1],
-        notes=_notes_of(header),
+        notes=[*_notes_of(header), *affine_notes],
     )
 
 
@@ -91,6 +101,56 @@ def _shape_of(header: Any, path: Path) -> tuple[int, int, int]:
             + (": save one of its volumes to a file of its own." if len(shape) > 3 else ", and voxels along each.")
         )
     return shape[0], shape[1], shape[2]
+
+
+def _affine_of(
+    nibabel: Any, header: Any, pixdim: NDArray[np.float64], path: Path, choice: str
+) -> tuple[NDArray[np.float64], list[str]]:
+    """The affine that places the voxels, and what should be known of the choice.
+
+    Raises:
+        InputError: If the only affine is none, or the sform's spacing is not pixdim's and nobody says which is right.
+    """
+    qform, problem = None, None
+    try:
+        qform = header.get_qform(coded=True)[0]
+    except (nibabel.spatialimages.HeaderDataError, ValueError) as error:
+        problem = error
+    sform = header.get_sform(coded=True)[0]
+    if choice == "qform" or sform is None:
+        if problem is not None:
+            raise InputError(f"{path} has a qform that is no rotation ({problem}); write a true affine into it.")
+        if qform is None and sform is not None:
+            qform = sform @ np.diag([*(pixdim / np.linalg.norm(sform[:3, :3], axis=0)), 1])
+        return (header.get_base_affine() if qform is None else qform), []
+    if choice == "auto":
+        _check_spacing(sform, pixdim, path)
+    if qform is None or not np.isfinite(sform).all() or np.linalg.det(sform) == 0:
+        return sform, []
+    off = displacement(sform, qform, header.get_data_shape()[:3])
+    if off <= MAX_OFF:
+        return sform, []
+    return sform, [
+        f"Its sform and its qform place voxels up to {off:.3g} voxels apart; the sform is taken "
+        "(--nifti-affine qform takes the other)."
+    ]
+
+
+def _check_spacing(sform: NDArray[np.float64], pixdim: NDArray[np.float64], path: Path) -> None:
+    """Refuses an sform with another spacing than pixdim; of a sheared one pixdim may tell the distance of planes."""
+    lengths = np.linalg.norm(sform[:3, :3], axis=0)
+    if not np.isfinite(lengths).all() or not lengths.all():
+        return  # told with the affine
+    volume = abs(np.linalg.det(sform[:3, :3]))
+    areas = np.array([np.linalg.norm(np.cross(sform[:3, a], sform[:3, b])) for a, b in ((1, 2), (0, 2), (0, 1))])
+    heights = volume / np.maximum(areas, np.finfo(float).tiny)
+    is_told = np.isfinite(pixdim) & (pixdim > 0)
+    is_alike = np.isclose(pixdim, lengths, rtol=SPACING_OFF) | np.isclose(pixdim, heights, rtol=SPACING_OFF)
+    if (is_told & ~is_alike).any():
+        raise InputError(
+            f"{path}: voxels measure {format_shape(lengths, '.4g')} by its sform, but {format_shape(pixdim, '.4g')} by "
+            "its qform and pixdim; say which is right with --nifti-affine sform or --nifti-affine qform."
+        )
 
 
 def _unit_of(header: Any) -> tuple[str, float]:
@@ -112,8 +172,8 @@ def _notes_of(header: Any) -> list[str]:
     return notes
 
 
-def _read_header(nibabel: Any, path: Path) -> tuple[Any, bool]:
-    """The header, and whether the file is packed by gzip, whatever its name says."""
+def _read_header(nibabel: Any, path: Path) -> tuple[Any, NDArray[np.float64], bool]:
+    """The header, the spacing as it stands in it, and whether the file is packed by gzip, whatever its name says."""
     with path.open("rb") as plain:
         is_packed = plain.read(2) == _GZIP
         plain.seek(0)
@@ -123,12 +183,14 @@ def _read_header(nibabel: Any, path: Path) -> tuple[Any, bool]:
             file.seek(0)
             for kind in (nibabel.Nifti1Header, nibabel.Nifti2Header):
                 if kind.may_contain_header(start):
-                    if kind(start[: kind.sizeof_hdr], check=False)["magic"].item() == kind.pair_magic:
-                        raise InputError(
-                            f"{path} is the header of a .hdr/.img pair; convert the pair to one .nii file."
-                        )
+                    raw = kind(start[: kind.sizeof_hdr], check=False)
+                    if raw["magic"].item() == kind.pair_magic:
+                        pair = why_unread(path.with_suffix(".hdr"))
+                        raise InputError(f"{path} is the header of a .hdr/.img pair: {pair}.")
                     with _silence("nibabel.global"):  # what it mends in a header it tells without the file's name
-                        return kind.from_fileobj(file), is_packed
+                        # nibabel mends a pixdim of 0, which is not told, to 1
+                        pixdim = np.abs(raw["pixdim"][1:4]).astype(np.float64)
+                        return kind.from_fileobj(file), pixdim, is_packed
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise _damaged(path, error) from None
         except (nibabel.spatialimages.HeaderDataError, ValueError, KeyError, OverflowError) as error:

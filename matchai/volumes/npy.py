@@ -9,7 +9,7 @@ import numpy as np
 from numpy.lib.format import read_array_header_1_0, read_array_header_2_0, read_magic
 from numpy.typing import NDArray
 
-from matchai.system import InputError
+from matchai.system import InputError, is_there
 
 
 def open_array(path: Path, what: str) -> NDArray[Any]:
@@ -22,12 +22,14 @@ def open_array(path: Path, what: str) -> NDArray[Any]:
     Raises:
         InputError: If it is missing, no `.npy` file, incomplete, empty or holds anything but real numbers.
     """
-    if not path.is_file():
+    if not is_there(path):
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.npy")], 1, 0.5)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise InputError(
             f"{path}: the {what} are missing{hint or '.'} Set --images-name and --masks-name for files of other names."
         )
+    if not path.is_file():
+        raise InputError(f"{path} is {'a folder' if path.is_dir() else 'a pipe or device'}, not a .npy file of {what}.")
     try:
         with path.open("rb") as file:
             head = file.read(64)
@@ -56,6 +58,17 @@ def open_array(path: Path, what: str) -> NDArray[Any]:
         raise InputError(f"{path} is empty: its shape is {shape}.")
     array: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
     return array
+
+
+def axes_note(array: NDArray[Any]) -> str | None:
+    """A sentence for an array of three axes whose slices seem to lie along the last; None for any other."""
+    first, second, last = array.shape if array.ndim == 3 else (0, 1, 0)
+    if not first == second != last:
+        return None
+    return (
+        f"Its shape {array.shape} is read as {first} slices of {second}x{last} pixels; if the slices lie along the "
+        "last axis, save numpy.moveaxis(array, -1, 0) instead."
+    )
 
 
 def _sniff(head: bytes) -> str:

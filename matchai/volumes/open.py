@@ -3,20 +3,9 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from matchai.system import InputError
+from matchai.system import InputError, is_there, list_folder, walk_files
+from matchai.volumes.kinds import LOSSY, NIFTI, PICTURES, has_suffix, why_unread
 from matchai.volumes.volume import UPRIGHT, Volume, open_array_volume
-
-PICTURES = (".png", ".tif", ".tiff")
-LOSSY = (".jpg", ".jpeg")
-NIFTI = (".nii", ".nii.gz")
-NO_CT = {
-    **dict.fromkeys(LOSSY, "a JPEG, whose compression has lost HU"),
-    ".npz": "an archive of arrays: save one with numpy.save",
-    ".zip": "a zip archive: unpack it",
-    ".mha": "a MetaImage: convert it to NIfTI",
-    ".mhd": "a MetaImage: convert it to NIfTI",
-    ".nrrd": "an NRRD file: convert it to NIfTI",
-}
 
 
 @dataclass(frozen=True)
@@ -35,14 +24,29 @@ class TrainedOn:
 
 
 def kind_of(path: Path) -> str:
-    """What a file's name, or a folder's content, says it is: npy, nifti, picture, dicom (any other folder), unknown."""
+    """What a file's name, or a folder's content, says it is: npy, nifti, picture, dicom (any other folder), unknown.
+
+    Raises:
+        InputError: If something in a folder cannot be opened.
+    """
     if path.is_dir():
-        suffixes = [one.suffix.lower() for one in path.iterdir() if not one.name.startswith(".")]
-        is_lossy = bool(suffixes) and set(suffixes) <= set(LOSSY)  # whose refusal says what a JPEG lacks
-        return "picture" if is_lossy or any(suffix in PICTURES for suffix in suffixes) else "dicom"
-    if path.name.lower().endswith(NIFTI):
+        files, _ = list_folder(path)
+        pictures = [one for one in files if has_suffix(one, PICTURES)]
+        is_lossy = bool(files) and all(has_suffix(one, LOSSY) for one in files)  # whose refusal says what a JPEG lacks
+        return "picture" if is_lossy or (pictures and not _holds_dicom(path)) else "dicom"
+    if has_suffix(path, NIFTI):
         return "nifti"
     return {".npy": "npy", **dict.fromkeys(PICTURES, "picture")}.get(path.suffix.lower(), "unknown")
+
+
+def _holds_dicom(folder: Path) -> bool:
+    """Whether a DICOM image lies in a folder, or in one below, beside pictures."""
+    others = [one for one in walk_files(folder) if not has_suffix(one, (*PICTURES, *LOSSY))]
+    if not others:
+        return False
+    from matchai.volumes.dicom_image import may_be_dicom, read_image  # noqa: PLC0415 needs pydicom
+
+    return any(may_be_dicom(one) and read_image(one) is not None for one in others)
 
 
 def open_volume(
@@ -54,6 +58,7 @@ def open_volume(
     trained_on: TrainedOn | None = None,
     scratch: Path | None = None,
     series: str | None = None,
+    nifti_affine: str = "auto",
 ) -> Volume:
     """Opens a `.npy` array, a NIfTI file, a folder with a DICOM series, a folder of pictures, or one such file.
 
@@ -67,11 +72,12 @@ def open_volume(
         trained_on: The files that the networks were trained on.
         scratch: Folder for temporary files; None for the system's.
         series: Number of the DICOM series to take from a folder of several.
+        nifti_affine: As for `matchai.volumes.open_nifti`.
 
     Raises:
         InputError: If nothing stands there, or nothing that can be predicted.
     """
-    if not path.exists():
+    if not is_there(path):
         raise InputError(
             f"{path} does not exist; give a .npy array, a .nii or .nii.gz file, or a folder of DICOM or picture files."
         )
@@ -89,19 +95,22 @@ def open_volume(
     if kind == "nifti":
         from matchai.volumes.nifti import open_nifti  # noqa: PLC0415
 
-        return open_nifti(path, wanted, rescale, scratch=scratch)
+        return open_nifti(path, wanted, rescale, scratch, nifti_affine)
     if kind == "dicom":
-        names = [one.name.lower() for one in path.iterdir() if not one.name.startswith(".")]
-        if names and all(name.endswith((*NIFTI, ".npy")) for name in names):
+        files, _ = list_folder(path)
+        if files and all(has_suffix(one, (*NIFTI, ".npy")) for one in files):
             raise InputError(f"{path} is a folder of volumes; name them: {path}/*")
         from matchai.volumes.dicom import open_dicom  # noqa: PLC0415
 
         return open_dicom(path, wanted, rescale, scratch=scratch, series=series)
-    suffix = path.suffix.lower()
-    if suffix in (".dcm", ".ima"):
-        raise InputError(f"{path} is one slice of a series; give the folder that holds the series, {path.parent}.")
-    what = NO_CT.get(suffix, "of no kind that is known here")
-    raise InputError(
+    raise InputError(_why_not_opened(path))
+
+
+def _why_not_opened(path: Path) -> str:
+    if has_suffix(path, (".dcm", ".ima")):
+        return f"{path} is one slice of a series; give the folder that holds the series, {path.parent}."
+    what = why_unread(path) or "of no kind that is known here"
+    return (
         f"{path} is {what}; a prediction takes a .npy array, a .nii or .nii.gz file, or a folder of DICOM, PNG or TIFF "
         "files."
     )

@@ -15,14 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFile, TiffImagePlugin, UnidentifiedImageError
 
-from matchai.system import InputError, sync_file, sync_folder
+from matchai.system import InputError, is_there, list_folder, sync_file, sync_folder
+from matchai.volumes.kinds import LOSSY, PICTURES, VOLUMES, has_suffix
 from matchai.volumes.volume import UPRIGHT, rescaled
-
-SUFFIXES = (".png", ".tif", ".tiff")
-"""The ends of pictures' names, in lower case."""
-
-LOSSY = (".jpg", ".jpeg", ".jpe", ".jfif")
-"""The ends of names of pictures that are refused, as they do not keep their numbers."""
 
 MAX_SIDE = 8192  # pixels; no scanner makes more, a file that claims more would only fill the memory
 
@@ -42,16 +37,23 @@ def pictures_in(folder: Path) -> list[Path]:
     """The PNG and TIFF files of a folder, in natural order; hidden ones do not count.
 
     Raises:
-        InputError: If there are JPEGs.
+        InputError: If there are JPEGs, or volumes of another format, or something that cannot be opened.
     """
-    paths = [path for path in folder.iterdir() if not path.name.startswith(".") and path.is_file()]
-    lossy = sorted((path.name for path in paths if path.suffix.lower() in LOSSY), key=natural_key)
+    paths, _ = list_folder(folder)
+    lossy = sorted((path.name for path in paths if has_suffix(path, LOSSY)), key=natural_key)
     if lossy:
         raise InputError(
             f"{folder / lossy[0]} is a JPEG ({len(lossy)} there): it loses the numbers of CT values and labels, which "
             "no other format brings back; export PNG or TIFF from the source, or take these files away."
         )
-    return sorted((path for path in paths if path.suffix.lower() in SUFFIXES), key=lambda path: natural_key(path.name))
+    pictures = [path for path in paths if has_suffix(path, PICTURES)]
+    volumes = [path for path in paths if has_suffix(path, VOLUMES)]
+    if pictures and volumes:
+        raise InputError(
+            f"{folder} holds pictures ({pictures[0].name}) and {volumes[0].name}, so it is not clear which are the "
+            "slices; give a folder that holds one kind."
+        )
+    return sorted(pictures, key=lambda path: natural_key(path.name))
 
 
 @dataclass(frozen=True)
@@ -227,12 +229,12 @@ def open_pictures(
     Raises:
         InputError: If there is none, or one is no picture that can be used, or not like the others.
     """
-    if not path.exists():
+    if not is_there(path):
         raise InputError(f"{path} does not exist.")
     if files is None:
         files = pictures_in(path) if path.is_dir() else [path]
     if not files:
-        raise InputError(f"{path} holds no pictures ({', '.join(SUFFIXES)}).")
+        raise InputError(f"{path} holds no pictures ({', '.join(PICTURES)}).")
     first = read_picture_header(files[0], is_mask=is_mask)
     if first.num_pages > 1 and len(files) == 1:
         path = files[0]

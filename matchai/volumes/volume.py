@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from matchai.system import InputError, write_whole
-from matchai.volumes.npy import open_array
+from matchai.volumes.npy import axes_note, open_array
 
 STEPS = 65535
 """What stands for 1 in maps of numbers in 0..1."""
@@ -218,11 +218,5 @@ def open_array_volume(path: Path, orientation: str, rescale: tuple[float, float]
         raise InputError(
             f"{path} has shape {array.shape}, but images must be (N, H, W), (N, H, W, 1), or one slice (H, W)."
         )
-    first, second, last = array.shape if array.ndim == 3 else (0, 1, 0)
-    notes = []
-    if first == second != last:
-        notes.append(
-            f"Its shape {array.shape} is read as {first} slices of {second}x{last} pixels; if the slices lie along the "
-            "last axis, save numpy.moveaxis(array, -1, 0) instead."
-        )
-    return ArrayVolume(path, orientation, rescale, array, notes=notes)
+    note = axes_note(array)
+    return ArrayVolume(path, orientation, rescale, array, notes=[] if note is None else [note])

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from matchai.data.slice_set import expected_numbers, numbers_of, read_numbers
+from matchai.data.slice_set import expected_numbers, format_value, numbers_of, read_numbers
 
 DTYPES = ["u1", "i1", "i2", "u2", "i4", "u4", "f4", ">i2", ">f8"]
 
@@ -27,12 +27,25 @@ def test_each_number_becomes_its_class_and_others_are_told(
     assert found.wrong_values == sorted({value for value in values if value not in numbers})[:5]
 
 
-@pytest.mark.parametrize("value", [0.5, 1.0001, np.nan, np.inf, -np.inf, 1e30])
+@pytest.mark.parametrize("value", [0.5, 1.002, np.nan, np.inf, -np.inf, 1e30])
 def test_what_is_no_whole_number_is_told(value: float) -> None:
     found = read_numbers(np.array([[1.0, value]]), {0: 0, 1: 1}, 0)
     assert found.labels.tolist() == [[1, 0]]
     assert found.wrong_values == [value] or np.isnan(value)
     assert len(found.wrong_values) == 1
+
+
+@pytest.mark.parametrize("value", [0.99999999977, 1.0009, 0.9991])
+@pytest.mark.parametrize("dtype", ["f4", ">f8"])
+def test_a_number_that_a_scale_has_rounded_is_the_whole_one(value: float, dtype: str) -> None:
+    found = read_numbers(np.array([[0.0, value]], dtype), {0: 0, 1: 1}, 0)
+    assert found.labels.tolist() == [[0, 1]]
+    assert found.wrong_values == []
+
+
+@pytest.mark.parametrize(("value", "shown"), [(0.5, "0.5"), (3.0, "3"), (2.9999999, "2.9999999"), (1.002, "1.002")])
+def test_a_wrong_number_is_shown_as_it_is(value: float, shown: str) -> None:
+    assert format_value(value) == shown
 
 
 def test_files_for_viewers_hold_0_for_the_background_and_then_the_classes_in_order() -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import socket
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from matchai.model.dropout import keyed_layers, set_dropout
+from matchai.model.encoder_weights import read_weights
 from matchai.model.unetplusplus import build_model
 from matchai.system.errors import InputError
 
@@ -202,6 +204,120 @@ def test_a_file_of_no_tensors_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("no weights")
     with pytest.raises(InputError, match="no file of tensors"):
         build_model("resnet18", 4, encoder_weights=str(tmp_path / name))
+
+
+def small_weights() -> dict[str, Tensor]:
+    return dict(colour_weights("tu-test_resnet"))
+
+
+LAYOUTS: dict[str, Callable[[dict[str, Tensor]], Any]] = {
+    "a checkpoint": lambda weights: {"state_dict": weights, "epoch": 3},
+    "a checkpoint of a model": lambda weights: {"model": weights, "optimizer": {"state": {0: {"step": torch.ones(1)}}}},
+    "an unusual name": lambda weights: {"net": weights, "epoch": 3},
+    "two nests": lambda weights: {"model": {"state_dict": weights}},
+    "prefixes": lambda weights: {f"module.encoder.{name}": weight for name, weight in weights.items()},
+    "timm's own names": lambda weights: {name.removeprefix("model."): weight for name, weight in weights.items()},
+    "a classifier beside": lambda weights: {**weights, "fc.weight": torch.ones(10, 64), "epoch": 3},
+    "half precision": lambda weights: {name: one.half() if one.ndim else one for name, one in weights.items()},
+    "no counts of batches": lambda weights: {n: w for n, w in weights.items() if not n.endswith("batches_tracked")},
+    "parameters": lambda weights: {n: nn.Parameter(w) if w.is_floating_point() else w for n, w in weights.items()},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_file_that_obviously_holds_the_weights_is_loaded(layout: str, tmp_path: Path) -> None:
+    torch.save(LAYOUTS[layout](small_weights()), tmp_path / "weights.pth")
+    model: Any = build_model("tu-test_resnet", 4, encoder_weights=str(tmp_path / "weights.pth"))
+    expected = summed_over_colours(small_weights())
+    found = model.encoder.state_dict()
+    for name, weight in expected.items():
+        if weight.ndim:
+            torch.testing.assert_close(found[name], weight, rtol=2e-3, atol=2e-3)
+
+
+FIRST = "model.conv1.0.weight"
+BROKEN: dict[str, Callable[[dict[str, Tensor]], Any]] = {
+    "one dimension for four": lambda weights: {name: weight.flatten() for name, weight in weights.items()},
+    "four dimensions for one": lambda weights: {**weights, "model.bn1.weight": torch.rand(32, 3, 1, 1)},
+    "scalars": lambda weights: dict.fromkeys(weights, torch.tensor(1.0)),
+    "a missing weight": lambda weights: {name: weight for name, weight in weights.items() if name != FIRST},
+    "whole numbers": lambda weights: {name: weight.int() for name, weight in weights.items()},
+    "complex numbers": lambda weights: {**weights, FIRST: weights[FIRST].to(torch.complex64)},
+    "a value that is not finite": lambda weights: {**weights, FIRST: weights[FIRST] * torch.nan},
+    "sparse weights": lambda weights: {**weights, FIRST: weights[FIRST].to_sparse()},
+    "weights of no memory": lambda weights: {**weights, FIRST: weights[FIRST].to("meta")},
+}
+
+
+@pytest.mark.parametrize("layout", BROKEN)
+def test_a_file_of_another_layout_is_one_problem(layout: str, tmp_path: Path) -> None:
+    torch.save(BROKEN[layout](small_weights()), tmp_path / "weights.pth")
+    with pytest.raises(InputError, match="does not hold the weights of encoder tu-test_resnet") as caught:
+        build_model("tu-test_resnet", 4, encoder_weights=str(tmp_path / "weights.pth"))
+    assert len(caught.value.problems) == 1
+
+
+@pytest.mark.parametrize("content", [[1, 2], torch.ones(3), {}, {1: torch.ones(1)}, {"epoch": 3}], ids=str)
+def test_a_file_without_named_tensors_is_refused(content: Any, tmp_path: Path) -> None:
+    torch.save(content, tmp_path / "weights.pth")
+    with pytest.raises(InputError, match="no file of tensors"):
+        read_weights(tmp_path / "weights.pth")
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_a_truncated_file_is_refused(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"weights{suffix}"
+    if suffix == ".pth":
+        torch.save(small_weights(), path)
+    else:
+        safetensors.torch.save_file(small_weights(), path)
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(InputError, match="no file of tensors"):
+        read_weights(path)
+
+
+def test_a_file_is_known_by_its_content(tmp_path: Path) -> None:
+    torch.save(small_weights(), tmp_path / "weights.safetensors")
+    safetensors.torch.save_file(small_weights(), tmp_path / "weights.pth")
+    for path in tmp_path.iterdir():
+        assert same(read_weights(path), small_weights())
+
+
+@pytest.mark.parametrize("kind", ["folder", "link"])
+def test_what_is_no_file_is_told(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "weights.pth"
+    if kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to(tmp_path / "absent")
+    with pytest.raises(InputError, match=f"it is a {kind}"):
+        read_weights(path)
+
+
+@pytest.mark.parametrize("encoder", ["mit_b0", "tu-test_vit", "tu-resnet18.nobody_in1k"])
+@pytest.mark.parametrize("weights", ["none", "imagenet"])
+def test_an_encoder_that_no_unet_takes_is_one_problem(
+    encoder: str, weights: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(InputError, match=f"Encoder {encoder} cannot be built into a UNet") as caught:
+        build_model(encoder, 4, encoder_weights=weights, image_size=64)
+    assert len(caught.value.problems) == 1
+
+
+SWIN = "tu-swin_tiny_patch4_window7_224"
+
+
+@pytest.mark.parametrize("image_size", [64, 224])
+def test_an_encoder_of_one_size_is_built_for_the_slices(image_size: int) -> None:
+    model = build_model(SWIN, 4, image_size=image_size).eval()
+    with torch.no_grad():
+        assert model(torch.zeros(1, 1, image_size, image_size)).shape == (1, 4, image_size, image_size)
+
+
+def test_where_an_encoder_takes_its_own_size_alone_that_is_told() -> None:
+    with pytest.raises(InputError, match="give --image-size 224"):
+        build_model("tu-efficientformer_l1", 4, image_size=128)
 
 
 class Bomb:

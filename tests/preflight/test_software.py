@@ -20,6 +20,7 @@ from matchai.preflight.software import (
     check_torch,
     check_trackers,
 )
+from matchai.system.errors import InputError
 
 NMS = "operator torchvision::nms does not exist"
 
@@ -139,17 +140,24 @@ def test_a_package_that_does_not_load_is_told_by_name(monkeypatch: pytest.Monkey
     assert "opencv-python-headless" in found.remedy
 
 
-@pytest.mark.parametrize(
-    ("encoder", "weights", "status"),
-    [
-        ("resnet18", "none", "ok"),
-        ("resnet19", "none", "problem"),
-        ("resnet18", "/nowhere/weights.pth", "problem"),
-        ("tu-test_resnet", "none", "ok"),
-    ],
-)
-def test_an_encoder_or_its_file_that_is_not_there_is_a_problem(encoder: str, weights: str, status: str) -> None:
-    assert check_encoder(encoder, weights).status == status
+def build_nothing(_: str) -> None:
+    """Stands for a model that can be built."""
+
+
+def test_an_encoder_that_can_be_built_is_ok() -> None:
+    assert check_encoder("resnet18", "none", build_nothing).status == "ok"
+
+
+@pytest.mark.parametrize("weights", ["none", "weights.pth", "imagenet"])
+def test_an_encoder_that_training_refuses_is_a_problem_in_its_words(
+    weights: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: str) -> None:
+        raise InputError("Such an encoder cannot be had.")
+
+    monkeypatch.setattr(software, "_is_cached", lambda *_: True)
+    found = check_encoder("mit_b0", weights, refuse)
+    assert (found.status, found.text) == ("problem", "Such an encoder cannot be had.")
 
 
 @pytest.mark.parametrize("encoder", ["resnet18", "timm-efficientnet-b3", "tu-test_resnet"])
@@ -162,14 +170,14 @@ def test_imagenet_weights_are_looked_for_in_the_cache_and_then_on_the_hub(
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_, **__: None)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(socket, "create_connection", refuse)
-    found = check_encoder(encoder, "imagenet")
+    found = check_encoder(encoder, "imagenet", build_nothing)
     assert found.status == "problem"
     assert "Network is unreachable" in found.text
     assert "--encoder-weights none" in found.remedy
     monkeypatch.setattr(socket, "create_connection", lambda *_, **__: socket.socket())
-    assert "will be fetched" in check_encoder(encoder, "imagenet").text
+    assert "will be fetched" in check_encoder(encoder, "imagenet", build_nothing).text
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_, **__: "/cache/model.safetensors")
-    assert "in the local cache" in check_encoder(encoder, "imagenet").text
+    assert "in the local cache" in check_encoder(encoder, "imagenet", build_nothing).text
 
 
 @pytest.mark.parametrize(("num_gpus", "status"), [(4, "ok"), (1, "warning")])
@@ -183,6 +191,19 @@ def test_the_launchers_default_file_is_told_and_must_fit_the_gpus(
     found = check_launcher(num_gpus)[-1]
     assert found.status == status
     assert "num_processes 4" in found.text
+
+
+@pytest.mark.parametrize("text", ["distributed_type: FSDP", "distributed_type: DEEPSPEED", "mixed_precision: fp8"])
+def test_a_default_file_by_which_matchai_does_not_train_is_a_warning(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "accelerate").mkdir()
+    (tmp_path / "accelerate" / "default_config.yaml").write_text(f"{text}\n")
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    found = check_launcher(8)[-1]
+    assert found.status == "warning"
+    assert "--config_file accelerate_config.yaml" in found.remedy
 
 
 def test_a_config_in_the_current_folder_is_said_to_need_its_flag(

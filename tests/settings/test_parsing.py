@@ -89,7 +89,7 @@ def test_a_flag_is_the_settings_name_with_dashes() -> None:
     )
 
 
-@pytest.mark.parametrize("argv", [["--epoch", "3"], ["--epochs", "many"], ["--preset", "best"], ["stray"]], ids=str)
+@pytest.mark.parametrize("argv", [["--stray", "3"], ["--epochs", "many"], ["--preset", "best"], ["stray"]], ids=str)
 def test_a_wrong_flag_exits_with_status_2(argv: list[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         parse(argv, "", "matchai", TrainConfig)
@@ -212,3 +212,42 @@ def test_help_takes_under_one_and_a_half_seconds_of_the_processor() -> None:
     after = os.times()
     spent = after.children_user + after.children_system - before.children_user - before.children_system
     assert spent < 1.5
+
+
+def test_merge_keys_of_yaml_are_merged_and_their_source_is_no_setting(file: Path) -> None:
+    file.write_text("common: &common\n  epochs: 7\n  batch_size: 5\n<<: *common\nbatch_size: 6\n")
+    assert (parsed("--config", str(file))["epochs"], parsed("--config", str(file))["batch_size"]) == (7, 6)
+
+
+def test_several_sources_may_be_merged(file: Path) -> None:
+    file.write_text("a: &a {epochs: 7}\nb: &b {batch_size: 5}\n<<: [*a, *b]\n")
+    assert (parsed("--config", str(file))["epochs"], parsed("--config", str(file))["batch_size"]) == (7, 5)
+
+
+def test_settings_may_stand_in_their_groups(file: Path) -> None:
+    file.write_text("optimisation:\n  epochs: 7\ninput: {phantom_slices: 64}\nbatch_size: 5\n")
+    found = parsed("--config", str(file))
+    assert (found["epochs"], found["phantom_slices"], found["batch_size"]) == (7, 64, 5)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("optimisation: {batch_size: 3}", "batch_size stands in optimisation, but belongs in sampling"),
+        ("optimisation: {epochs: 3}\nepochs: 4", "epochs is given twice"),
+        ("optimisation: {lr: 3}", "Unknown setting 'lr': did you mean max_lr"),
+        ("optimisation: 3", "Unknown setting 'optimisation'"),
+    ],
+)
+def test_a_wrong_group_is_told(file: Path, text: str, told: str) -> None:
+    file.write_text(text)
+    with pytest.raises(InputError, match=told):
+        load(file)
+
+
+@pytest.mark.parametrize(
+    ("flag", "meant"), [("--learning-rate=3e-4", "max-lr"), ("--bs", "batch-size"), ("--num_epochs", "epochs")]
+)
+def test_a_flag_of_other_programs_is_told_ours(flag: str, meant: str) -> None:
+    with pytest.raises(InputError, match=f"did you mean --{meant}"):
+        parse([flag, "4"], "", "matchai", TrainConfig)

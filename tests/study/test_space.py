@@ -178,3 +178,45 @@ def test_a_recipe_outside_of_the_space_is_refused(tmp_path: Path) -> None:
 def test_a_missing_space_is_told_with_its_flag(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="check --space"):
         load_space(tmp_path / "none.yaml", TrainConfig())
+
+
+MIXED: dict[str, Any] = {
+    "max_lr": {"low": 1e-4, "high": 1e-2, "log": True},
+    "horizontal_flip": {"low": 0.0, "high": 0.5, "step": 0.125},
+    "batch_size": {"low": 2, "high": 8, "step": 2},
+    "ema_decay": {"choices": [0.0, 0.9]},
+    "sync_batch_norm": {"choices": [True, False]},
+}
+
+
+@pytest.mark.parametrize(
+    ("params", "taken"),
+    [
+        ({}, {}),
+        ({"max_lr": 1e-2}, {"max_lr": 0.01}),
+        ({"batch_size": 4.0, "ema_decay": 0}, {"batch_size": 4, "ema_decay": 0.0}),
+        ({"horizontal_flip": 0.25, "sync_batch_norm": False}, {"horizontal_flip": 0.25, "sync_batch_norm": False}),
+    ],
+)
+def test_some_parameters_of_a_trial_are_taken_as_the_space_has_them(params: Any, taken: Any, tmp_path: Path) -> None:
+    found = space_of(MIXED, tmp_path).check_params(params)
+    assert found == pytest.approx(taken)
+    assert {name: type(value) for name, value in found.items()} == {name: type(value) for name, value in taken.items()}
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        *({"max_lr": value} for value in (1.0, 0, float("nan"), float("inf"), "1e-3", True, None, [1e-3])),
+        *({"batch_size": value} for value in (3, 2.5, 10, True, "4")),
+        *({"horizontal_flip": 0.3}, {"ema_decay": 0.5}, {"ema_decay": False}, {"sync_batch_norm": 1}),
+    ],
+)
+def test_a_parameter_outside_of_the_space_is_refused_with_what_is_inside(params: Any, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=f"{next(iter(params))} is .* not in the space"):
+        space_of(MIXED, tmp_path).check_params(params)
+
+
+def test_a_parameter_that_the_space_does_not_have_is_refused_with_those_that_it_has(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"no parameter 'nothing' in the space \(max_lr, horizontal_flip"):
+        space_of(MIXED, tmp_path).check_params({"nothing": 1})

@@ -24,7 +24,7 @@ import sqlalchemy as sql
 from hypothesis import given
 from hypothesis import strategies as st
 from optuna.distributions import FloatDistribution
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 
 from matchai.study import storage_url
 from matchai.study.storage import Store, open_store
@@ -341,6 +341,57 @@ def test_a_claim_whose_commit_failed_after_all_was_written_is_not_made_twice(
     assert file.add_running(study, {"x": 0.1}, SPACE, {"host": "me", "shape": (1, 2)}) == 1
     assert len(failed) == 1
     assert [row.user_attrs["host"] for row in file.trials(study)] == ["h", "me"]
+
+
+def enqueue(storage: str) -> None:
+    """What another program leaves: a trial that waits, with more than its parameters."""
+    waiting = optuna.trial.create_trial(
+        state=TrialState.WAITING, params={"y": 0.5}, distributions={"y": SPACE["x"]}, intermediate_values={1: 9.0}
+    )
+    optuna.load_study(study_name="s", storage=plain(storage)).add_trial(waiting)
+
+
+def claim() -> FrozenTrial:
+    return optuna.trial.create_trial(
+        state=TrialState.RUNNING, params={"x": 0.5}, distributions=SPACE, user_attrs={"host": "me"}
+    )
+
+
+def test_a_waiting_trial_becomes_what_it_is_claimed_as_and_nothing_else(opened: Store, storage: str) -> None:
+    study, _ = running(opened)
+    enqueue(storage)
+    assert opened.take_waiting(study, 1, claim())
+    (found,) = optuna.load_study(study_name="s", storage=plain(storage)).get_trials()[1:]
+    assert (found.state, found.params, found.user_attrs) == (TrialState.RUNNING, {"x": 0.5}, {"host": "me"})
+    assert found.datetime_start is not None
+    assert found.intermediate_values == {}
+
+
+def test_a_waiting_trial_that_another_program_took_is_not_claimed(opened: Store, storage: str) -> None:
+    study, _ = running(opened)
+    enqueue(storage)
+    optuna.load_study(study_name="s", storage=plain(storage)).ask()
+    assert not opened.take_waiting(study, 1, claim())
+    assert opened.trials(study)[1].params == {"y": 0.5}
+
+
+def test_a_number_is_given_once_though_rows_are_deleted(file: Store, tmp_path: Path) -> None:
+    study, _ = running(file)
+    assert file.add_running(study, {"x": 0.5}, SPACE, {"host": "h"}) == 1
+    with sqlite3.connect(tmp_path / "matchai.db") as connection:
+        connection.execute("DELETE FROM trials WHERE number = 0")
+    assert [row.number for row in file.trials(study)] == [1]
+    assert file.add_running(study, {"x": 0.75}, SPACE, {"host": "h"}) == 2
+
+
+def test_a_row_has_nothing_of_a_deleted_one_whose_id_it_was_given(file: Store, tmp_path: Path) -> None:
+    study, number = running(file)
+    file.report(study, number, 9.0, 1)
+    with sqlite3.connect(tmp_path / "matchai.db") as connection:
+        connection.execute("DELETE FROM trials")  # what belongs to it stays
+    assert file.add_running(study, {"x": 0.75}, SPACE, {"host": "h"}) == 0
+    (row,) = file.trials(study)
+    assert (row.params, row.intermediate_values) == ({"x": 0.75}, {})
 
 
 def end_connections(url: str) -> None:

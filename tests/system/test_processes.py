@@ -15,6 +15,7 @@ import numpy as np
 import psutil
 import pytest
 
+from matchai.system import processes
 from matchai.system.errors import InputError
 from matchai.system.processes import check_launch
 from tests.commands.test_train import history, wait_for_state, weights
@@ -73,6 +74,86 @@ def test_a_group_that_cannot_be_formed_is_told_in_a_sentence(phantom: Path, cach
     done = train(*small(phantom, cache, tmp_path / "run"), WORLD_SIZE="2", RANK="0", ACCELERATE_USE_CPU="1")
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("error: The group of 2 processes could not be formed")
+
+
+WRONG = {
+    "ACCELERATE_USE_CPU": "maybe",
+    "ACCELERATE_MIXED_PRECISION": "fp8",
+    "ACCELERATE_USE_FSDP": "true",
+    "ACCELERATE_USE_DEEPSPEED": "true",
+    "ACCELERATE_USE_MEGATRON_LM": "true",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "true",
+    "ACCELERATE_DYNAMO_BACKEND": "INDUCTOR",
+    "ACCELERATE_DYNAMO_USE_FULLGRAPH": "perhaps",
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "abc",
+    "ACCELERATE_TORCH_DEVICE": "gpu7",
+    "WORLD_SIZE": "two",
+    "RANK": "1",
+    "LOCAL_RANK": "x",
+    "MASTER_PORT": "70000",
+    "PMI_SIZE": "1.5",
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_setting_of_the_launchers_is_one_problem_with_the_way_out(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, WRONG[name])
+    with pytest.raises(InputError, match=f"{name} is {WRONG[name]}, but") as caught:
+        check_launch()
+    assert len(caught.value.problems) == 1
+
+
+def test_settings_that_come_from_the_launcher_are_answered_with_the_command_that_works(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setattr(processes, "is_set_by_launcher", lambda name: True)
+    with pytest.raises(
+        InputError, match=r"`accelerate launch --config_file accelerate_config\.yaml -m matchai\.train`"
+    ):
+        check_launch()
+
+
+def test_what_accelerate_launch_exports_by_itself_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
+    exported = {"ACCELERATE_USE_CPU": "False", "ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_BACKEND": "NO"}
+    exported |= {"ACCELERATE_DYNAMO_USE_FULLGRAPH": "False", "LOCAL_RANK": "0", "RANK": "0", "MASTER_PORT": "0"}
+    for name, value in exported.items():
+        monkeypatch.setenv(name, value)
+    check_launch()
+
+
+TRAIN_THEN_LAUNCH = """
+from pathlib import Path
+from accelerate import debug_launcher
+from matchai.runs import run
+from matchai.settings import TrainConfig
+
+def train(folder):
+    small = {"encoder": "tu-test_resnet", "encoder_weights": "none", "image_size": 32, "phantom_slices": 16}
+    run(TrainConfig().updated(epochs=1, output=Path(folder), **small))
+
+train("alone")
+debug_launcher(train, ("together",), num_processes=2)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the launcher forks")
+def test_a_notebooks_launcher_after_a_run_is_told_to_restart_the_kernel(tmp_path: Path) -> None:
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", TRAIN_THEN_LAUNCH],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert (tmp_path / "alone" / "best.safetensors").exists()
+    assert "restart the kernel" in done.stderr
+    assert not (tmp_path / "together").exists()
 
 
 @contextmanager
@@ -155,7 +236,8 @@ def test_fifty_kills_of_random_processes_at_random_moments_change_nothing(
     finished: Path, phantom: Path, cache: Path, tmp_path: Path
 ) -> None:
     generator = np.random.default_rng(1)
-    arguments = [*small(phantom, cache, tmp_path / "run"), *EVERY_STEP]
+    # a kill before the group is formed leaves the other one waiting for it
+    arguments = [*small(phantom, cache, tmp_path / "run"), *EVERY_STEP, "--collective-timeout", "20"]
     for _ in range(50):
         with group(2, arguments) as processes:
             time.sleep(generator.uniform(4, 14))

@@ -24,6 +24,13 @@ CASES: dict[int, dict[str, dict[str, Any]]] = {
         "more micro-batches than slices": {"model": "normed", "batch_size": 25, "accumulate": 25},
         "tiny micro-batches": {"model": "tiny", "accumulate": 6},
         "own batch norm": {"model": "normed", "sync_batch_norm": False},
+        "own batch norm, an empty share": {"model": SMALLEST, "sync_batch_norm": False, "split": [6, 0]},
+        "own batch norm, an empty micro-batch": {
+            "model": SMALLEST,
+            "sync_batch_norm": False,
+            "batch_size": 3,
+            "accumulate": 3,
+        },
         "context": {"model": SMALLEST, "context": 2},
         "soft boundary": {"model": SMALLEST, "soft_boundary": 2, "batch_size": 7, "accumulate": 2},
         "NaN": {"model": "normed", "poison": True},
@@ -112,6 +119,26 @@ def test_without_synchronised_batch_norm_the_gradient_is_another(
     expected = alone(2, "own batch norm", data)
     found = together[2][0]["own batch norm"]
     assert relative_error(found["moments"], expected["moments"]) > 1e-3
+
+
+def test_without_synchronised_batch_norm_a_process_without_a_slice_adds_nothing(
+    together: dict[int, list[dict[str, dict[str, Any]]]], data: Data
+) -> None:
+    name = "own batch norm, an empty share"
+    expected = alone(2, name, data)
+    for results in together[2]:
+        assert results[name]["loss"] == pytest.approx(expected["loss"], rel=1e-12)
+        assert relative_error(results[name]["moments"], expected["moments"]) < 1e-10
+
+
+def test_without_a_slice_the_running_statistics_stay_as_they_were(
+    together: dict[int, list[dict[str, dict[str, Any]]]],
+) -> None:
+    before = model_of(SMALLEST).state_dict()
+    for name in ("own batch norm, an empty share", "own batch norm, an empty micro-batch"):
+        found = together[2][1][name]
+        assert found["is_done"]
+        assert all(torch.equal(found["state"][key], before[key]) for key in before if "running" in key)
 
 
 def test_a_nan_on_one_process_skips_the_step_on_all(together: dict[int, list[dict[str, dict[str, Any]]]]) -> None:

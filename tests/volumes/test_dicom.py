@@ -284,20 +284,174 @@ def two_series(folder: Path, **tags: Any) -> None:
     series(folder)
     other = {"SeriesNumber": 7, "SeriesInstanceUID": "7.7", "SeriesDescription": "Topogram", "SliceThickness": None}
     write(folder, 1, "other", **(other | tags), pixels=np.ones((9, 8), np.uint16))
+    write(folder, 2, "other2", **(other | tags), pixels=np.ones((9, 8), np.uint16))
 
 
-def test_several_series_are_listed_without_the_patient(tmp_path: Path) -> None:
-    two_series(tmp_path)
+def test_several_scans_are_listed_without_the_patient(tmp_path: Path) -> None:
+    series(tmp_path)
+    for index in range(2):
+        write(tmp_path, index, f"b{index}", SeriesNumber=7, SeriesInstanceUID="7.7", SeriesDescription="Late")
     with pytest.raises(InputError) as refused:
         open_dicom(tmp_path)
-    assert "2 series: 2 'Thorax' (4 images, 2 mm); 7 'Topogram' (1 image); `--series" in str(refused.value)
+    assert "2 series: 2 'Thorax' (4 images, 2 mm); 7 'Late' (2 images, 2 mm); `--series" in str(refused.value)
     assert "Doe" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("tags", "number"),
+    [
+        ({}, 1),  # one key image
+        ({"Modality": "OT", "SOPClassUID": uid.SecondaryCaptureImageStorage}, 1),
+        ({"Modality": "OT", "SOPClassUID": uid.SecondaryCaptureImageStorage}, 3),
+        ({"SOPClassUID": uid.SecondaryCaptureImageStorage}, 3),
+        ({"Modality": "SR"}, 3),
+        ({"ImageType": ["ORIGINAL", "PRIMARY", "LOCALIZER"]}, 3),
+    ],
+)
+def test_the_only_scan_is_taken_and_what_is_plainly_none_is_named(
+    tmp_path: Path, tags: dict[str, Any], number: int
+) -> None:
+    series(tmp_path)
+    other = {"SeriesNumber": 9, "SeriesInstanceUID": "9.9", "SeriesDescription": "Screen", "SliceThickness": None}
+    for index in range(number):
+        write(tmp_path, index, f"other{index}", **(other | tags))
+    opened = open_dicom(tmp_path, "PL")
+    assert np.array_equal(stack(opened), hu())
+    assert "Left out, as no scans: series 9 'Screen'" in opened.notes[0]
+
+
+def test_two_scans_of_different_modality_are_not_chosen_from(tmp_path: Path) -> None:
+    series(tmp_path)
+    for index in range(3):
+        write(tmp_path, index, f"pet{index}", Modality="PT", SeriesNumber=9, SeriesInstanceUID="9.9")
+    with pytest.raises(InputError, match=r"holds 2 series.*PT, 3 images"):
+        open_dicom(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_links_are_followed(tmp_path: Path, kind: str) -> None:
+    whole = series(tmp_path / "elsewhere")
+    scan = series(tmp_path / "scan", range(2))
+    if kind == "folder":
+        second = series(tmp_path / "second", range(2, 4))
+        (scan / "rest").symlink_to(second)
+        (second / "loop").symlink_to(scan)  # ends
+    else:
+        for path in sorted(whole.iterdir())[:2]:
+            (scan / path.name).symlink_to(path)
+    assert np.array_equal(stack(open_dicom(scan)), stack(open_dicom(whole)))
+
+
+def test_a_link_to_nothing_is_refused_by_name(tmp_path: Path) -> None:
+    scan = series(tmp_path / "scan")
+    (scan / "slice").symlink_to("../.git/annex/objects/k")
+    with pytest.raises(InputError, match=r"slice is a link to .*annex.*not there.*git annex get"):
+        open_dicom(scan)
+
+
+def test_files_that_are_no_dicom_images_are_named(tmp_path: Path) -> None:
+    scan = series(tmp_path)
+    (scan / "notes.txt").write_text("hello")
+    (scan / "preview.png").write_bytes(b"x")
+    (scan / "DICOMDIR").write_bytes(b"x")
+    assert open_dicom(scan).notes[0] == "Left out, as they are no DICOM images: notes.txt, preview.png."
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("scan.nii.gz", b"x", r"DICOM images and scan\.nii\.gz, so it is not clear"),
+        ("scan.mha", b"x", r"DICOM images and scan\.mha"),
+        ("IM5", b"", "IM5 is empty"),
+        ("IM5", b"version https://git-lfs.github.com/spec/v1\n", r"IM5 is a pointer to a file.*git lfs pull"),
+    ],
+)
+def test_files_that_may_be_the_scan_or_a_part_of_it_are_refused(
+    tmp_path: Path, name: str, content: bytes, said: str
+) -> None:
+    (series(tmp_path) / name).write_bytes(content)
+    with pytest.raises(InputError, match=said):
+        open_dicom(tmp_path)
+
+
+def test_as_many_pictures_as_images_are_refused(tmp_path: Path) -> None:
+    scan = series(tmp_path)
+    for number in range(4):
+        (scan / f"{number}.png").write_bytes(b"x")
+    with pytest.raises(InputError, match="4 DICOM images and 4 pictures"):
+        open_dicom(scan)
+
+
+SYNTAXES = [
+    *[
+        uid.ImplicitVRLittleEndian,
+        uid.ExplicitVRLittleEndian,
+        uid.ExplicitVRBigEndian,
+        uid.DeflatedExplicitVRLittleEndian,
+    ],
+    *[uid.RLELossless, uid.JPEGLSLossless, uid.JPEG2000Lossless, uid.JPEGLosslessSV1],
+]
+TO_GDCM = {
+    uid.RLELossless: gdcm.TransferSyntax.RLELossless,
+    uid.JPEGLSLossless: gdcm.TransferSyntax.JPEGLSLossless,
+    uid.JPEG2000Lossless: gdcm.TransferSyntax.JPEG2000Lossless,
+    uid.JPEGLosslessSV1: gdcm.TransferSyntax.JPEGLosslessProcess14_1,
+}
+
+
+@pytest.mark.parametrize("syntax", SYNTAXES, ids=lambda one: one.name)
+@pytest.mark.parametrize("is_signed", [False, True])
+def test_declared_padding_is_air_in_every_transfer_syntax(tmp_path: Path, syntax: uid.UID, is_signed: bool) -> None:
+    number, kind = (-2000, np.int16) if is_signed else (63536, np.uint16)
+    for index in range(SHAPE[0]):
+        pixels = (hu()[index] + 1024).astype(kind)
+        pixels[:2, :3] = number
+        is_packed = syntax in TO_GDCM
+        plain = uid.ExplicitVRLittleEndian if is_packed else syntax
+        path = write(tmp_path, index, pixels=pixels, syntax=plain, PixelPaddingValue=number)
+        if is_packed:
+            packed(path, TO_GDCM[syntax])
+    opened = open_dicom(tmp_path, "PL")
+    expected = hu().astype(np.float32)
+    expected[:, :2, :3] = -1000
+    assert np.array_equal(stack(opened), expected)
+    assert f"pixels of {number} are declared as padding" in opened.notes[0]
+
+
+@pytest.mark.parametrize("ends", [(0, 40), (40, 0)])
+def test_a_range_of_padding_is_air_from_end_to_end(tmp_path: Path, ends: tuple[int, int]) -> None:
+    for index in range(SHAPE[0]):
+        pixels = (hu()[index] + 1024).astype(np.uint16)
+        pixels[0, :4] = 0, 20, 40, 41
+        write(tmp_path, index, pixels=pixels, PixelPaddingValue=ends[0], PixelPaddingRangeLimit=ends[1])
+    assert stack(open_dicom(tmp_path, "PL"))[0, 0, :4].tolist() == [-1000, -1000, -1000, 41 - 1024]
+
+
+def test_padding_is_air_whatever_rescale_makes_hu(tmp_path: Path) -> None:
+    pixels = (hu()[0] + 1024).astype(np.uint16)
+    pixels[0, 0] = 63536
+    bare = {"RescaleSlope": None, "RescaleIntercept": None}
+    write(tmp_path, 0, pixels=pixels, PixelPaddingValue=63536, **bare)
+    opened = open_dicom(tmp_path, "PL", (1, -1024))
+    assert opened.read(0)[0, 0] == -1000
+    assert opened.read(0)[1, 1] == hu()[0, 1, 1]
+
+
+@pytest.mark.parametrize(("jitter", "is_told"), [(0.005, False), (0.03, True)])
+def test_places_that_jitter_by_parts_of_a_gap_are_even(tmp_path: Path, jitter: float, is_told: bool) -> None:
+    for index in range(SHAPE[0]):
+        z = 30 + 2 * index + jitter * (-1) ** index * (0 < index < 3)
+        write(tmp_path, index, ImagePositionPatient=[-100, -90, round(z, 3)])
+    opened = open_dicom(tmp_path)
+    assert opened.spacing is not None
+    assert opened.spacing[0] == pytest.approx(2, rel=0.02)
+    assert any("taken as even" in note for note in opened.notes) == is_told
 
 
 @pytest.mark.parametrize("wanted", ["7", "7.7"])
 def test_a_series_is_chosen_by_its_number_or_uid(tmp_path: Path, wanted: str) -> None:
     two_series(tmp_path)
-    assert open_dicom(tmp_path, series=wanted).shape[0] == 1
+    assert open_dicom(tmp_path, series=wanted).shape[0] == 2
 
 
 def test_series_of_one_number_are_told_apart_by_uid(tmp_path: Path) -> None:
@@ -336,7 +490,7 @@ def test_a_series_that_is_not_there_is_refused_with_those_that_are(tmp_path: Pat
         ({"ImagePositionPatient": [-100, -90, 32]}, "two images of one place"),
         ({"ImagePositionPatient": [-100, -90, 32], "SOPInstanceUID": "1.2.3.1"}, "different pixels"),
         ({"ImagePositionPatient": [-100, -90, 46]}, "gap 10 mm between z = 36 and 46 mm where 2 is expected: 4 images"),
-        ({"ImagePositionPatient": [-100, -90, 38.05]}, r"gap 2\.05 mm .*uneven"),
+        ({"ImagePositionPatient": [-100, -90, 38.2]}, r"gap 2\.2 mm .*uneven"),
         ({"ImagePositionPatient": [-96, -90, 38]}, "straight, even row"),
     ],
 )

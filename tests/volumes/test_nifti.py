@@ -46,6 +46,65 @@ def as_stored(opened: Any) -> NDArray[np.float32]:
     return stack(opened)[:, :, ::-1].transpose(1, 2, 0)
 
 
+def write_affines(path: Path, sform: Any, qform: Any, pixdim: Any = None) -> Path:
+    """A header with the two affines as given, each None for a code of 0."""
+    image = nibabel.Nifti1Image(numbers(), np.eye(4))
+    for place, affine in ((image.set_qform, qform), (image.set_sform, sform)):
+        place(affine, 0 if affine is None else 1)
+    if pixdim is not None:
+        image.header["pixdim"][1:4] = pixdim
+    path.write_bytes(image.to_bytes())
+    return path
+
+
+SCANNED = np.diag([-0.7, -0.7, 2.0, 1])
+
+
+@pytest.mark.parametrize("sform", [np.eye(4), np.diag([-0.7, -0.7, 2.1, 1])])
+def test_a_spacing_that_pixdim_denies_is_refused_unless_the_user_says_which(tmp_path: Path, sform: Any) -> None:
+    path = write_affines(tmp_path / "a.nii", sform, SCANNED)
+    with pytest.raises(InputError, match=r"by its sform, but 0\.7 x 0\.7 x 2 by .*--nifti-affine sform or"):
+        open_nifti(path)
+    assert open_nifti(path, affine="qform").spacing == pytest.approx((2, 0.7, 0.7))
+    assert open_nifti(path, affine="sform").voxel_ml == pytest.approx(np.linalg.det(sform[:3, :3]) / 1000)
+
+
+def test_pixdim_denies_an_sform_without_a_qform_too(tmp_path: Path) -> None:
+    path = write_affines(tmp_path / "a.nii", SCANNED, None, [0.5, 0.5, 4])
+    with pytest.raises(InputError, match=r"0\.7 x 0\.7 x 2 by its sform, but 0\.5 x 0\.5 x 4 by"):
+        open_nifti(path)
+    assert open_nifti(path, affine="qform").spacing == pytest.approx((4, 0.5, 0.5))
+    assert open_nifti(path, affine="sform").spacing == pytest.approx((2, 0.7, 0.7))
+
+
+@pytest.mark.parametrize(("shift", "is_told"), [(0.06, False), (0.08, True), (30, True)])
+def test_affines_that_place_voxels_apart_are_told_with_the_one_that_is_taken(
+    tmp_path: Path, shift: float, is_told: bool
+) -> None:
+    moved = SCANNED.copy()
+    moved[0, 3] = shift  # of voxels of 0.7 mm
+    opened = open_nifti(write_affines(tmp_path / "a.nii", moved, SCANNED))
+    assert any("the sform is taken" in note for note in opened.notes) == is_told
+    assert np.allclose(opened.affine, moved)
+
+
+@pytest.mark.parametrize("pixdim", [[0, 0, 0], [-0.7, 0.7, 2], [0.7, 0.7, 2.01]])
+def test_a_pixdim_that_tells_nothing_or_the_same_is_no_contradiction(tmp_path: Path, pixdim: Any) -> None:
+    path = write_affines(tmp_path / "a.nii", SCANNED, None, pixdim)
+    assert open_nifti(path).spacing == pytest.approx((2, 0.7, 0.7))
+
+
+def test_the_pixdim_of_a_tilted_scan_may_tell_the_distance_of_its_planes(tmp_path: Path) -> None:
+    sheared = SCANNED.copy()
+    sheared[1, 2] = 2 * np.tan(np.radians(20))
+    for third in (2.0, 2 / np.cos(np.radians(20))):
+        assert open_nifti(write_affines(tmp_path / "a.nii", sheared, None, [0.7, 0.7, third])).spacing is not None
+
+
+def test_a_header_without_a_qform_is_no_contradiction(tmp_path: Path) -> None:
+    assert open_nifti(write_affines(tmp_path / "a.nii", SCANNED, None, [0.7, 0.7, 2])).notes == []
+
+
 @pytest.mark.parametrize("kind", [nibabel.Nifti1Image, nibabel.Nifti2Image])
 @pytest.mark.parametrize("name", ["a b.nii", "ü.nii.gz", "A.NII", "A.Nii.GZ"])
 def test_names_versions_and_packing_read_as_nibabel_reads_them(tmp_path: Path, name: str, kind: Any) -> None:
@@ -233,5 +292,5 @@ def test_too_little_room_for_the_unpacked_file_is_told_before_it_is_written(
 ) -> None:
     opened = open_nifti(write(tmp_path / "a.nii.gz", numbers()), scratch=tmp_path)
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 100}))
-    with pytest.raises(InputError, match=r"unpacks to 0\.00 GB, but .* only 0\.00 GB free"):
+    with pytest.raises(InputError, match=r"unpacks to [0-9.]+ (kB|bytes), but .* only 100 bytes free"):
         opened.read(0)

@@ -7,6 +7,7 @@ from PIL import Image
 
 from matchai.system.errors import InputError
 from matchai.volumes.open import TrainedOn, kind_of, open_volume
+from tests.volumes.test_dicom import write as write_image
 
 VALUES = np.random.default_rng(0).integers(0, 2000, (2, 40, 50)).astype(np.uint16)
 
@@ -70,3 +71,52 @@ def test_a_folder_of_jpegs_is_told_what_they_have_lost(tmp_path: Path) -> None:
     Image.fromarray(np.zeros((40, 50), np.uint8)).save(tmp_path / "a.jpg")
     with pytest.raises(InputError, match=r"a\.jpg is a JPEG .*it loses the numbers of CT values"):
         open_volume(tmp_path, "LP")
+
+
+def add_series(folder: Path, number: int = 3) -> None:
+    for index in range(number):
+        write_image(folder, index)
+
+
+def test_a_preview_beside_a_series_is_named_and_the_series_is_read(tmp_path: Path) -> None:
+    add_series(tmp_path)
+    Image.fromarray(VALUES[0]).save(tmp_path / "preview.png")
+    assert kind_of(tmp_path) == "dicom"
+    opened = open_volume(tmp_path, "LP", rescale=(1, 0))
+    assert opened.shape[0] == 3
+    assert "preview.png" in opened.notes[0]
+
+
+def test_a_preview_above_the_folder_of_a_series_is_no_scan(tmp_path: Path) -> None:
+    (tmp_path / "series").mkdir()
+    add_series(tmp_path / "series")
+    Image.fromarray(VALUES[0]).save(tmp_path / "preview.png")
+    assert open_volume(tmp_path, "LP").shape[0] == 3
+
+
+def test_pictures_beside_a_dicom_file_without_an_image_are_the_scan(files: dict[str, Path]) -> None:
+    write_image(files["picture"], 0, Rows=None, Columns=None, SOPClassUID="1.2.840.10008.5.1.4.1.1.88.11")
+    assert kind_of(files["picture"]) == "picture"
+
+
+def test_pictures_beside_a_volume_are_refused(files: dict[str, Path]) -> None:
+    (files["picture"] / "scan.nii.gz").touch()
+    with pytest.raises(InputError, match=r"holds pictures \(0\.png\) and scan\.nii\.gz"):
+        open_volume(files["picture"], "LP")
+
+
+@pytest.mark.parametrize("kind", ["npy", "nifti", "picture"])
+def test_a_link_to_nothing_is_told_by_name(files: dict[str, Path], kind: str, tmp_path: Path) -> None:
+    link = tmp_path / f"link{files[kind].suffix}"
+    link.symlink_to(files[kind])
+    assert open_volume(link, "LP").shape == (2, 40, 50)
+    files[kind].rename(tmp_path / "gone")
+    with pytest.raises(InputError, match=r"link\S* is a link to .*, which is not there"):
+        open_volume(link, "LP")
+
+
+@pytest.mark.parametrize("name", ["a.mha", "a.nrrd", "a.hdr", "a.img", "a.IMG"])
+def test_formats_that_are_not_read_are_told_with_a_command_that_converts_them(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).touch()
+    with pytest.raises(InputError, match=f"python -c .*{name}.*nii.gz"):
+        open_volume(tmp_path / name, "LP")
