@@ -4,8 +4,6 @@ Only matplotlib's object interface is used, never pyplot, so that drawing touche
 may draw at once. Every text that a caller can choose is rendered literally: a `$` starts no formula.
 """
 
-import math
-import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -14,15 +12,24 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex, to_rgb
-from matplotlib.figure import Figure
-from matplotlib.font_manager import FontProperties
-from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
-from matplotlib.transforms import Affine2DBase, ScaledTranslation
 
-from matchai.system import write_whole
+from matchai.drawing.layout import (
+    DPI,
+    GAP,
+    GRID,
+    INK,
+    LEADING,
+    MARGIN,
+    MUTED,
+    PAPER,
+    TEXT_SIZE,
+    WIDTH,
+    Entry,
+    FigurePage,
+    text_height,
+)
 
 # After Okabe and Ito's palette (Color Universal Design, 2008), its orange lightened, its vermillion darkened and its
 # blues spread, so that the first three stand at CIE L* 77, 48 and 60 and the background at 25: they also differ in a
@@ -30,118 +37,14 @@ from matchai.system import write_whole
 PALETTE = ("#F0B428", "#CC4415", "#3A96D9", "#CC79A7", "#009E73", "#0B4F8A", "#F2EE9B", "#6A1FB0", "#A8DCC0")
 BACKGROUND_COLOR = "#3B3B3B"
 TRAIN_COLOR, VAL_COLOR, LESION_COLOR = "#3A96D9", "#CC4415", "#009E73"
-INK, MUTED, GRID, PAPER = "#1F2430", "#6B7280", "#E5E7EB", "#FFFFFF"
 
-DPI = 150
-WIDTH = 8.0  # inches, so 1,200 pixels
-MARGIN, GAP = 0.24, 0.08  # inches, around the page and between panels: whole pixels, so that all panels are equal
 TICK_ROOM = 0.5  # inches left of a chart: enough for "1.25e-4"
-LEADING = 1.3  # line height as a multiple of the font size
-TEXT_SIZE = 8.5  # points
 OVERLAY = 0.3  # opacity of a class over the CT: vessels stay visible through it
 RING = {"color": INK, "linestyle": "none", "marker": "o", "markersize": 7, "markerfacecolor": "none"}
 STEPS = [1, 2, 5, 10]  # ticks at 10, 20, 30 rather than at 6, 12, 18
 
 Floats = npt.NDArray[np.float64]
 History = Sequence[Mapping[str, Any]]
-Entry = tuple[str, dict[str, Any]]  # a legend's label, and the Line2D properties of its key; none for a heading
-
-
-class _Page:
-    """A figure filled from top to bottom; lengths are inches from its top left corner, and it grows with its content.
-
-    Attributes:
-        width: Of the page.
-        y: How far down the page is filled.
-    """
-
-    def __init__(self, title: str, width: float = WIDTH) -> None:
-        self.width, self.y = width, MARGIN
-        self.figure = Figure(figsize=(width, 1), dpi=DPI, facecolor=PAPER)
-        self.canvas: Any = FigureCanvasAgg(self.figure)  # Any: matplotlib gives no types for it
-        self._down = self.figure.dpi_scale_trans + ScaledTranslation(0, 1, cast(Affine2DBase, self.figure.transFigure))
-        self._placed: list[tuple[Axes, tuple[float, float, float, float]]] = []
-        self.paragraph(title, size=12, weight="bold")
-        self.y += 0.06
-
-    def measure(self, text: str, size: float, weight: str = "normal") -> float:
-        """Returns how wide one line of text is, in inches; `size` in points."""
-        font = FontProperties(size=size, weight=weight)
-        width, _, _ = self.canvas.get_renderer().get_text_width_height_descent(text, font, ismath=False)
-        return float(width) / DPI
-
-    def wrap(self, text: str, width: float, size: float, weight: str = "normal") -> list[str]:
-        """Breaks text into lines of at most `width` inches, inside a word only where the word alone is wider."""
-        columns = max(1, len(text))
-        while True:
-            lines = textwrap.wrap(text, columns) or [""]
-            widest = max(self.measure(line, size, weight) for line in lines)
-            if widest <= width or columns == 1:
-                return lines
-            columns = max(1, min(columns - 1, round(columns * width / widest)))
-
-    def write(self, x: float, y: float, lines: Sequence[str], size: float, **properties: Any) -> None:
-        """Puts lines of text, `size` in points, at a place on the page, the top of the first at `y`.
-
-        Each line stands on its own computed baseline: matplotlib aligns a block by the letters that happen to be in it.
-        """
-        for number, line in enumerate(lines):
-            baseline = y + (number * LEADING + 1) * size / 72
-            style: dict[str, Any] = {"color": INK, "fontsize": size, "transform": self._down, "parse_math": False}
-            self.figure.text(x, -baseline, line, **style | properties)
-
-    def paragraph(self, text: str, size: float, weight: str = "normal", color: str = INK) -> None:
-        """Writes text across the page, wrapped, and moves down past it."""
-        lines = self.wrap(text, self.width - 2 * MARGIN, size, weight)
-        self.write(MARGIN, self.y, lines, size, weight=weight, color=color)
-        self.y += _height(lines, size)
-
-    def legend(self, entries: Sequence[Entry]) -> None:
-        """Writes keys and labels from left to right, on as many lines as they need, and moves down past them.
-
-        matplotlib's own legend drops labels that begin with an underscore and does not wrap.
-        """
-        left, right = MARGIN, self.width - MARGIN
-        x, tall = left, 0.0
-        for label, key in entries:
-            weight = "normal" if key else "bold"
-            key_width = 0.0 if not key else 0.2 if "marker" in key else 0.3
-            lines = self.wrap(label, right - left - key_width, TEXT_SIZE, weight)
-            width = key_width + max(self.measure(line, TEXT_SIZE, weight) for line in lines)
-            if x > left and x + width > right:
-                x, self.y, tall = left, self.y + tall + 0.03, 0.0
-            if key:
-                ends = [x + 0.07] if "marker" in key else [x, x + 0.22]
-                middle = self.y + 0.65 * TEXT_SIZE / 72  # half the height of a small letter above the baseline
-                self.figure.add_artist(Line2D(ends, [-middle] * len(ends), transform=self._down, **key))
-            self.write(x + key_width, self.y, lines, TEXT_SIZE, weight=weight)
-            x, tall = x + width + 0.22, max(tall, _height(lines, TEXT_SIZE))
-        self.y += tall + 0.1
-
-    def axes(self, left: float, width: float, height: float) -> Axes:
-        """Makes axes at the present height, on whole pixels, without moving down."""
-        self.y = math.ceil(round(self.y * DPI, 3)) / DPI
-        axes = self.figure.add_axes((0, 0, 1, 1))
-        self._placed.append((axes, (left, self.y, width, height)))
-        return axes
-
-    def save(self, path: Path) -> None:
-        """Writes the page as a PNG, as high as it was filled."""
-        height = math.ceil((self.y + MARGIN) * DPI) / DPI
-        self.figure.set_size_inches(self.width, height)
-        for axes, (left, top, width, tall) in self._placed:
-            axes.set_position((left / self.width, 1 - (top + tall) / height, width / self.width, tall / height))
-        write_whole(path, self.canvas.print_png)
-
-
-def _height(lines: Sequence[str], size: float) -> float:
-    """Returns the height of a block of lines in inches; `size` in points."""
-    return len(lines) * size * LEADING / 72
-
-
-def save_figure(figure: Figure, path: Path) -> None:
-    """Writes a figure as a PNG; its folder must exist."""
-    write_whole(path, cast(Any, FigureCanvasAgg(figure)).print_png)  # Any: matplotlib gives no types for it
 
 
 def style_chart(axes: Axes, steps: Sequence[float]) -> None:
@@ -187,7 +90,7 @@ def draw_learning_curves(history: History, path: Path, *, title: str) -> None:
     best = int(np.nanargmax(mean_dice)) if np.isfinite(mean_dice).any() else None
     ring = [] if best is None else [(f"best mean {mean_dice[best]:.3f} at epoch {history[best]['epoch']}", RING)]
 
-    page = _Page(title)
+    page = FigurePage(title)
     losses = [("train", train_loss, TRAIN_COLOR), ("validation", val_loss, VAL_COLOR)]
     loss = _chart(page, history, "Loss", losses, height=1.9)
     page.y += 0.2
@@ -222,7 +125,7 @@ def draw_dice_per_class(
     """
     num_classes = len(class_names)
     columns = _finite([row["dice_per_class"] for row in history]).reshape(-1, num_classes).T
-    page = _Page(title)
+    page = FigurePage(title)
     curves = list(zip(class_names, columns, class_colors(num_classes, background_class), strict=True))
     _chart(page, history, "Validation Dice", curves, height=2.6, top=1)
     _finish_epochs(page, path)
@@ -244,7 +147,7 @@ def draw_confusion_matrix(
     totals = confusion.sum(axis=1, keepdims=True)
     shares = confusion / np.maximum(totals, 1)
 
-    page = _Page(title)
+    page = FigurePage(title)
     left, tall = MARGIN + 1.3, 0.62
     widest = max(page.measure(text, 7.5) for row in counts for text in row)
     wide = max(widest + 0.16, (WIDTH - MARGIN - left) / max(num_classes, 3))
@@ -252,7 +155,7 @@ def draw_confusion_matrix(
 
     page.paragraph("rows: truth · columns: prediction · shares of the row, and pixels", TEXT_SIZE, color=MUTED)
     heads = [page.wrap(name, wide - 0.1, TEXT_SIZE) for name in class_names]
-    page.y += 0.14 + max(_height(lines, TEXT_SIZE) for lines in heads)
+    page.y += 0.14 + max(text_height(lines, TEXT_SIZE) for lines in heads)
     axes = page.axes(left, num_classes * wide, num_classes * tall)
     # Blues up to 1.15, not 1: the map's darkest end is nearly black.
     axes.pcolormesh(shares, cmap="Blues", vmin=0, vmax=1.15, edgecolors=PAPER, linewidth=1.5)
@@ -262,7 +165,7 @@ def draw_confusion_matrix(
         middle = page.y + (row + 0.5) * tall
         lines = page.wrap(name, left - MARGIN - 0.12, TEXT_SIZE)
         size = min(TEXT_SIZE, tall * 72 / LEADING / len(lines))
-        page.write(left - 0.1, middle - _height(lines, size) / 2, lines, size, ha="right")
+        page.write(left - 0.1, middle - text_height(lines, size) / 2, lines, size, ha="right")
         for column in range(num_classes):
             x, share = left + (column + 0.5) * wide, shares[row, column]
             color = PAPER if share > 0.7 else INK  # the one with more contrast
@@ -271,7 +174,7 @@ def draw_confusion_matrix(
             page.write(x, middle - 0.17, [percent], 10, ha="center", color=color, weight=weight)
             page.write(x, middle + 0.04, [counts[row][column]], 7.5, ha="center", color=color, alpha=0.8)
     for column, lines in enumerate(heads):
-        top = page.y - 0.06 - _height(lines, TEXT_SIZE)
+        top = page.y - 0.06 - text_height(lines, TEXT_SIZE)
         page.write(left + (column + 0.5) * wide, top, lines, TEXT_SIZE, ha="center")
     page.y += num_classes * tall
     page.save(path)
@@ -302,7 +205,7 @@ def draw_panels(
         path: The PNG to write; its folder must exist.
         title: Plain text; wrapped if it is long.
     """
-    page = _Page(title)
+    page = FigurePage(title)
     low, high = hu_window
     colors = dict(enumerate(class_colors(len(class_names), background_class)))
     del colors[background_class]
@@ -318,7 +221,7 @@ def draw_panels(
     lefts = [MARGIN + column * (width + GAP) for column in range(len(shown))]
     for left, head in zip(lefts, shown, strict=True):
         page.write(left, page.y, [head], TEXT_SIZE, color=MUTED)
-    page.y += _height([""], TEXT_SIZE) + 0.02
+    page.y += text_height([""], TEXT_SIZE) + 0.02
     for image, caption, *row in zip(images, captions, *shown.values(), strict=True):
         grey = np.clip((np.nan_to_num(image.astype(np.float64), nan=low) - low) / (high - low), 0, 1)
         for left, labels in zip(lefts, row, strict=True):
@@ -349,7 +252,7 @@ def _finite(values: Sequence[Any]) -> Floats:
 
 
 def _chart(
-    page: _Page,
+    page: FigurePage,
     history: History,
     heading: str,
     curves: Sequence[tuple[str, Floats, str]],
@@ -393,7 +296,7 @@ def _chart(
     return axes
 
 
-def _finish_epochs(page: _Page, path: Path) -> None:
+def _finish_epochs(page: FigurePage, path: Path) -> None:
     """Names the epochs' axis, below the tick labels of the last chart, and writes the page."""
     page.write((page.width + TICK_ROOM) / 2, page.y + 0.22, ["epoch"], 8, ha="center", color=MUTED)
     page.y += 0.36

@@ -41,7 +41,9 @@ def load_model(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     """
     weights, about = load_weights(path)
     about = OLDER | about
-    model = build_model(about["encoder"], len(about["class_names"]), in_channels=about["in_channels"])
+    model = build_model(
+        about["encoder"], len(about["class_names"]), in_channels=about["in_channels"], image_size=about["image_size"]
+    )
     try:
         model.load_state_dict(weights)
     except RuntimeError:

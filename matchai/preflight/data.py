@@ -1,6 +1,5 @@
 """What a data set holds: values, classes, groups, slices that are on both sides of a split."""
 
-import hashlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -105,20 +104,12 @@ def class_table(data: Data, class_names: Sequence[str]) -> list[str]:
 
 
 def check_split(data: Data) -> list[Finding]:
-    """Groups and their sides; slices, or look-alikes, that are on both sides of the split."""
+    """Groups and their sides; look-alikes that are on both sides of the split, which equal slices never are."""
     sides = [np.unique(data.groups[side]) for side in (data.train, data.val)]
     train_groups = f"{len(data.train)} training slices in {plural(len(sides[0]), 'group')}"
     text = f"Split: {train_groups}, {len(data.val)} validation slices in {len(sides[1])}"
     remedy = "the figures have no interval; give groups.npy if these are several patients, or another --seed"
     split = Finding("warning", text, remedy) if len(sides[1]) < 2 else Finding("ok", text)
-    digests = [hashlib.blake2b(np.asarray(image).tobytes()).digest() for image in data.slices.images]
-    train = {digests[index]: index for index in data.train}
-    twins = [(train[digests[index]], index) for index in data.val if digests[index] in train]
-    if twins:
-        shown = ", ".join(f"{first} and {second}" for first, second in twins[:5]) + (" ..." if twins[5:] else "")
-        identical = f"Duplicates: {len(twins)} validation slices are identical to training slices ({shown})"
-        remedy = "give identical slices one group in groups.npy, or leave one of them out"
-        return [split, Finding("warning", f"{identical}, so the validation figures will be too good", remedy)]
     alike = find_groups(data.slices.thumbnails, np.asarray(data.slices.sets)).groups
     torn = np.intersect1d(alike[data.train], alike[data.val])
     if len(torn):

@@ -1,6 +1,7 @@
 """The model card of a run: what its weights are, what they were trained on, how well, and what they are not for."""
 
 import hashlib
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 from matchai.metrics import NUM_RESAMPLES
 from matchai.runs.facts import METRICS, RunFacts
 from matchai.runs.limits import enumerate_names, format_result, limits
-from matchai.system import InputError, plural, write_whole
+from matchai.system import InputError, plural, printable, write_whole
 from matchai.training import BEST
 
 CARD = "MODEL_CARD.md"
@@ -24,7 +25,7 @@ def write_card(facts: RunFacts, path: Path) -> None:
     """
     if path.exists() and not _is_as_written(path):
         raise InputError(f"{path} was edited by hand, so it is left as it is; move it away to have it written again.")
-    text = render_card(facts)
+    text = printable(render_card(facts))
     seal = hashlib.sha256(text.encode()).hexdigest()
     write_whole(path, f"{text}\n<!-- written by matchai, seal {seal} -->\n")
 
@@ -108,7 +109,7 @@ def _data(facts: RunFacts) -> str:
     if not all(name.endswith(".npy") for name in digests):
         # names of volumes and pictures may tell who the patients are
         listing = "".join(f"{digests[name]}  {name}\n" for name in sorted(digests))
-        digest = hashlib.sha256(listing.encode()).hexdigest()
+        digest = hashlib.sha256(os.fsencode(listing)).hexdigest()
         digests = {'the lines "digest  name" of all data in config.yaml, sorted by name': digest}
     rows = [[_escape(name), f"`{digest}`"] for name, digest in digests.items()]
     return _points(lines) + ("\n\n" + _table(["file", "SHA-256"], rows) if rows else "")

@@ -342,7 +342,13 @@ class Trainer:
         wrong = [f"{name} {about[name]} there, {value} here" for name, value in mine.items() if about[name] != value]
         if wrong:
             raise InputError(f"--init {path} is of another model: {'; '.join(wrong)}.")
-        self.training.raw_model.load_state_dict(weights)
+        try:
+            self.training.raw_model.load_state_dict(weights)
+        except RuntimeError:
+            raise InputError(
+                f"The weights of --init {path} do not fit the {network.encoder} of this run at image_size "
+                f"{self.config.input.image_size}; give the run's own --image-size, or leave --init out."
+            ) from None
 
     def _say_how_it_ended(self) -> None:
         history, epochs = self.progress.history, self.config.optimisation.epochs

@@ -38,11 +38,12 @@ class SafeStream:
         self._tell()
 
         def put(stream: TextIO) -> None:
+            shown = printable(text)
             try:
-                stream.write(text)
+                stream.write(shown)
             except UnicodeEncodeError:
                 encoding = stream.encoding or "ascii"
-                stream.write(printable(text).encode(encoding, "replace").decode(encoding))
+                stream.write(shown.encode(encoding, "replace").decode(encoding))
 
         self._try(put)
         return len(text)

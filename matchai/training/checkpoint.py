@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from matchai.system import InputError, is_there, launcher, lock_bytes, sync_file, sync_folder, write_whole
+from matchai.system import InputError, is_there, launcher, lock_bytes, printable, sync_file, sync_folder, write_whole
 
 BEST = "best.safetensors"
 LAST = "last"
@@ -90,7 +90,7 @@ def _load(path: Path, *, has_weights: bool) -> tuple[dict[str, Tensor], dict[str
     file = path / BEST if path.is_dir() else path
     is_there(file)  # a folder that cannot be entered is told by its own name
     try:
-        with safe_open(file, "pt") as opened:
+        with _open_tensors(file, "pt") as opened:
             about = json.loads((opened.metadata() or {})["matchai"])
             return {name: opened.get_tensor(name) for name in opened.keys() if has_weights}, about  # noqa: SIM118
     except (OSError, SafetensorError, KeyError, ValueError) as error:
@@ -100,6 +100,15 @@ def _load(path: Path, *, has_weights: bool) -> tuple[dict[str, Tensor], dict[str
                 "does not exist" if isinstance(error, FileNotFoundError) else "cannot be read; check its permissions"
             )
         raise InputError(f"{file} {reason}; give the folder of a matchai run, or its {BEST}.") from None
+
+
+@contextlib.contextmanager
+def _open_tensors(path: Path, framework: str) -> Iterator[Any]:
+    """A safetensors file; under a name that is no UTF-8, which safetensors does not take, by its descriptor."""
+    with path.open("rb") as file:
+        is_plain = printable(str(path)) == str(path)
+        with safe_open(path if is_plain else f"/dev/fd/{file.fileno()}", framework) as opened:
+            yield opened
 
 
 def load_about(path: Path) -> dict[str, Any]:
@@ -230,7 +239,7 @@ def peek(folder: Path, name: str) -> tuple[dict[str, Any], NDArray[Any] | None] 
     for state in reversed(_names(last) if last.is_dir() else []):
         try:
             record = _read_record(last / state)["record"]
-            with safe_open(last / state / _STATE, "np") as opened:
+            with _open_tensors(last / state / _STATE, "np") as opened:
                 has_it = name in opened.keys()  # noqa: SIM118 no mapping
                 return record, opened.get_tensor(name) if has_it else None
         except (OSError, ValueError, KeyError, SafetensorError):

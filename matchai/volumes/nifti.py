@@ -65,8 +65,7 @@ def open_nifti(
         header, pixdim, is_packed = _read_header(nibabel, path)
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}.") from None
-    shape, dtype = _shape_of(header, path), _dtype_of(header, path)
-    offset = header.get_data_offset()
+    shape, dtype, offset = _shape_of(header, path), _dtype_of(header, path), _offset_of(header, path)
     num_bytes = offset + math.prod(shape) * dtype.itemsize
     size = path.stat().st_size
     if not is_packed and size < num_bytes:
@@ -101,6 +100,16 @@ def _shape_of(header: Any, path: Path) -> tuple[int, int, int]:
             + (": save one of its volumes to a file of its own." if len(shape) > 3 else ", and voxels along each.")
         )
     return shape[0], shape[1], shape[2]
+
+
+def _offset_of(header: Any, path: Path) -> int:
+    offset: int = header.get_data_offset()
+    if offset < header.sizeof_hdr:
+        raise InputError(
+            f"{path} says that its voxels begin at byte {offset} (vox_offset), within its own header of "
+            f"{header.sizeof_hdr} bytes; write the file again, for example with nibabel."
+        )
+    return offset
 
 
 def _affine_of(

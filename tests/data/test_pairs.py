@@ -1,5 +1,6 @@
 """Training data as pairs of files: the same slices as from arrays, volumes kept apart, what does not pair refused."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from matchai.system.errors import InputError
 from matchai.train import main
 from matchai.training.checkpoint import load_weights
 from matchai.volumes.grid import FileVoxels
+from tests.conftest import unprivileged
 
 NAMES = ("ground glass", "consolidation", "lungs other", "background")
 LIES_AS_ARRAYS = np.diag([-0.7, -0.7, 5.0, 1.0])  # voxel axes run to the left, the back and the head
@@ -199,7 +201,7 @@ def voxels(dtype: str, *shape: int) -> NDArray[Any]:
 
 def moved() -> NDArray[np.float64]:
     affine = LIES_AS_ARRAYS.copy()
-    affine[0, 3] = 0.01
+    affine[0, 3] = 0.2 * 0.7  # voxels
     return affine
 
 
@@ -216,25 +218,51 @@ def empty(folder: Path) -> None:
         path.unlink()
 
 
+def write_below(name: str) -> Callable[[Path], None]:
+    def spoil(folder: Path) -> None:
+        (folder / name).parent.mkdir()
+        (folder / name).touch()
+
+    return spoil
+
+
+def dangling_pair(folder: Path) -> None:
+    for name in ("images", "masks"):
+        (folder / name / "c.nii.gz").symlink_to("gone")
+
+
+def padded(values: NDArray[Any]) -> NDArray[Any]:
+    values[:8, :8] = -2000
+    return values
+
+
 BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no mask": (remove("masks/a.nii.gz"), r"images: 1 of 2 files have no namesake.*: a\.nii\.gz"),
     "no image": (remove("images/b_0000.nii.gz"), r"masks: 1 of 2 files have no namesake.*: b\.nii\.gz"),
     "twice": (lambda d: save(d / "images/a.nii", voxels("i2", 32, 32, 2)), "keep one of them"),
     "two images": (lambda d: save(d / "images/b.nii.gz", voxels("i2", 32, 32, 2)), "both belong"),
     "size": (lambda d: save(d / "masks/a.nii.gz", voxels("u1", 32, 33, 2)), "voxel by voxel"),
-    "affine": (lambda d: save(d / "masks/a.nii.gz", voxels("u1", 32, 32, 2), moved()), r"0\.01 mm"),
+    "affine": (lambda d: save(d / "masks/a.nii.gz", voxels("u1", 32, 32, 2), moved()), r"0\.2 voxels away"),
     "tiny": (
         save_both(voxels("u1", 31, 32, 2)),
         "at least 32x32",
     ),
     "truncated": (lambda d: truncate(d / "images/a.nii.gz"), "damaged"),
-    "one kind": (write("images/c.png", b"x"), "keep one kind"),
+    "one kind": (write("images/c.png", b"x"), r"holds pictures \(c\.png\) and a\.nii\.gz"),
     "jpeg": (write("masks/c.jpg", b"x"), "JPEG"),
     "labels": (lambda d: save(d / "masks/a.nii.gz", voxels("u1", 32, 32, 2) + 2), r"holds 4, 5 in .*--label-map"),
     "half labels": (lambda d: save(d / "masks/a.nii.gz", voxels("u1", 32, 32, 2) * 0.5), r"holds 0\.5, 1\.5 in"),
     "no masks": (lambda d: (d / "masks").rename(d / "labels"), "none named masks"),
     "empty": (empty, "neither"),
     "groups": (lambda d: np.save(d / "groups.npy", np.arange(3)), r"shape \(3,\).*each of the 2 volumes"),
+    "folder": (write_below("images/more/c.nii.gz"), "holds the folder more"),
+    "mha": (write("images/c.mha", b"x"), r"c\.mha is a MetaImage; convert it"),
+    "hdr": (write("masks/c.hdr", b"x"), r"c\.hdr is half of a .hdr/.img pair; convert it to NIfTI: .python -c"),
+    "link": (lambda d: (d / "images/c.nii.gz").symlink_to("gone"), r"c\.nii\.gz is a link to gone, which is not there"),
+    "both links": (dangling_pair, r"images/c\.nii\.gz is a link"),
+    "links to folders": (lambda d: (d / "labels").symlink_to("gone"), "labels is a link to gone"),
+    "groups link": (lambda d: (d / "groups.npy").symlink_to("gone"), r"groups\.npy is a link to gone"),
+    "raw with padding": (lambda d: save(d / "images/a.nii.gz", padded(voxels("i2", 32, 32, 2) * 500)), "1 -1024"),
     "raw": (lambda d: save(d / "images/a.nii.gz", voxels("i2", 32, 32, 2) * 500), "--rescale 1 -1024"),
 }
 
@@ -269,3 +297,100 @@ def test_arrays_win_where_they_are_there(volumes: Path, whole: Path, tmp_path: P
         (tmp_path / path.name).symlink_to(path)
     (found,) = open_sets(tmp_path, InputSettings())
     assert found.name == "medseg"
+
+
+def as_nnunet(volumes: Path, folder: Path, labels: Any) -> Path:
+    """The same volumes as nnU-Net lays them, with the numbers of masks turned round."""
+    for path in (volumes / "images").iterdir():
+        (folder / "imagesTr").mkdir(exist_ok=True)
+        (folder / "imagesTr" / path.name).symlink_to(path)
+    for path in (volumes / "masks").iterdir():
+        mask = nibabel.load(path)
+        turned = np.array([0, 3, 2, 1], np.uint8)[np.asarray(mask.dataobj)]
+        save(folder / "labelsTr" / path.name, turned, mask.affine)
+    (folder / "imagesTs").mkdir()
+    if labels is not None:
+        (folder / "dataset.json").write_text(json.dumps({"labels": labels, "numTraining": 4}))
+    return folder
+
+
+VERSION_1 = {"0": "background", "3": "Ground_Glass", "2": "consolidation", "1": "lungs-other"}
+VERSION_2 = {"background": 0, "ground glass": 3, "consolidation": 2, "lungs other": 1}
+
+
+@pytest.mark.parametrize("labels", [VERSION_1, VERSION_2])
+def test_nnunets_layout_is_read_with_the_labels_of_its_description(
+    volumes: Path, cache: Path, tmp_path: Path, labels: Any
+) -> None:
+    usual, nnunet = read_whole(volumes, cache), read_whole(as_nnunet(volumes, tmp_path, labels), cache)
+    for name in ("images", "targets"):
+        assert np.array_equal(getattr(nnunet.slices, name), getattr(usual.slices, name))
+    assert "dataset.json" in nnunet.digests
+
+
+def test_another_description_is_another_content(volumes: Path, cache: Path, tmp_path: Path) -> None:
+    folder = as_nnunet(volumes, tmp_path, VERSION_2)
+    before = read_whole(folder, cache)
+    (folder / "dataset.json").write_text(json.dumps({"labels": VERSION_2 | {"ground glass": 2, "consolidation": 3}}))
+    after = read_whole(folder, cache)
+    assert not np.array_equal(before.slices.targets, after.slices.targets)
+    assert before.digests != after.digests
+
+
+def test_a_label_map_wins_over_the_description(volumes: Path, cache: Path, tmp_path: Path) -> None:
+    folder = as_nnunet(volumes, tmp_path, {"background": 0, "tumour": 1})
+    label_map = ("0:background", "3:ground glass", "2:consolidation", "1:lungs other")
+    assert np.array_equal(
+        read_whole(folder, cache, label_map=label_map).slices.targets, read_whole(volumes, cache).slices.targets
+    )
+
+
+@pytest.mark.parametrize(
+    ("labels", "told"),
+    [
+        ({"background": 0, "tumour": 1}, r"labels 0 background, 1 tumour, but the classes are .*--label-map 0:CLASS"),
+        ({"background": 0, "lesion": [1, 2]}, "names no labels with one number each.*--label-map"),
+        (["background"], "names no labels"),
+        (3, "names no labels"),
+    ],
+)
+def test_a_description_that_does_not_name_our_classes_is_refused_with_the_flag(
+    volumes: Path, cache: Path, tmp_path: Path, labels: Any, told: str
+) -> None:
+    with pytest.raises(InputError, match=rf"dataset\.json .*{told}"):
+        read_whole(as_nnunet(volumes, tmp_path, labels), cache)
+
+
+def test_both_layouts_in_one_folder_are_refused(volumes: Path, cache: Path, tmp_path: Path) -> None:
+    (as_nnunet(volumes, tmp_path, None) / "images").mkdir()
+    with pytest.raises(InputError, match="two layouts, images/masks and imagesTr/labelsTr"):
+        read_whole(tmp_path, cache)
+
+
+def test_a_set_that_cannot_be_reached_is_not_left_out(data: Path, cache: Path) -> None:
+    (data / "images_radiopedia.npy").symlink_to("gone")
+    with pytest.raises(InputError, match=r"images_radiopedia\.npy is a link to gone"):
+        read_whole(data, cache)
+
+
+def test_a_folder_that_cannot_be_read_is_told(cache: Path) -> None:
+    with unprivileged() as folder:
+        for name in ("images", "masks"):
+            (folder / name).mkdir()
+            (folder / name / "a.png").touch()
+        (folder / "masks").chmod(0)
+        with pytest.raises(InputError, match=r"masks cannot be read \(Permission denied\)"):
+            open_sets(folder, InputSettings())
+        folder.chmod(0)
+        with pytest.raises(InputError, match="cannot be read"):
+            open_sets(folder, InputSettings())
+        folder.chmod(0o700)
+
+
+def test_arrays_whose_slices_lie_along_the_last_axis_are_told(data: Path, cache: Path) -> None:
+    images, masks = np.load(data / "images_medseg.npy")[..., 0], np.load(data / "masks_medseg.npy").argmax(-1)
+    square = np.resize(images, (64, 64, 40)), np.resize(masks, (64, 64, 40))
+    np.save(data / "images_medseg.npy", square[0])
+    np.save(data / "masks_medseg.npy", square[1])
+    (data / "groups.npy").unlink()
+    assert "numpy.moveaxis(array, -1, 0)" in open_sets(data, InputSettings())[0].notes[0]

@@ -13,16 +13,13 @@ from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 
 from matchai.drawing.figures import (
-    DPI,
-    GAP,
-    MARGIN,
-    WIDTH,
     class_colors,
     draw_confusion_matrix,
     draw_dice_per_class,
     draw_learning_curves,
     draw_panels,
 )
+from matchai.drawing.layout import DPI, GAP, MARGIN, WIDTH
 
 NAMES = ["ground glass", "consolidation", "lungs other", "background"]
 pytestmark = pytest.mark.filterwarnings("error")
@@ -294,3 +291,9 @@ def test_every_class_has_its_own_color_and_background_is_grey(num_classes: int) 
     colors = class_colors(num_classes, 0)
     assert len(set(colors)) == num_classes
     assert len(set(to_rgb(colors[0]))) == 1
+
+
+def test_letters_that_no_font_or_encoding_has_are_drawn_without_a_warning(tmp_path: Path) -> None:
+    names = ["\u8089\u82bd", "M\udcfcller", "lungs other", "background"]
+    draw_confusion_matrix(np.eye(4, dtype=np.int64), names, tmp_path / "a.png", title="\u80ba \udcff")
+    assert imread(tmp_path / "a.png").ndim == 3

@@ -128,7 +128,7 @@ def test_a_row_of_a_slice_counts_its_pixels() -> None:
 
 
 def test_the_table_of_slices_has_an_empty_cell_where_a_figure_is_undefined() -> None:
-    rows = list(csv.DictReader(io.StringIO(as_csv(slice_rows(scored(*labels()))).decode())))
+    rows = list(csv.DictReader(io.StringIO(as_csv(slice_rows(scored(*labels()))))))
     assert [row["consolidation_dice"] == "" for row in rows] == [True, True, False, False, False, False]
 
 

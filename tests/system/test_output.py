@@ -43,7 +43,7 @@ def test_characters_that_an_encoding_lacks_are_replaced(encoding: str, expected:
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), ValueError("I/O operation on closed file")])
 def test_a_stream_that_fails_is_dropped_with_one_word(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
     below = Failing(error)
-    stream = SafeStream(lambda: below, "Output", is_own=False)  # type: ignore[arg-type, return-value]
+    stream = SafeStream(lambda: below, "Output", is_own=False)
     for _ in range(5):
         assert stream.write("line\n") == 5
         stream.flush()
@@ -54,7 +54,7 @@ def test_a_stream_that_fails_is_dropped_with_one_word(error: Exception, capsys: 
 
 def test_a_reader_that_goes_is_told_only_when_more_comes(capsys: pytest.CaptureFixture[str]) -> None:
     below = Failing(BrokenPipeError(32, "Broken pipe"))
-    stream = SafeStream(lambda: below, "Output", is_own=False)  # type: ignore[arg-type, return-value]
+    stream = SafeStream(lambda: below, "Output", is_own=False)
     stream.write("a")
     stream.write("b")
     assert capsys.readouterr().err == ""

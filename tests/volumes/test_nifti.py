@@ -101,6 +101,11 @@ def test_the_pixdim_of_a_tilted_scan_may_tell_the_distance_of_its_planes(tmp_pat
         assert open_nifti(write_affines(tmp_path / "a.nii", sheared, None, [0.7, 0.7, third])).spacing is not None
 
 
+def test_voxels_that_would_begin_within_the_header_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"begin at byte 0 \(vox_offset\), within its own header of 348"):
+        open_nifti(write(tmp_path / "a.nii", numbers(), vox_offset=0))
+
+
 def test_a_header_without_a_qform_is_no_contradiction(tmp_path: Path) -> None:
     assert open_nifti(write_affines(tmp_path / "a.nii", SCANNED, None, [0.7, 0.7, 2])).notes == []
 
