@@ -15,9 +15,9 @@ DESCRIPTION = (
 
 def main(argv: list[str] | None = None, prog: str = "python -m matchai.predict") -> int:
     """Predicts as the command line says; returns the exit status: 0, 1 no memory, 2 the user's mistake, 130 Ctrl-C."""
-    settings = parse_settings(argv, DESCRIPTION, prog, PredictSettings)
 
     def work() -> int:
+        settings = parse_settings(argv, DESCRIPTION, prog, PredictSettings)
         refuse_launch(prog)
         choose_waiting()
         from matchai.prediction import predict  # noqa: PLC0415 seconds of imports that --help does not need
@@ -28,8 +28,8 @@ def main(argv: list[str] | None = None, prog: str = "python -m matchai.predict")
 
     return run_command(
         work,
-        left=f"What was done so far is in {settings.output}, each file whole, without a summary; to predict again, "
-        "delete that folder or name another with --output.",
+        left="What was done so far is in the folder of the results, each file whole, without a summary; to predict "
+        "again, delete that folder or name another with --output.",
     )
 
 

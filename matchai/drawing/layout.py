@@ -2,7 +2,6 @@
 
 import math
 import textwrap
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -10,15 +9,12 @@ from typing import Any, cast
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.font_manager import FontProperties
+from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.lines import Line2D
 from matplotlib.text import Text
 from matplotlib.transforms import Affine2DBase, ScaledTranslation
 
 from matchai.system import printable, write_whole
-
-# boxes stand for letters that the font lacks; a warning for each helps nobody
-warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from", UserWarning)
 
 INK, MUTED, GRID, PAPER = "#1F2430", "#6B7280", "#E5E7EB", "#FFFFFF"
 
@@ -51,7 +47,7 @@ class FigurePage:
     def measure(self, text: str, size: float, weight: str = "normal") -> float:
         """Returns how wide one line of text is, in inches; `size` in points."""
         font = FontProperties(size=size, weight=weight)
-        shown = printable(text)
+        shown = _drawable(text)
         width, _, _ = self.canvas.get_renderer().get_text_width_height_descent(shown, font, ismath=False)
         return float(width) / DPI
 
@@ -124,9 +120,18 @@ def text_height(lines: Sequence[str], size: float) -> float:
     return len(lines) * size * LEADING / 72
 
 
+def _drawable(text: str) -> str:
+    """A text with replacement characters for what the font lacks, for which matplotlib warns letter by letter."""
+    fonts = [get_font(findfont(FontProperties(weight=weight))) for weight in ("normal", "bold")]
+    return "".join(
+        letter if letter.isspace() or all(font.get_char_index(ord(letter)) for font in fonts) else "\ufffd"
+        for letter in printable(text)
+    )
+
+
 def save_figure(figure: Figure, path: Path) -> None:
-    """Writes a figure as a PNG; its folder must exist. Bytes of names that are no UTF-8 are replaced."""
+    """Writes a figure as a PNG; its folder must exist. Letters that the font lacks are replaced."""
     texts: Any = figure.findobj(Text)
     for text in texts:
-        text.set_text(printable(text.get_text()))
+        text.set_text(_drawable(text.get_text()))
     write_whole(path, cast(Any, FigureCanvasAgg(figure)).print_png)  # Any: matplotlib gives no types for it

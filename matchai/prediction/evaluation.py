@@ -47,7 +47,18 @@ from matchai.metrics import (
 from matchai.prediction.holdout import Choice, choose_slices
 from matchai.prediction.inference import Predictor
 from matchai.settings import EvaluateSettings, InputSettings, TrainConfig, parsing
-from matchai.system import Display, InputError, is_there, make_folder, need, plural, sync_folder, write_whole
+from matchai.system import (
+    Display,
+    FailedError,
+    InputError,
+    is_there,
+    make_folder,
+    need,
+    plural,
+    show_evaluation,
+    sync_folder,
+    write_whole,
+)
 from matchai.volumes import kind_of, turn
 
 RESULT, SLICES, VOLUMES, PICTURE = "evaluation.json", "slices.csv", "volumes.csv", "confusion_matrix.png"
@@ -84,6 +95,7 @@ def evaluate(settings: EvaluateSettings, display: Display | None = None) -> dict
 
     Raises:
         InputError: With every problem found, before anything is predicted or written.
+        FailedError: If the result cannot be written; it was shown.
     """
     display = display or Display(is_main_process=True)
     settings.check()
@@ -130,7 +142,14 @@ def evaluate(settings: EvaluateSettings, display: Display | None = None) -> dict
         "matchai": metadata.version("matchai"),
         **describe(scores),
     }
-    _write(output, result, scores)
+    try:
+        _write(output, result, scores)
+    except OSError as error:  # what was computed is told at least
+        show_evaluation(result, display)
+        raise FailedError(
+            f"The figures above could not be written to {output} ({error.strerror or error}); make room there, or name "
+            "another folder with --output."
+        ) from None
     return result
 
 

@@ -44,9 +44,12 @@ def predict(settings: PredictSettings, display: Display | None = None) -> list[s
     kaggle = Submission(volumes, predictor.lesion_classes) if settings.submission else None
     with closing(display):  # gives the terminal its cursor back, however this ends
         results, problems = _predict_all(volumes, predictor, settings, kaggle, display)
-    _write(settings.output, predictor, runs, results)
-    if kaggle and settings.submission and not problems:
-        kaggle.write(settings.submission)
+    try:
+        _write(settings.output, predictor, runs, results)
+        if kaggle and settings.submission and not problems:
+            kaggle.write(settings.submission)
+    except OSError as error:  # what was found is told at least
+        problems.append(f"Not all could be written ({_where(error)}); make room, and predict again.")
     _say(display, predictor, results, settings.output)
     return problems
 
@@ -81,19 +84,28 @@ def _predict_all(
         display.show("predicting", begun + done, total)
 
     for volume in volumes:
-        with problems.collect(), closing(volume):
-            result = predict_volume(
-                volume,
-                predictor,
-                _folder_of(volume, volumes, settings.output),
-                with_probabilities=settings.probabilities,
-                with_uncertainty=settings.uncertainty,
-                each=kaggle.add if kaggle else None,
-                progress=show,
-            )
-            results.append(result)
+        try:
+            with problems.collect(), closing(volume):
+                result = predict_volume(
+                    volume,
+                    predictor,
+                    _folder_of(volume, volumes, settings.output),
+                    with_probabilities=settings.probabilities,
+                    with_uncertainty=settings.uncertainty,
+                    each=kaggle.add if kaggle else None,
+                    progress=show,
+                )
+                results.append(result)
+        except OSError as error:
+            problems.append(f"{volume.path} was not predicted to its end ({_where(error)}).")
         begun += volume.shape[0]
     return results, problems
+
+
+def _where(error: OSError) -> str:
+    """What the system refused, and where if it tells."""
+    where = f"{error.filename}: " if error.filename is not None else ""
+    return f"{where}{error.strerror or error}"
 
 
 def _open_all(inputs: Sequence[Path], predictor: Predictor, settings: PredictSettings) -> list[Volume]:

@@ -33,7 +33,7 @@ from matchai.preflight.software import Finding, check_encoder, check_launcher, c
 from matchai.runs import read
 from matchai.settings import TrainConfig, check
 from matchai.system import Display, InputError, Problems, check_launch, choose_precision, default_workers, num_cores
-from matchai.training import build_model_of, load_weights, step_problems
+from matchai.training import build_model_of, step_problems
 from matchai.volumes import UPRIGHT, turn
 
 HISTOGRAM, PANELS = "histogram.png", "slices.png"
@@ -72,13 +72,8 @@ def check_training(config: TrainConfig, pictures: Path) -> Iterator[Finding]:
     channels, size = 2 * config.network.context + 1, config.input.image_size
     yield check_shared_memory(workers, config.sampling.batch_size, channels, size)
     model: list[nn.Module] = []
-    weights = "none" if config.run.init else config.network.encoder_weights
+    weights = str(config.run.init or config.network.encoder_weights)
     yield check_encoder(config.network.encoder, weights, lambda weights: model.append(_build(config, weights)))
-    if config.run.init:
-        try:
-            load_weights(config.run.init)
-        except InputError as error:
-            yield from _problems(error.problems)
     num_slices = config.input.phantom_slices
     if config.input.data is None:
         yield Finding("ok", "Data: none named, so training takes the built-in synthetic phantom")
@@ -95,7 +90,8 @@ def check_training(config: TrainConfig, pictures: Path) -> Iterator[Finding]:
 
 
 def _build(config: TrainConfig, encoder_weights: str) -> nn.Module:
-    return build_model_of(config.updated(encoder_weights=encoder_weights), is_resuming=False)
+    changes = {} if config.run.init else {"encoder_weights": encoder_weights}
+    return build_model_of(config.updated(**changes), is_resuming=False)
 
 
 def _check_data(

@@ -201,8 +201,6 @@ class Trainer:
         if state is not None:
             self.progress = restore(self.training, state)
             self.saved_step = self.training.step
-        elif self.config.run.init is not None:
-            self._start_from(self.config.run.init)
         return state is not None
 
     def _epoch(self, epoch: int) -> None:
@@ -333,22 +331,6 @@ class Trainer:
         drawn = [path.stat().st_mtime for path in [*(self.output / "figures").glob("*.png"), report] if path.exists()]
         kept = [path.stat().st_mtime for path in (self.output / checkpoint.LAST).glob("state-*")]
         return len(drawn) > 1 and report.exists() and min(drawn) >= max(kept)
-
-    def _start_from(self, path: Path) -> None:
-        weights, about = checkpoint.load_weights(path)
-        network = self.config.network
-        mine = {"encoder": network.encoder, "class_names": self.names, "context": network.context}
-        about = {"context": 0, **about}  # files of the time before context do not name it
-        wrong = [f"{name} {about[name]} there, {value} here" for name, value in mine.items() if about[name] != value]
-        if wrong:
-            raise InputError(f"--init {path} is of another model: {'; '.join(wrong)}.")
-        try:
-            self.training.raw_model.load_state_dict(weights)
-        except RuntimeError:
-            raise InputError(
-                f"The weights of --init {path} do not fit the {network.encoder} of this run at image_size "
-                f"{self.config.input.image_size}; give the run's own --image-size, or leave --init out."
-            ) from None
 
     def _say_how_it_ended(self) -> None:
         history, epochs = self.progress.history, self.config.optimisation.epochs

@@ -7,6 +7,7 @@ import os
 import signal
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import cv2
@@ -33,7 +34,8 @@ from matchai.model import (
 )
 from matchai.sampling import DistributedWeightedSampler, collate, slice_weights
 from matchai.settings import TrainConfig
-from matchai.system import default_workers, num_local_processes
+from matchai.system import InputError, default_workers, num_local_processes
+from matchai.training.checkpoint import load_weights
 from matchai.training.deterministic import DeterministicGradient
 from matchai.training.loop import Training
 
@@ -41,11 +43,15 @@ AIR = -1000.0  # HU
 
 
 def build_model_of(config: TrainConfig, *, is_resuming: bool) -> nn.Module:
-    """The model that the settings ask for; with random weights where `init` or a stored state will replace them."""
+    """The model that the settings ask for, with the weights of `init`; random ones where a stored state replaces them.
+
+    Raises:
+        InputError: If it cannot be built, or the weights are of another model.
+    """
     network, num_classes, in_channels = config.network, len(config.input.class_names), num_channels(config)
     weights = "none" if config.run.init or is_resuming else network.encoder_weights
     size = config.input.image_size
-    return build_model(
+    model = build_model(
         network.encoder,
         num_classes,
         in_channels=in_channels,
@@ -53,6 +59,30 @@ def build_model_of(config: TrainConfig, *, is_resuming: bool) -> nn.Module:
         seed=config.run.seed,
         image_size=size if size > 0 and size % 32 == 0 else None,  # another is told by the check of the settings
     )
+    if config.run.init is not None and not is_resuming:
+        _start_from(config.run.init, model, config)
+    return model
+
+
+def _start_from(path: Path, model: nn.Module, config: TrainConfig) -> None:
+    weights, about = load_weights(path)
+    network = config.network
+    mine = {
+        "encoder": network.encoder,
+        "class_names": list(config.input.class_names),
+        "context": network.context,
+    }
+    about = {"context": 0, **about}  # files of the time before context do not name it
+    wrong = [f"{name} {about[name]} there, {value} here" for name, value in mine.items() if about[name] != value]
+    if wrong:
+        raise InputError(f"--init {path} is of another model: {'; '.join(wrong)}.")
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError:
+        raise InputError(
+            f"The weights of --init {path} do not fit the {network.encoder} of this run at image_size "
+            f"{config.input.image_size}; give the --image-size of that run, or leave --init out."
+        ) from None
 
 
 def num_channels(config: TrainConfig) -> int:

@@ -98,6 +98,8 @@ def test_a_run_with_context_says_so_in_its_weights_and_is_not_taken_for_another(
     path.write_bytes(pack_weights(weights, {name: value for name, value in about.items() if name != "context"}))
     with pytest.raises(InputError, match="context 0 there, 1 here"):
         run(config(phantom, cache, tmp_path / "another", context=1, init=path))
+    # what could not begin leaves no experiment behind that another --init would differ from
+    assert not (tmp_path / "another" / "config.yaml").exists()
 
 
 def children() -> set[int]:
