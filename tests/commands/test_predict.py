@@ -1,4 +1,5 @@
 import errno
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -128,3 +129,25 @@ def test_a_folder_at_home_is_meant_where_the_shell_leaves_the_tilde(
     keep_weights(tmp_path / "run")
     assert main(["~/run", f"~/{scan.name}", "--output=~/out"]) == 0
     assert (tmp_path / "out" / "summary.json").exists()
+
+
+def test_a_name_that_is_no_utf_8_is_predicted_and_shown_with_replacement_characters(
+    tmp_path: Path, scan: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = keep_weights(tmp_path / "run")
+    odd = scan.rename(tmp_path / os.fsdecode(b"M\xfcller scan.npy"))
+    assert main([str(run), str(odd), "--output", str(tmp_path / "out"), "--probabilities"]) == 0
+    assert b"M\xfcller scan_mask.npy" in [os.fsencode(path.name) for path in (tmp_path / "out").iterdir()]
+    assert "M\ufffdller scan: " in capsys.readouterr().out
+    assert "M\ufffdller scan" in (tmp_path / "out" / "summary.json").read_text(encoding="utf-8")
+
+
+def test_a_full_disk_leaves_what_was_found_on_the_screen(
+    tmp_path: Path, scan: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = keep_weights(tmp_path / "run")
+    monkeypatch.setattr(pipeline, "_write", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
+    assert main([str(run), str(scan), "--output", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr()
+    assert "of the lung affected" in said.out
+    assert "error: Not all could be written (No space left on device)" in said.err

@@ -348,3 +348,25 @@ def test_too_little_disk_for_the_cache_is_told(
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=10))
     assert main(small(data, tmp_path / "cache", tmp_path / "run")) == 2
     assert "make room" in capsys.readouterr().err
+
+
+def test_more_epochs_than_a_run_was_planned_for_are_told_the_way(
+    finished: Path, phantom: Path, cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*small(phantom, cache, finished), "--epochs", "9"]) == 2
+    assert (
+        f"start a new run from its best weights: --init {finished} --output {finished}-more." in capsys.readouterr().err
+    )
+
+
+def test_a_run_ends_well_whatever_becomes_of_its_output(phantom: Path, cache: Path, tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "matchai.train", *small(phantom, cache, tmp_path / "run"), "--epochs", "1"]
+    done = subprocess.run(
+        ["bash", "-c", 'set -o pipefail; "$@" | head -1', "bash", *words],
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0
+    assert len(history(tmp_path / "run")) == 1

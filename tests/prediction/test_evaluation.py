@@ -1,10 +1,12 @@
 """An evaluation counts what training counted, on slices that the run has not seen, and writes all or nothing."""
 
 import csv
+import errno
 import json
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import nibabel as nib
 import numpy as np
@@ -15,10 +17,11 @@ from matchai import TrainConfig, run
 from matchai.data.phantom import write_phantom
 from matchai.evaluate import main
 from matchai.metrics.surface_distance import surface_distances
+from matchai.prediction import evaluation
 from matchai.prediction.evaluation import evaluate
 from matchai.settings.command_settings import EvaluateSettings
 from matchai.settings.config import PRESETS
-from matchai.system.errors import InputError
+from matchai.system.errors import FailedError, InputError
 
 SPACING = (5.0, 0.8, 0.7)
 
@@ -205,3 +208,12 @@ def test_a_place_that_cannot_be_written_is_refused_at_the_start(kept: Path, othe
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="--output"):
         judged(kept, tmp_path / "file/out", others)
+
+
+def test_figures_that_cannot_be_written_are_shown(
+    kept: Path, others: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluation, "_write", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
+    with pytest.raises(FailedError, match=r"could not be written to .* \(No space left on device\)"):
+        judged(kept, tmp_path / "out", others)
+    assert "Pooled over pixels: mean Dice" in capsys.readouterr().out

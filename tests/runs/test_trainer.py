@@ -168,3 +168,20 @@ def test_a_run_that_waits_for_its_data_says_so_once(
     said = io.StringIO()
     run(config(phantom, cache, tmp_path / "run", epochs=2), display=Display(True, said))
     assert said.getvalue().count("spent waiting for data") == 1
+
+
+def test_an_epoch_is_saved_before_it_is_told(
+    phantom: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[int] = []
+
+    def look(_self: Display, text: str) -> None:
+        if text.startswith("epoch "):
+            state = checkpoint.load_state(tmp_path / "run")
+            assert state is not None
+            kept.append(len(state.record["history"]))
+            assert len((tmp_path / "run" / "history.jsonl").read_text().splitlines()) == kept[-1]
+
+    monkeypatch.setattr(Display, "say", look)
+    run(config(phantom, cache, tmp_path / "run", epochs=3))
+    assert kept == [1, 2, 3]

@@ -50,3 +50,23 @@ def test_a_fault_in_the_program_is_raised() -> None:
 
 def test_the_status_is_that_of_the_work() -> None:
     assert run_command(lambda: 7) == 7
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "DataLoader worker (pid 7) is killed by signal: Killed.",
+        "DataLoader worker (pid(s) 7, 8) exited unexpectedly",
+        "unable to write to file </torch_7_1>: No space left on device (28)",
+        "unable to allocate shared memory(shm) for file </torch_7>: Resource temporarily unavailable (11)",
+    ],
+)
+def test_a_loader_process_that_died_is_told_with_memory_and_the_flag(
+    words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_command(ending_in(RuntimeError(words)), left="All is kept.") == 1
+    told = capsys.readouterr().err
+    assert told.startswith("error: A loader process died")
+    assert "memory" in told
+    assert "--num-workers" in told
+    assert told.endswith("All is kept.\n")

@@ -17,6 +17,7 @@ from matchai.system.errors import InputError
 from matchai.training.checkpoint import (
     BEST,
     LAST,
+    PARENT,
     State,
     load_state,
     load_weights,
@@ -235,3 +236,16 @@ def test_a_folder_can_be_held_again_after_it_was_let_go(tmp_path: Path) -> None:
     for _ in range(2):
         with lock_folder(tmp_path):
             pass
+
+
+@pytest.mark.parametrize("is_launched", [False, True])
+def test_only_a_launchers_end_makes_a_run_one_that_is_about_to_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_launched: bool
+) -> None:
+    """A shell that has gone says nothing of the runs that it started."""
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    if is_launched:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    with lock_folder(tmp_path):
+        assert (PARENT in (tmp_path / "run.lock").read_text()) == is_launched
