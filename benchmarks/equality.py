@@ -38,7 +38,7 @@ EXACT_STEPS = 5  # before rounding has grown, as it does in any training: by 10 
 
 def without_kernels(stack: ExitStack) -> None:
     """The layers and the loss by torch's operations, as smp and timm make them."""
-    stack.enter_context(mock.patch.object(matchai.training.build, "use_cpu_layers"))
+    stack.enter_context(mock.patch.object(matchai.training.build, "use_fast_layers"))
     stack.enter_context(
         mock.patch.object(matchai.native.library, "load", return_value=(None, "the benchmark leaves them out"))
     )

@@ -20,7 +20,7 @@ from sampler import Record, shortened, spread, three_figures
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
-from matchai.model import cpu_layers
+from matchai.model import cpu_layers, joined_layers
 from matchai.model.losses import SegmentationLoss
 from matchai.native import library
 from matchai.system.machine import choose_precision, keep_heap
@@ -115,12 +115,12 @@ MEASURES = [
     Measure("fused AdamW", use_fused_adamw, is_alone=False),
     Measure("heap kept", lambda _: keep_heap()),
     Measure("short waits of threads", is_surrounding=True),
-    Measure("join_silu", change_model(cpu_layers.join_silu)),
+    Measure("join_silu", change_model(joined_layers.join_silu)),
     Measure("split_depthwise", change_model(cpu_layers.split_depthwise)),
     Measure("use_winograd", change_model(cpu_layers.use_winograd)),
     Measure("multiply_pixels", change_model(cpu_layers.multiply_pixels)),
-    Measure("pool_by_rows", change_model(cpu_layers.pool_by_rows)),
-    Measure("join_skips", change_model(cpu_layers.join_skips)),
+    Measure("pool_by_rows", change_model(joined_layers.pool_by_rows)),
+    Measure("join_skips", change_model(joined_layers.join_skips)),
     Measure("join_norms", change_model(cpu_layers.join_norms)),
 ]
 

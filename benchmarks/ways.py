@@ -14,7 +14,7 @@ from clock import RECORD, Job, cpu_seconds, peak_memory
 from peers import DTYPES, ResizedSlices
 from torch import Tensor, nn
 
-from matchai.model.cpu_layers import use_cpu_layers
+from matchai.model.cpu_layers import use_fast_layers
 from matchai.model.unetplusplus import build_model
 from matchai.system.machine import choose_precision, keep_heap
 from matchai.training.checkpoint import load_weights
@@ -63,7 +63,7 @@ def predict_as_matchai(checkpoint: Path, job: Job) -> Predict:
     model.load_state_dict(weights)
     model.eval().to(torch.device(job.device)).to(memory_format=torch.channels_last)
     if job.device == "cpu":
-        use_cpu_layers(model)
+        use_fast_layers(model, torch.device("cpu"))
     precision = choose_precision("auto", torch.device(job.device))[0]
 
     def predict(images: Tensor) -> Tensor:

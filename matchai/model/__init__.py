@@ -5,19 +5,20 @@ from typing import TYPE_CHECKING
 from matchai.system.lazy import lazy_exports
 
 if TYPE_CHECKING:
-    from matchai.model.cpu_layers import use_cpu_layers
+    from matchai.model.cpu_layers import use_fast_layers
     from matchai.model.dropout import KeyedDropPath, KeyedDropout, KeyedLayer, key_dropout, keyed_layers, set_dropout
+    from matchai.model.joined_forward import JoinedForward
     from matchai.model.losses import SegmentationLoss, balanced_class_weights, soften
     from matchai.model.normalisation import (
-        SyncBatchNorm, gather_processes, join_buffers, local_norms, synchronise, synchronise_processes,
+        SyncBatchNorm, gather_processes, join_buffers, local_norms, sum_dtype, synchronise,
     )
     from matchai.model.unetplusplus import PROBE_SIZE, build_model, encoder_names, probe, smp, weights_place
 else:
     __getattr__, __dir__ = lazy_exports(__name__)
 
 __all__ = [
-    "PROBE_SIZE", "KeyedDropPath", "KeyedDropout", "KeyedLayer", "SegmentationLoss", "SyncBatchNorm",
+    "PROBE_SIZE", "JoinedForward", "KeyedDropPath", "KeyedDropout", "KeyedLayer", "SegmentationLoss", "SyncBatchNorm",
     "balanced_class_weights", "build_model", "encoder_names", "gather_processes", "join_buffers", "key_dropout",
-    "keyed_layers", "local_norms", "probe", "set_dropout", "smp", "soften", "synchronise", "synchronise_processes",
-    "use_cpu_layers", "weights_place",
+    "keyed_layers", "local_norms", "probe", "set_dropout", "smp", "soften", "sum_dtype", "synchronise",
+    "use_fast_layers", "weights_place",
 ]

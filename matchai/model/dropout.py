@@ -15,8 +15,8 @@ class KeyedDropPath(nn.Module):
     """Stochastic depth (Huang et al. 2016) whose mask is given from outside, slice by slice.
 
     Attributes:
-        uniforms: (B,) numbers in [0, 1) of the batch to come; a slice keeps the path where its number is below the
-            chance of keeping it. Set by `set_dropout`.
+        factors: (B,) what each slice of the batch to come is multiplied by: 0, or 1 / the chance of keeping the path.
+            Set by `set_dropout`.
 
     Raises:
         RuntimeError: When called in training on another number of slices than `set_dropout` was told of.
@@ -30,16 +30,22 @@ class KeyedDropPath(nn.Module):
     def __init__(self, drop_prob: float) -> None:
         super().__init__()
         self.keep_prob = 1.0 - drop_prob
-        self.uniforms = torch.zeros(0)  # no buffer: it is neither saved nor averaged
+        self.factors = torch.zeros(0)  # no buffer: they are neither saved nor averaged
 
     def forward(self, x: Tensor) -> Tensor:
         """Keeps or zeroes each slice's path, and scales what is kept by 1 / its chance; x (B, ...)."""
         if not self.training:
             return x
-        if len(self.uniforms) != len(x):
-            raise RuntimeError(f"drop path has numbers for {len(self.uniforms)} slices of {len(x)}; call set_dropout.")
-        mask = (self.uniforms < self.keep_prob).to(x.dtype) / self.keep_prob
-        return x * mask.view(-1, *[1] * (x.ndim - 1))
+        return x * self._spread(x)
+
+    def add(self, x: Tensor, shortcut: Tensor) -> Tensor:
+        """What `forward` gives, plus the way around the path, in one operation."""
+        return torch.addcmul(shortcut, x, self._spread(x)) if self.training else x + shortcut
+
+    def _spread(self, x: Tensor) -> Tensor:
+        if len(self.factors) != len(x):
+            raise RuntimeError(f"drop path has numbers for {len(self.factors)} slices of {len(x)}; call set_dropout.")
+        return self.factors.to(x.dtype).view(-1, *[1] * (x.ndim - 1))
 
 
 class KeyedDropout(nn.Module):
@@ -106,7 +112,12 @@ def keyed_layers(model: nn.Module) -> list[KeyedLayer]:
 
 
 def set_dropout(
-    layers: Sequence[KeyedLayer], seed: int, epoch: int, positions: list[int], device: torch.device | str = "cpu"
+    layers: Sequence[KeyedLayer],
+    seed: int,
+    epoch: int,
+    positions: list[int],
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
 ) -> None:
     """Tells keyed layers which slices come next.
 
@@ -116,6 +127,7 @@ def set_dropout(
         epoch: The epoch.
         positions: (B,) places of the batch's draws in the epoch; B may be 0.
         device: Where the model runs.
+        dtype: In which it computes most maps; others cost an operation a layer.
     """
     if not layers:
         return
@@ -123,9 +135,14 @@ def set_dropout(
     drops = [layer for layer in layers if isinstance(layer, KeyedDropout)]
     keyed = [np.random.default_rng(seed_sequence(_STREAM, seed, epoch, position)) for position in positions]
     numbers = np.array([generator.random(len(paths)) for generator in keyed], dtype=np.float32)
-    uniforms = torch.from_numpy(numbers.reshape(len(positions), len(paths)).T.copy()).to(device, non_blocking=True)
-    for path, row in zip(paths, uniforms, strict=True):
-        path.uniforms = row
+    keep = np.array([path.keep_prob for path in paths], dtype=np.float32)
+    # made on the host for all layers at once, and copied once
+    is_kept = keep[:, None] > numbers.reshape(len(positions), len(paths)).T
+    factors = torch.from_numpy(is_kept / keep[:, None]).to(dtype)
+    if torch.device(device).type == "cuda":
+        factors = factors.pin_memory()  # else the copy would wait
+    for path, row in zip(paths, factors.to(device, non_blocking=True), strict=True):
+        path.factors = row
     seeds = [generator.integers(2**63, size=len(drops)).tolist() for generator in keyed]
     for number, drop in enumerate(drops):
         drop.seeds = [one[number] for one in seeds]

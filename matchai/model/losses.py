@@ -109,11 +109,14 @@ class SegmentationLoss(nn.Module):
             shares = _one_hot(target, num_classes)
             pixel_weights = class_weights[target]
             cross_entropy, ce_weights = (log_probs.gather(1, target) * pixel_weights).sum(), pixel_weights.sum()
-            focal = self._focal(torch.where(shares, -logits, logits))
+            focal = self._focal(logits * torch.where(shares, -1.0, 1.0).to(logits.dtype))
         num_values = torch.full((), float(logits.numel()), dtype=logits.dtype, device=logits.device)
         scalars = torch.stack((-cross_entropy, ce_weights, focal.sum(), num_values))
-        overlap = (probs * shares).sum((0, 2, 3))
-        return torch.cat((scalars, overlap, probs.sum((0, 2, 3)), shares.sum((0, 2, 3)).to(logits.dtype)))
+        if self.soft_boundary:
+            overlap, predicted = (probs * shares).sum((0, 2, 3)), probs.sum((0, 2, 3))
+        else:
+            overlap, predicted = _Sizes.apply(probs, shares)
+        return torch.cat((scalars, overlap, predicted, shares.sum((0, 2, 3)).to(logits.dtype)))
 
     def _fit(self, logits: Tensor, target: Tensor) -> bool:
         """Whether these are what the kernels take on trust."""
@@ -149,6 +152,21 @@ class SegmentationLoss(nn.Module):
             by_overlap = -self.dice_weight * counted / size
             slopes = torch.cat((scalars, by_overlap, by_overlap * dice * -0.5, torch.zeros_like(present)))
         return value, slopes
+
+
+class _Sizes(torch.autograd.Function):
+    """The overlap Σ p·t and the size Σ p of every class, whose gradient by p is one of two numbers a class."""
+
+    @staticmethod
+    def forward(ctx: Any, probs: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(shares)
+        return (probs * shares).sum((0, 2, 3)), probs.sum((0, 2, 3))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        by_overlap, by_size = (grad.view(1, -1, 1, 1) for grad in grads)
+        return torch.where(ctx.saved_tensors[0], by_overlap + by_size, by_size), None
 
 
 class _Sums(torch.autograd.Function):

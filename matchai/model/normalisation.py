@@ -1,8 +1,9 @@
 """Batch norm over a whole batch whose parts are computed in several places, on any device.
 
-torch's own synchronised batch norm refuses CPU tensors. This one takes any way of exchanging a vector between the
-parts, so the parts may be processes, or single slices on their own threads; and it computes the activation that follows
-in the same passes, where `matchai.native.library` has kernels for it.
+torch's own synchronised batch norm refuses CPU tensors, waits for a GPU three times a layer, and fails where a part
+without a slice meets parts in half precision. This one takes any way of exchanging a vector between the parts, so the
+parts may be processes, or single slices on their own threads; it reads nothing back from a device; and it computes the
+activation that follows in the same passes, where `matchai.native.library` has kernels for it.
 """
 
 import itertools
@@ -40,7 +41,8 @@ class SyncBatchNorm(nn.BatchNorm2d):
         act: The activation after it; by default the one inside `norm`, as timm's have it.
 
     Raises:
-        ValueError: In training, if the whole batch has less than two values a channel.
+        ValueError: In training on a CPU, if the whole batch has less than two values a channel; elsewhere what it
+            gives is not finite then.
 
     >>> norm = SyncBatchNorm(nn.BatchNorm2d(1))
     >>> y = norm(torch.tensor([1.0, 3.0]).view(2, 1, 1, 1))
@@ -87,18 +89,26 @@ class SyncBatchNorm(nn.BatchNorm2d):
         is_plain = all(one is None or (one.dtype == torch.float32 and one.is_contiguous()) for one in own)
         return library.load()[0] if is_plain and library.fits(x) else None
 
-    def _count_batch(self) -> float:
+    def _count_batch(self) -> float | Tensor:
         """Counts a batch, if the running statistics are to be moved; returns by how much of the way to its own."""
         if not (self.training and self.is_updating and self.running_mean is not None):
             return 0.0
+        if self.num_batches_tracked is not None:  # else it is counted elsewhere
+            self.num_batches_tracked += 1
+        if self.momentum is not None:
+            return self.momentum
         assert self.num_batches_tracked is not None
-        self.num_batches_tracked += 1
-        return 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+        share = 1 / self.num_batches_tracked
+        return float(share) if share.is_cpu else share
 
 
-def _check_count(count: float) -> None:
+def _check_count(count: float | Tensor) -> None:
+    if isinstance(count, Tensor) and not count.is_cpu:
+        return  # to read it would wait for the device
     if count < 2:
-        raise ValueError(f"batch norm needs two values a channel in training, but the whole batch has {count:g}.")
+        raise ValueError(
+            f"batch norm needs two values a channel in training, but the whole batch has {float(count):g}."
+        )
 
 
 class _NormaliseActivate(torch.autograd.Function):
@@ -115,7 +125,7 @@ class _NormaliseActivate(torch.autograd.Function):
         activation: int,
     ) -> Tensor:
         parts = norm.gather(kernels.norm_statistics(x)).contiguous()
-        rate = norm._count_batch()
+        rate = float(norm._count_batch())
         running = (norm.running_mean, norm.running_var) if rate else (None, None)
         y, saved, count = kernels.norm_forward(x, activation, parts, (weight, bias), norm.eps, rate, running)
         _check_count(count)
@@ -141,27 +151,20 @@ class _Normalise(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, norm: SyncBatchNorm) -> Tensor:
         exact, channels = _exact(x), x.shape[1]
-        own = torch.zeros(1 + 2 * channels, dtype=torch.float64, device=x.device)
-        if x.numel():
-            # with float statistics beside it, a half-precision x gets float ones back; 20 times as fast as var_mean
-            like_running = torch.zeros(channels, dtype=exact), torch.ones(channels, dtype=exact)
-            means, variances = torch.batch_norm_update_stats(x, *like_running, 0.0)
-            own[0] = x.numel() / channels
-            own[1:] = torch.cat((means.double(), variances.double() * own[0]))
-        counts, means, deviations = torch.split(norm.gather(own), [1, channels, channels], 1)
+        counts, means, deviations = torch.split(norm.gather(_statistics(x)), [1, channels, channels], 1)
         count = counts.sum()
-        _check_count(float(count))
+        _check_count(count)
         mean = (counts * means).sum(0) / count
         deviation = (deviations + counts * (means - mean) ** 2).sum(0)
         rate = norm._count_batch()
-        if rate:
+        if isinstance(rate, Tensor) or rate:
             assert norm.running_mean is not None
             assert norm.running_var is not None
             norm.running_mean += rate * (mean.to(exact) - norm.running_mean)
             norm.running_var += rate * ((deviation / (count - 1)).to(exact) - norm.running_var)
         mean, var = mean.to(exact), (deviation / count).to(exact)
-        ctx.save_for_backward(x, weight, mean, var)
-        ctx.eps, ctx.count, ctx.gather = norm.eps, float(count), norm.gather
+        ctx.save_for_backward(x, weight, mean, var, count)
+        ctx.eps, ctx.gather = norm.eps, norm.gather
         # with float statistics torch takes float parameters alone, beside a half-precision x too
         exact_weight, exact_bias = (None if one is None else one.to(exact) for one in (weight, bias))
         return F.batch_norm(x, mean, var, exact_weight, exact_bias, False, 0.0, norm.eps)
@@ -170,8 +173,9 @@ class _Normalise(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """With x̂ = (x - mean) / σ: ∂x = weight / σ · (∂y - Σ∂y / N - x̂ · Σ(∂y · x̂) / N), sums over all parts."""
-        x, weight, mean, var = ctx.saved_tensors
-        sigma = torch.sqrt(var.double() + ctx.eps)
+        x, weight, mean, var, count = ctx.saved_tensors
+        summed = count.dtype
+        sigma = torch.sqrt(var.to(summed) + ctx.eps)
         own = torch.zeros(2, len(mean), dtype=mean.dtype, device=mean.device)
         if x.numel():
             exact = None if weight is None else weight.to(mean.dtype)
@@ -179,17 +183,40 @@ class _Normalise(torch.autograd.Function):
                 grads[0], x, exact, mean, var, None, None, False, ctx.eps, [False, True, True]
             )
             own = torch.stack(sums)
-        along, total = ctx.gather(own.double().flatten()).sum(0).view(2, -1) / ctx.count
-        scale = 1 / sigma if weight is None else weight.double() / sigma
+        along, total = ctx.gather(own.to(summed).flatten()).sum(0).view(2, -1) / count
+        scale = 1 / sigma if weight is None else weight.to(summed) / sigma
         slope = -scale * along / sigma
         grad_x = _affine(grads[0], scale, torch.zeros_like(scale))
         grad_x += _affine(x, slope, -scale * total - slope * mean)
         return grad_x, *((None, None) if weight is None else own.to(weight.dtype)), None
 
 
+def _statistics(x: Tensor) -> Tensor:
+    """(1 + 2 C,): values a channel, their means, and the sums of their squared deviations; 0 of an empty part."""
+    exact, channels = _exact(x), x.shape[1]
+    own = torch.zeros(1 + 2 * channels, dtype=sum_dtype(x.device), device=x.device)
+    if x.numel():
+        count = x.numel() / channels
+        if x.device.type in ("cpu", "cuda"):
+            # with float statistics beside it, a half-precision x gets float ones back; 20 times as fast as var_mean
+            like_running = x.new_zeros(channels, dtype=exact), x.new_ones(channels, dtype=exact)
+            means, variances = torch.batch_norm_update_stats(x, *like_running, 0.0)
+        else:
+            pixels = [axis for axis in range(x.ndim) if axis != 1]
+            variances, means = torch.var_mean(x.to(exact), pixels, correction=0)
+        own[:1].fill_(count)
+        torch.cat((means.to(own.dtype), variances.to(own.dtype) * count), out=own[1:])
+    return own
+
+
 def _exact(x: Tensor) -> torch.dtype:
     """The type in which the statistics of x are kept."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """The type of sums over a batch: float64, but where a device has none (Apple's)."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def _affine(x: Tensor, slope: Tensor, offset: Tensor) -> Tensor:
@@ -200,9 +227,9 @@ def _affine(x: Tensor, slope: Tensor, offset: Tensor) -> Tensor:
 
 def gather_processes(vector: Tensor) -> Tensor:
     """The vectors (n,) of all processes, (W, n) by process index."""
-    parts = [torch.empty_like(vector) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, vector)
-    return torch.stack(parts)
+    parts = vector.new_empty(dist.get_world_size() * len(vector))
+    dist.all_gather_into_tensor(parts, vector.contiguous())
+    return parts.view(-1, len(vector))
 
 
 def synchronise(model: nn.Module, gather: Gather, *, is_updating: bool = True) -> None:
@@ -211,21 +238,6 @@ def synchronise(model: nn.Module, gather: Gather, *, is_updating: bool = True) -
         for name, child in module.named_children():
             if isinstance(child, _BatchNorm):
                 setattr(module, name, SyncBatchNorm(child, gather, is_updating))
-
-
-def synchronise_processes(model: nn.Module) -> nn.Module:
-    """Batch norm over the batches of all processes: torch's own on CUDA, `SyncBatchNorm` elsewhere.
-
-    Returns:
-        The model, in which the batch norms were replaced.
-    """
-    if next(model.parameters()).device.type == "cuda":
-        from timm.layers import convert_sync_batchnorm  # noqa: PLC0415 as in key_dropout; knows timm's own layers too
-
-        converted: nn.Module = convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
-        return converted
-    synchronise(model, gather_processes)
-    return model
 
 
 def local_norms(model: nn.Module) -> list[_BatchNorm]:
@@ -240,14 +252,17 @@ def local_norms(model: nn.Module) -> list[_BatchNorm]:
 
 
 def join_buffers(model: nn.Module) -> list[Tensor]:
-    """Makes all buffers of a model parts of one tensor for each type, and returns these: kept and put back at once.
+    """Makes all buffers of a model parts of a few tensors, and returns these: kept and put back at once.
+
+    There is one for each type, and one for the counts of batches, which so are counted at once too.
 
     It replaces the tensors of the buffers, so what holds these otherwise must be made later.
     """
     joined = []
-    kinds = {buffer.dtype for buffer in model.buffers()}
-    for kind in sorted(kinds, key=str):
-        buffers = {id(buffer): buffer for buffer in model.buffers() if buffer.dtype == kind}
+    kinds: dict[tuple[str, bool], dict[int, Tensor]] = {}
+    for name, one in model.named_buffers():
+        kinds.setdefault((str(one.dtype), name.endswith("num_batches_tracked")), {})[id(one)] = one
+    for _, buffers in sorted(kinds.items()):
         # each begins at a multiple of 64 numbers, as kernels read some of them by aligned registers
         starts = list(itertools.accumulate((-(-one.numel() // 64) * 64 for one in buffers.values()), initial=0))
         whole = next(iter(buffers.values())).new_zeros(starts.pop())

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from matchai.data import STEPS, mirrored, quantise, resize, window
-from matchai.model import build_model, use_cpu_layers
+from matchai.model import build_model, use_fast_layers
 from matchai.system import InputError, choose_precision, keep_heap, set_threads
 from matchai.training import load_weights
 
@@ -136,8 +136,7 @@ class Predictor:
         model, about = load_model(run)
         self.abouts.append(about)
         model = model.to(self.device).to(memory_format=torch.channels_last)
-        if self.device.type == "cpu":
-            use_cpu_layers(model)
+        use_fast_layers(model, self.device)
         low, high = about["hu_window"]
         mean, std = (about["mean_hu"] - low) / (high - low), about["std_hu"] / (high - low)
         return _Member(model, (low, high), about["image_size"], mean, std, about["context"])

@@ -16,7 +16,6 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
 from matchai.data import Augmentation, Data, SliceDataset
@@ -25,21 +24,24 @@ from matchai.model import (
     SegmentationLoss,
     balanced_class_weights,
     build_model,
+    gather_processes,
     join_buffers,
     keyed_layers,
     probe,
     set_dropout,
-    synchronise_processes,
-    use_cpu_layers,
+    synchronise,
+    use_fast_layers,
 )
 from matchai.sampling import DistributedWeightedSampler, collate, slice_weights
 from matchai.settings import TrainConfig
 from matchai.system import InputError, default_workers, num_local_processes
+from matchai.training.averaging import AveragedWeights
 from matchai.training.checkpoint import load_weights
 from matchai.training.deterministic import DeterministicGradient
 from matchai.training.loop import Training
 
 AIR = -1000.0  # HU
+LEAST_VAL_BATCH, MOST_VAL_BATCH = 16, 32  # slices of a validation batch on a GPU
 
 
 def build_model_of(config: TrainConfig, *, is_resuming: bool) -> nn.Module:
@@ -181,11 +183,9 @@ def build_training(
     """Builds and prepares everything that the loop needs."""
     optimisation, ema = config.optimisation, None
     model = model.to(accelerator.device).to(memory_format=torch.channels_last)
-    if accelerator.device.type == "cpu":
-        use_cpu_layers(model)
+    use_fast_layers(model, accelerator.device)
     if optimisation.ema_decay:
-        average = get_ema_multi_avg_fn(optimisation.ema_decay)  # type: ignore[no-untyped-call]
-        ema = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
+        ema = AveragedWeights(model, optimisation.ema_decay)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=optimisation.max_lr, weight_decay=optimisation.weight_decay, fused=True)
     sampler = DistributedWeightedSampler(
@@ -227,7 +227,7 @@ def _prepare_model(config: TrainConfig, accelerator: Accelerator, model: nn.Modu
         return model
     size = PROBE_SIZE if _takes(model, config, 1, PROBE_SIZE) else config.input.image_size
     if config.network.sync_batch_norm:
-        model = synchronise_processes(model)
+        synchronise(model, gather_processes)
     with warnings.catch_warnings():  # Accelerate has no other name yet for what DDP now calls forward_sync_buffers
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
         model = accelerator.prepare(model)
@@ -266,6 +266,8 @@ def _loaders(
     train_set, val_set = dataset_of(config, data, data.train, augmentation), dataset_of(config, data, data.val)
     # kernels round differently for batches of other sizes, so the same bits need every slice predicted alone
     batch_size = 1 if _is_deterministic(config, device) else config.sampling.batch_size
+    if device.type == "cuda":  # which small batches leave idle; the counts do not depend on it
+        batch_size = min(max(batch_size, LEAST_VAL_BATCH), MOST_VAL_BATCH)
     mine = range(accelerator.process_index, len(data.val), num_processes)
     val_batches = [list(mine[k : k + batch_size]) for k in range(0, len(mine), batch_size)]
     workers = config.machine.num_workers

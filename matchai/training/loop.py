@@ -16,17 +16,20 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim.lr_scheduler import OneCycleLR
-from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
 from matchai.metrics import Counts, confusion_counts
-from matchai.model import KeyedLayer, SegmentationLoss, local_norms, set_dropout
+from matchai.model import JoinedForward, KeyedLayer, SegmentationLoss, local_norms, set_dropout, sum_dtype
 from matchai.sampling import DistributedWeightedSampler, micro_shares
 from matchai.system import FailedError
+from matchai.training.averaging import AveragedWeights
 from matchai.training.deterministic import DeterministicGradient
 from matchai.training.meters import EpochMeter, StepOutcome
 
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 MAX_SKIPPED = 10  # steps in a row without a finite gradient before the run ends
+CAST_GROUPS = 8  # of layers, whose gradients other processes get while those before them are computed
+ASK_EVERY = 8  # batches of a validation on a GPU, between two questions whether to stop
 _STREAM = 0xD20  # keeps these random numbers apart from all others
 
 
@@ -61,6 +64,8 @@ class Training:
         skipped_in_row: Steps skipped since the last good one.
         outcome: Of the last step, until the epoch ends.
         parameters: Those that are trained.
+        dtype: In which most maps are computed.
+        joined: What is done for all layers at once; None on a CPU, where it gains nothing.
         local_norms: On several processes, the batch norms that are not synchronised.
     """
 
@@ -77,7 +82,7 @@ class Training:
     val_loader: DataLoader[Any]
     num_val_batches: int
     deterministic: DeterministicGradient | None
-    ema: AveragedModel | None
+    ema: AveragedWeights | None
     seed: int
     clip_grad_norm: float
     is_asked_to_stop: Callable[[], bool]
@@ -85,11 +90,22 @@ class Training:
     skipped_in_row: int = 0
     outcome: StepOutcome | None = None
     parameters: list[nn.Parameter] = field(init=False)
+    dtype: torch.dtype = field(init=False)
+    joined: JoinedForward | None = field(init=False)
     local_norms: list[nn.Module] = field(init=False)
 
     def __post_init__(self) -> None:
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        half = DTYPES.get(self.accelerator.mixed_precision)
+        self.dtype, self.joined = half or torch.float32, None
+        if self.accelerator.device.type != "cpu":
+            groups = 1 if self.accelerator.num_processes == 1 else CAST_GROUPS
+            self.joined = JoinedForward(self.raw_model, self.buffers, half, groups)
         self.local_norms = [*local_norms(self.model)] if self.accelerator.num_processes > 1 else []
+
+    def joined_forward(self) -> contextlib.AbstractContextManager[None]:
+        """The context of a forward pass in training."""
+        return contextlib.nullcontext() if self.joined is None else self.joined.running()
 
     @property
     def raw_model(self) -> nn.Module:
@@ -194,12 +210,13 @@ def train_step(
     grads = [p.grad for p in training.parameters if p.grad is not None]
     if training.clip_grad_norm:
         clip_grads_with_norm_(training.parameters, training.clip_grad_norm, get_total_norm(grads))
-    is_finite = torch.isfinite(value) & _are_finite(grads)
+    is_finite = torch.isfinite(value) & _are_finite(training, grads)
     _update(training, is_finite, kept_buffers)
     if training.ema:
-        training.ema.update_parameters(training.raw_model)
+        training.ema.update(training.raw_model, training.buffers)
     optimizer.zero_grad(set_to_none=True)
-    return StepOutcome(torch.stack((value.double(), is_finite.double(), num_asked.double())), num_draws)
+    exact = sum_dtype(value.device)
+    return StepOutcome(torch.stack((value.to(exact), is_finite.to(exact), num_asked.to(exact))), num_draws)
 
 
 def _update(training: Training, is_finite: Tensor, kept_buffers: list[Tensor]) -> None:
@@ -219,8 +236,12 @@ def _update(training: Training, is_finite: Tensor, kept_buffers: list[Tensor]) -
             buffer.copy_(torch.where(is_finite, buffer, kept))
 
 
-def _are_finite(grads: list[Tensor]) -> Tensor:
+def _are_finite(training: Training, grads: list[Tensor]) -> Tensor:
     """Whether all gradients are finite, a scalar on their device."""
+    scaler = training.accelerator.scaler
+    if scaler is not None:  # it has looked at them already
+        (found,) = scaler._found_inf_per_device(training.optimizer).values()
+        return torch.eq(found.view(()), 0)
     found = torch.zeros(1, device=grads[0].device)
     # a gradient scaler's kernel, here with a scale of 1: one pass, in half the time of a norm
     torch._amp_foreach_non_finite_check_and_unscale_(grads, found, torch.ones_like(found))
@@ -251,10 +272,10 @@ def _gradient(
     parts = [(images[a:b], target[a:b], positions[a:b]) for a, b in itertools.pairwise(ends)]
 
     def forward(part_images: Tensor, part_target: Tensor, part_positions: list[int]) -> Tensor:
-        set_dropout(training.keyed_layers, training.seed, epoch, part_positions, images.device)
+        set_dropout(training.keyed_layers, training.seed, epoch, part_positions, images.device, training.dtype)
         for norm in training.local_norms:
             norm.training = len(part_images) > 0  # no slice has no statistics, and must not move the running ones
-        with accelerator.autocast():
+        with training.joined_forward(), accelerator.autocast():
             logits = training.model(part_images)
         return loss.sums(logits, part_target)
 
@@ -316,23 +337,27 @@ def validate(
     model = training.validated_model.eval()
     if accelerator.num_processes > 1:
         # where batch norm is not synchronised, each process has its own statistics: the main one's are kept and saved
-        for buffer in model.buffers():
+        for buffer in training.ema.buffers if training.ema else training.buffers:
             torch.distributed.broadcast(buffer, 0)
     counts = torch.zeros(num_slices, num_classes, num_classes, dtype=torch.int64, device=device)
     # a row for each batch: where each slice is a batch, the order of adding up does not depend on the processes
-    sums = torch.zeros(num_slices, 4 + 3 * num_classes, dtype=torch.float64, device=device)
+    sums = torch.zeros(num_slices, 4 + 3 * num_classes, dtype=sum_dtype(device), device=device)
     batches = iter(training.val_loader)
     with torch.no_grad():
-        for _ in range(training.num_val_batches):
+        for number in range(training.num_val_batches):
             for images, labels, positions in itertools.islice(batches, 1):
                 target = labels.to(device, non_blocking=True)
                 with accelerator.autocast():
                     logits = model(_to_device(images, device))
-                sums[positions[0]] = training.val_loss.sums(logits, target).double()
-                counts[positions] = confusion_counts(logits.argmax(1), target, num_classes)
-            after_batch(agree_to_stop(training))
+                sums[int(positions[0])] = training.val_loss.sums(logits, target).to(sums.dtype)
+                places = positions.to(device, non_blocking=True)
+                counts.index_copy_(0, places, confusion_counts(logits.argmax(1), target, num_classes))
+            # to agree waits for the device
+            is_due = device.type == "cpu" or number % ASK_EVERY == ASK_EVERY - 1
+            after_batch(agree_to_stop(training) if is_due or accelerator.num_processes == 1 else False)
     sums, counts = accelerator.reduce(sums, "sum"), accelerator.reduce(counts, "sum")
-    return float(training.val_loss.value(sums.sum(0))), counts.cpu().numpy()
+    value = training.val_loss.value(sums.sum(0))
+    return float(value), counts.cpu().numpy()
 
 
 def predict(training: Training, images: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from timm.layers import Swish
 from timm.models._efficientnet_blocks import SqueezeExcite
 from torch import Tensor, nn
 
-from matchai.model import cpu_layers
+from matchai.model import cpu_layers, joined_layers
 from matchai.model.dropout import keyed_layers, set_dropout
 from matchai.model.unetplusplus import build_model
 from matchai.native import compiler, library
@@ -299,13 +299,13 @@ def test_a_convolution_of_pixels_gives_shape_type_and_layout_of_the_plain_one(
 def test_convolutions_of_pixels_are_products_of_matrices_up_to_a_size_that_hangs_on_the_type(
     is_mixed: bool, largest: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    of_pixels, sizes = cpu_layers._of_pixels, []
+    of_pixels, sizes = joined_layers.multiply, []
 
     def watched(conv: nn.Conv2d, x: Tensor) -> Tensor:
         sizes.append(x.shape[1])
         return of_pixels(conv, x)
 
-    monkeypatch.setattr(cpu_layers, "_of_pixels", watched)
+    monkeypatch.setattr(cpu_layers, "multiply", watched)
     conv = nn.Conv2d(16, 24, 1, bias=False)
     cpu_layers.multiply_pixels(conv)
     with torch.autocast("cpu", torch.bfloat16, enabled=is_mixed):
@@ -332,7 +332,7 @@ def test_other_convolutions_are_not_of_pixels(conv: nn.Conv2d) -> None:
 
 def test_swish_in_one_operation_is_swish() -> None:
     changed: nn.Module = Swish(inplace=True)
-    cpu_layers.join_silu(changed)
+    joined_layers.join_silu(changed)
     assert type(changed) is nn.SiLU
     assert_as_exact(Swish(), changed, channels_last(2, 8, 4, 4))
 
@@ -342,8 +342,8 @@ def test_squeeze_and_excitation_by_rows_is_that_of_timm() -> None:
     torch.manual_seed(0)
     plain = SqueezeExcite(24, act_layer=nn.SiLU)
     changed = copy.deepcopy(plain)
-    cpu_layers.pool_by_rows(changed)
-    assert type(changed) is cpu_layers.SqueezeExcite
+    joined_layers.pool_by_rows(changed)
+    assert type(changed) is joined_layers.SqueezeExcite
     assert_as_exact(plain, changed, channels_last(3, 24, 9, 7))
 
 
@@ -352,7 +352,7 @@ def test_squeeze_and_excitation_without_gradients_is_that_of_timm() -> None:
     torch.manual_seed(0)
     plain = SqueezeExcite(24, act_layer=nn.SiLU)
     changed = copy.deepcopy(plain)
-    cpu_layers.pool_by_rows(changed)
+    joined_layers.pool_by_rows(changed)
     x = channels_last(3, 24, 10, 8)
     with torch.no_grad():
         torch.testing.assert_close(changed(x), plain(x), rtol=1e-5, atol=1e-6)
@@ -364,14 +364,14 @@ def test_squeeze_and_excitation_of_any_size_has_the_gradients_of_timm(size: tupl
     torch.manual_seed(0)
     plain = SqueezeExcite(24, act_layer=nn.SiLU)
     changed = copy.deepcopy(plain)
-    cpu_layers.pool_by_rows(changed)
+    joined_layers.pool_by_rows(changed)
     assert_as_exact(plain, changed, channels_last(3, 24, *size))
 
 
 @pytest.mark.usefixtures("way")
 def test_squeeze_and_excitation_of_no_slices_has_gradients_of_zero() -> None:
     changed = SqueezeExcite(24, act_layer=nn.SiLU)
-    cpu_layers.pool_by_rows(changed)
+    joined_layers.pool_by_rows(changed)
     y, grad, *others = gradients(changed, channels_last(0, 24, 8, 8))
     assert y.shape == grad.shape == (0, 24, 8, 8)
     assert not any(other.any() for other in others)
@@ -385,7 +385,7 @@ def test_squeeze_and_excitation_may_be_frozen(frozen: tuple[str, ...]) -> None:
     for name in frozen:
         getattr(plain, name).requires_grad_(False)
     changed = copy.deepcopy(plain)
-    cpu_layers.pool_by_rows(changed)
+    joined_layers.pool_by_rows(changed)
     assert_as_exact(plain, changed, channels_last(3, 24, 10, 8))
 
 
@@ -394,7 +394,7 @@ def test_squeeze_and_excitation_computes_in_bf16_alone() -> None:
     torch.manual_seed(0)
     plain = SqueezeExcite(24, act_layer=nn.SiLU)
     changed = copy.deepcopy(plain).bfloat16()
-    cpu_layers.pool_by_rows(changed)
+    joined_layers.pool_by_rows(changed)
     x = channels_last(3, 24, 10, 8)
     y = changed(x.bfloat16())
     assert y.dtype == torch.bfloat16
@@ -405,7 +405,7 @@ def test_squeeze_and_excitation_computes_in_bf16_alone() -> None:
 @pytest.mark.parametrize("size", [11, 14])
 def test_a_decoder_block_refuses_skips_of_another_size(size: int) -> None:
     block = DecoderBlock(8, 4, 16)
-    cpu_layers.join_skips(block)
+    joined_layers.join_skips(block)
     with pytest.raises(RuntimeError, match="Sizes of tensors must match"):
         block(channels_last(2, 8, 6, 6), channels_last(2, 4, size, size))
 
@@ -413,7 +413,7 @@ def test_a_decoder_block_refuses_skips_of_another_size(size: int) -> None:
 @pytest.mark.usefixtures("way")
 def test_a_decoder_block_of_several_skips_in_bf16_and_in_no_slices() -> None:
     block = DecoderBlock(8, 9, 16).bfloat16()
-    cpu_layers.join_skips(block)
+    joined_layers.join_skips(block)
     for slices in (2, 0):
         x = channels_last(slices, 8, 6, 6).bfloat16().requires_grad_()
         skips = [channels_last(slices, channels, 12, 12).bfloat16().requires_grad_() for channels in (4, 5)]
@@ -430,8 +430,8 @@ def test_a_decoder_block_with_a_dense_gradient_is_that_of_smp() -> None:
     torch.manual_seed(0)
     plain = DecoderBlock(8, 4, 16)
     changed = copy.deepcopy(plain)
-    cpu_layers.join_skips(changed)
-    assert type(changed) is cpu_layers.DecoderBlock
+    joined_layers.join_skips(changed)
+    assert type(changed) is joined_layers.DecoderBlock
     skip = channels_last(2, 4, 12, 12, seed=1)
     with_skip: list[Callable[[Tensor], Tensor]] = [lambda x: plain(x, skip), lambda x: changed(x, skip)]
     x = channels_last(2, 8, 6, 6)
@@ -447,7 +447,7 @@ def exact_plain_and_changed() -> tuple[nn.Module, nn.Module, nn.Module]:
     """One model in float64, as it was built, and quickened."""
     plain = build_model(ENCODER, 4, seed=3).to(memory_format=torch.channels_last)
     changed = copy.deepcopy(plain)
-    cpu_layers.use_cpu_layers(changed)
+    cpu_layers.use_fast_layers(changed, torch.device("cpu"))
     return copy.deepcopy(plain).double(), plain, changed
 
 
@@ -487,7 +487,7 @@ def test_under_autocast_a_quickened_model_is_as_near_to_the_exact_gradient_as_th
 def test_a_quickened_model_keeps_the_names_and_the_values_of_its_state() -> None:
     plain = build_model(ENCODER, 4)
     state = copy.deepcopy(plain.state_dict())
-    cpu_layers.use_cpu_layers(plain)
+    cpu_layers.use_fast_layers(plain, torch.device("cpu"))
     assert list(plain.state_dict()) == list(state)
     assert all(torch.equal(value, state[name]) for name, value in plain.state_dict().items())
 
@@ -495,7 +495,7 @@ def test_a_quickened_model_keeps_the_names_and_the_values_of_its_state() -> None
 @pytest.mark.usefixtures("way")
 def test_a_copy_of_a_quickened_model_has_layers_of_its_own() -> None:
     model = build_model(ENCODER, 4)
-    cpu_layers.use_cpu_layers(model)
+    cpu_layers.use_fast_layers(model, torch.device("cpu"))
     other = copy.deepcopy(model)
     with torch.no_grad():
         for parameter in other.parameters():
@@ -510,7 +510,7 @@ def test_a_copy_of_a_quickened_model_has_layers_of_its_own() -> None:
 def test_a_quickened_model_s_gradients_lie_as_its_weights_do(is_mixed: bool) -> None:
     """DistributedDataParallel warns where they do not, and copies them."""
     model = build_model(ENCODER, 4).to(memory_format=torch.channels_last)
-    cpu_layers.use_cpu_layers(model)
+    cpu_layers.use_fast_layers(model, torch.device("cpu"))
     set_dropout(keyed_layers(model), 0, 0, [0, 1])
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with torch.autocast("cpu", torch.bfloat16, enabled=is_mixed):
@@ -522,14 +522,14 @@ def test_a_quickened_model_s_gradients_lie_as_its_weights_do(is_mixed: bool) -> 
 def excite(channels: int) -> nn.Module:
     torch.manual_seed(0)
     module = SqueezeExcite(channels, act_layer=nn.SiLU)
-    cpu_layers.pool_by_rows(module)
+    joined_layers.pool_by_rows(module)
     return module
 
 
 def test_a_frozen_squeeze_and_excitation_hands_its_gradient_on() -> None:
     plain = SqueezeExcite(32).requires_grad_(False)
     changed = copy.deepcopy(plain)
-    cpu_layers.pool_by_rows(changed)
+    joined_layers.pool_by_rows(changed)
     assert_as_exact(plain, changed, channels_last(2, 32, 8, 8))
 
 
@@ -537,7 +537,7 @@ def test_a_squeeze_and_excitation_that_is_frozen_in_part_trains_the_rest() -> No
     plain = SqueezeExcite(32)
     plain.conv_reduce.requires_grad_(False)
     changed = copy.deepcopy(plain)
-    cpu_layers.pool_by_rows(changed)
+    joined_layers.pool_by_rows(changed)
     assert_as_exact(plain, changed, channels_last(2, 32, 8, 8))
 
 
@@ -587,7 +587,7 @@ def test_a_depthwise_convolution_has_second_derivatives(size: int) -> None:
 @pytest.mark.parametrize("shape", [(2, 4, 11, 12), (2, 4, 12, 13), (1, 4, 12, 12), (2, 4, 6, 6)])
 def test_a_decoder_block_refuses_a_skip_of_another_size(shape: tuple[int, ...]) -> None:
     block = DecoderBlock(8, 4, 16)
-    cpu_layers.join_skips(block)
+    joined_layers.join_skips(block)
     with pytest.raises(RuntimeError, match="Sizes of tensors must match"):
         block(channels_last(2, 8, 6, 6), channels_last(*shape))
 
@@ -605,7 +605,7 @@ def test_a_layer_that_a_sequence_repeats_stays_between_norm_and_activation() -> 
 @pytest.mark.parametrize("trace", ["jit", "export"])
 def test_what_was_traced_of_a_quickened_model_is_the_model(trace: str) -> None:
     model = build_model(ENCODER, 4).to(memory_format=torch.channels_last).eval()
-    cpu_layers.use_cpu_layers(model)
+    cpu_layers.use_fast_layers(model, torch.device("cpu"))
     x, other = channels_last(1, 1, 64, 64), channels_last(1, 1, 64, 64, seed=1)
     with torch.no_grad():
         if trace == "jit":
