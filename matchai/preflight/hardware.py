@@ -11,7 +11,7 @@ import torch
 
 from matchai.native import library
 from matchai.preflight.software import Finding
-from matchai.system import cpu_has_bf16, format_size, is_set_by_launcher, num_cores
+from matchai.system import cpu_has_bf16, format_size, is_set_by_launcher, machine, num_cores
 
 LEAST_DISK = 2.2e8  # bytes; a state of the recipe has as many,
 FEW_DISK = 2e9  # and three of them, the best weights and the prepared slices take turns in so many
@@ -35,6 +35,9 @@ def check_devices(device: torch.device) -> list[Finding]:
         free, total = torch.cuda.mem_get_info(number)
         native = "native" if properties.major >= 8 else "no native"
         text = f"GPU {number}: {properties.name}, {free / 1e9:.1f} of {total / 1e9:.1f} GB free, {native} bf16"
+        if (problem := machine.unsupported_gpu(number)) is not None:
+            findings.append(Finding("problem", problem.rstrip(".")))
+            continue
         busy = "end what else runs on it (nvidia-smi lists it), or train with a smaller --batch-size or --accumulate 2"
         findings.append(Finding("warning", text, busy) if free < 0.5 * total else Finding("ok", text))
     if device.type != "cuda":

@@ -27,6 +27,7 @@ from matchai.system import (
     check_agreement,
     check_launch,
     decide,
+    is_out_of_memory,
     join_group,
     machine,
     num_restarts,
@@ -133,13 +134,15 @@ def make_accelerator(config: TrainConfig, output: Path, problems: Problems) -> t
             ],
         )
     except Exception as error:  # what it says of settings of the environment that `check_launch` does not know
-        if machine.is_out_of_memory(error):
+        if is_out_of_memory(error):
             raise
         raise InputError(
             f"Accelerate does not start with the settings that it finds ({str(error).splitlines()[0]}); start with "
             "`accelerate launch --config_file accelerate_config.yaml -m matchai.train` in matchai's folder."
         ) from error
     check_launch(accelerator.num_processes)
+    if accelerator.device.type == "cuda" and (told := machine.unsupported_gpu(accelerator.local_process_index)):
+        problems.append(told)  # before the first kernel, which would end with fewer words
     return accelerator, f"{precision} ({reason})"
 
 

@@ -25,6 +25,7 @@ from matchai.system import (
     end_with_launcher,
     epoch_line,
     machine,
+    watching_peers,
     write_whole,
 )
 from matchai.training import (
@@ -107,13 +108,14 @@ def run(
     """
     end_with_launcher()
     machine.keep_heap()
-    if config.run.deterministic and torch.cuda.is_available():
-        machine.prefer_repeatable_kernels()
     output = config.run.output or Path("runs") / config.run.preset
     cuda = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=cuda))
         setup = set_up(config, output, display, stack)
+        if setup.accelerator.device.type == "cuda":
+            stack.enter_context(machine.gpu_kernels(is_repeatable=config.run.deterministic))
+            stack.enter_context(watching_peers(config.machine.collective_timeout))
         listener = stop or StopSignal()
         training = build_training(
             config, setup.accelerator, setup.data, setup.model, lambda: listener.received is not None

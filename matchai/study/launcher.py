@@ -14,6 +14,9 @@ from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+import torch
+from accelerate.utils import parse_flag_from_env
+
 from matchai.study.plan import Plan
 from matchai.study.worker import Worker
 from matchai.system import (
@@ -201,6 +204,8 @@ def _without_interrupts() -> Iterator[None]:
 
 def _gpus() -> list[str]:
     """The GPUs that may be used, as CUDA_VISIBLE_DEVICES names them, found without loading CUDA."""
+    if parse_flag_from_env("ACCELERATE_USE_CPU") or torch.version.cuda is None:
+        return []
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     if chosen is not None:
         return [one.strip() for one in chosen.split(",") if one.strip() and one.strip() != "-1"]

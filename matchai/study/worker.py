@@ -4,6 +4,9 @@ import contextlib
 import functools
 import gc
 import math
+import multiprocessing
+import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -36,6 +39,7 @@ from matchai.system import (
     end_with_launcher,
     is_lost_process,
     is_out_of_memory,
+    is_sticky,
     join_group,
     lost_process_message,
     num_processes,
@@ -267,6 +271,11 @@ class Worker:
                 if not is_group:
                     raise
                 how = _End(None, words=str(lost))  # all processes end below
+        if is_sticky(cause) and multiprocessing.parent_process() is not None:
+            self._say(task, "end", title=_title(task), outcome=how.words or "stopped by an error")
+            os.kill(os.getpid(), signal.SIGKILL)  # the one who watches starts another, for which the GPU works again
+        if is_sticky(cause):
+            raise BrokenError(f"The GPU takes no more work of this process ({reason}); the same command resumes.")
         if is_group:
             raise BrokenError(f"{_title(task)} ended all processes ({reason}); the same command resumes from there.")
         if self.errors_in_row >= MAX_ERRORS_IN_ROW or self.failed_in_row >= MAX_FAILED_IN_ROW:

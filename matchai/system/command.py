@@ -63,16 +63,23 @@ def _end(problems: Iterable[str], status: int) -> int:
 def _explain(error: RuntimeError, left: str, memory: str) -> str:
     """The sentence for an error of torch's that is no fault in the program; raises any other."""
     # they need torch, which raised the error
-    from matchai.system.machine import is_dead_loader, is_out_of_memory  # noqa: PLC0415
-    from matchai.system.processes import is_lost_process, lost_process_message  # noqa: PLC0415
+    from matchai.system.failures import (  # noqa: PLC0415
+        device_message,
+        is_dead_loader,
+        is_lost_process,
+        is_out_of_memory,
+        lost_process_message,
+    )
 
+    if is_out_of_memory(error):
+        return memory
     if is_lost_process(error):
         return lost_process_message()
+    if (told := device_message(error)) is not None:
+        return f"{told} {left}"
     if is_dead_loader(error):
         return (
             "A loader process died or found no room in shared memory, as when memory or /dev/shm is full; free memory, "
             "enlarge /dev/shm (docker run --shm-size 8g), or give a smaller --num-workers; 0 needs none of it. " + left
         )
-    if is_out_of_memory(error):
-        return memory
     raise error

@@ -2,10 +2,15 @@
 
 import ctypes
 import os
+import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
 
 import cv2
 import torch
+import torch.utils.deterministic
 
 from matchai.system.errors import InputError
 from matchai.system.processes import is_set_by_launcher
@@ -64,28 +69,6 @@ def set_threads(num_local_processes: int) -> int:
     return torch.get_num_threads()
 
 
-# torch's words for it, the CPU's allocator's, and those of CUDA's libraries
-_NO_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "alloc_failed")
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that a device, or the host, has no more memory to give."""
-    said = str(error).lower()
-    return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and any(words in said for words in _NO_MEMORY)
-    )
-
-
-# torch's words where a worker of a DataLoader was killed, or a batch did not fit into shared memory
-_DEAD_LOADER = ("dataloader worker", "shared memory", "/torch_", "shm_open", "no space left on device", "bus error")
-
-
-def is_dead_loader(error: BaseException) -> bool:
-    """Whether an error says that a process which loads slices died, or had no room for a batch in shared memory."""
-    said = str(error).lower()
-    return isinstance(error, RuntimeError) and any(words in said for words in _DEAD_LOADER)
-
-
 def num_local_processes(num_processes: int) -> int:
     """Training processes on this host, of `num_processes` over all hosts."""
     return int(os.environ.get("LOCAL_WORLD_SIZE") or num_processes)
@@ -119,14 +102,49 @@ def keep_heap() -> None:
         mallopt(m_trim_threshold, -1)  # never
 
 
-def prefer_repeatable_kernels() -> None:
-    """Makes CUDA's kernels repeat their bits where torch has such; the others warn, by name.
+@contextmanager
+def gpu_kernels(*, is_repeatable: bool) -> Iterator[None]:
+    """Chooses CUDA's kernels while the block runs, to be entered before the first of them.
 
-    On a CPU they do anyway, for equal shapes and threads. To be called before the first CUDA kernel.
+    Args:
+        is_repeatable: Whether those are taken that repeat their bits, where torch has such; the others warn, by name.
+            Else the fastest are sought for each shape.
     """
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.backends.cudnn.benchmark = False
+    backend, deterministic = torch.backends.cudnn, cast(Any, torch.utils.deterministic)
+    fill = deterministic.fill_uninitialized_memory
+    before = backend.benchmark, torch.are_deterministic_algorithms_enabled()
+    warned_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    if is_repeatable:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        deterministic.fill_uninitialized_memory = False  # a kernel for each new tensor
+    backend.benchmark = not is_repeatable
+    try:
+        yield
+    finally:
+        backend.benchmark = before[0]
+        torch.use_deterministic_algorithms(before[1], warn_only=warned_only)
+        deterministic.fill_uninitialized_memory = fill
+
+
+def unsupported_gpu(number: int) -> str | None:
+    """Why this torch cannot use a GPU, a sentence; None if it can, or does not tell."""
+    found = [re.fullmatch(r"(sm|compute)_(\d+)(\d)[af]?", name) for name in torch.cuda.get_arch_list()]
+    known = [(one[1], int(one[2]), int(one[3])) for one in found if one is not None]
+    major, minor = torch.cuda.get_device_capability(number)
+    # code for one card runs on later ones of its generation, and what is compiled at the first call on all later ones
+    fits = [
+        (kind == "sm" and a == major and b <= minor) or (kind == "compute" and (a, b) <= (major, minor))
+        for kind, a, b in known
+    ]
+    if not known or any(fits):
+        return None
+    names = ", ".join(f"{a}.{b}" for kind, a, b in known if kind == "sm")
+    return (
+        f"torch {torch.__version__} has no code for GPU {number}, {torch.cuda.get_device_name(number)} (compute "
+        f"capability {major}.{minor}; it has code for {names}); install a torch for it, see pytorch.org, or train on "
+        "the CPU with ACCELERATE_USE_CPU=1."
+    )
 
 
 def default_workers(device: torch.device, num_local_processes: int) -> int:

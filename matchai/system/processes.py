@@ -9,7 +9,6 @@ import signal
 import socket
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -24,9 +23,6 @@ from accelerate.utils import broadcast_object_list, gather_object, parse_flag_fr
 from matchai.system.errors import InputError
 
 T = TypeVar("T")
-
-# what gloo, NCCL and the store say, among other words, where another process does not answer any more
-_LOST = ("gloo", "nccl", "connection", "pair closure", "broken pipe", "socket", "timed out", "timeout")
 
 
 def launcher() -> str | None:
@@ -158,6 +154,7 @@ def join_group(timeout: float) -> PartialState:
         InputError: If it cannot be formed, or settings of the launcher's are wrong.
     """
     check_launch()
+    _check_gpus()
     for name in _LAUNCH_SETTINGS:
         if os.environ.get(name) == "":  # as if it were not set, which Accelerate does not know
             del os.environ[name]
@@ -183,6 +180,19 @@ def join_group(timeout: float) -> PartialState:
             f"({str(error).splitlines()[0]}); start all of them with one launcher, such as `ACCELERATE_USE_CPU=1 "
             "accelerate launch --multi_gpu --num_processes 2 -m matchai.train` or torchrun."
         ) from error
+
+
+def _check_gpus() -> None:
+    """Refuses more processes than this host has GPUs, which NCCL would not let share one."""
+    mine = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    if parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available():
+        return
+    num_gpus = torch.cuda.device_count()
+    if mine > max(num_gpus, 1):
+        raise InputError(
+            f"{mine} processes were started on this host, but it has {num_gpus} GPUs, and each process needs its own; "
+            f"start at most {num_gpus} (--num_processes {num_gpus}), or train on the CPU with ACCELERATE_USE_CPU=1."
+        )
 
 
 def _check_fork() -> None:
@@ -289,7 +299,7 @@ def decide(work: Callable[[], T]) -> T:
         try:
             told = [(work(), None)]
         except Exception as error:  # whatever it is, all processes are to raise it
-            told = [(None, error if _is_portable(error) else RuntimeError(f"{type(error).__name__}: {error}"))]
+            told = [(None, error if is_portable(error) else RuntimeError(f"{type(error).__name__}: {error}"))]
     broadcast_object_list(told)
     value, problem = told[0]
     if problem is not None:
@@ -297,7 +307,8 @@ def decide(work: Callable[[], T]) -> T:
     return value  # type: ignore[no-any-return]
 
 
-def _is_portable(error: Exception) -> bool:
+def is_portable(error: Exception) -> bool:
+    """Whether an error can be told to another process as it is."""
     try:
         return str(pickle.loads(pickle.dumps(error))) == str(error)
     except Exception:  # pickling runs what the class of the error says
@@ -307,52 +318,6 @@ def _is_portable(error: Exception) -> bool:
 def any_process(claim: bool) -> bool:
     """Whether it holds on any process; all of them must ask together."""
     return claim if num_processes() == 1 else any(gather_object([claim]))
-
-
-def share_error(error: Exception) -> Exception:
-    """What really went wrong, where an error on one process of several leaves the others waiting for it in vain.
-
-    The process that failed leaves its error in the group's store and the group itself, at which the others' exchanges
-    fail at once; they find the error there. The group is left for good: the launch has to end. Alone, nothing happens.
-
-    Returns:
-        The error of the process that failed first, or `error` where none told one.
-    """
-    world = num_processes()
-    if world == 1:
-        return error
-    store = dist.distributed_c10d._get_default_store()
-    key, is_own = "matchai/error", not is_lost_process(error)
-    shared: Exception = error
-    with contextlib.suppress(RuntimeError):  # the store may be gone with the process that held it
-        if is_own and store.compare_set(key, "", "told").decode() in ("", "told"):
-            store.set(f"{key}/words", pickle.dumps(error if _is_portable(error) else RuntimeError(str(error))).hex())
-        leave_group()
-        store.wait([f"{key}/words"], timedelta(seconds=10))
-        shared = pickle.loads(bytes.fromhex(store.get(f"{key}/words").decode()))
-        store.add(f"{key}/heard", 1)
-        until = time.monotonic() + 10
-        while store.add(f"{key}/heard", 0) < world and time.monotonic() < until:
-            time.sleep(0.05)  # one of them may hold the store itself
-    return shared
-
-
-def is_lost_process(error: BaseException) -> bool:
-    """Whether an error means that another process of the group does not answer any more."""
-    if num_processes() == 1:
-        return False
-    if isinstance(error, dist.DistError):
-        return True
-    return isinstance(error, RuntimeError) and any(phrase in str(error).lower() for phrase in _LOST)
-
-
-def lost_process_message() -> str:
-    """One sentence for the process that lost another."""
-    return (
-        f"Process {dist.get_rank()} of {dist.get_world_size()} on {socket.gethostname()} lost another: it has ended or "
-        "did not answer within --collective-timeout. Nothing else is lost: the same command resumes from the last "
-        "saved state, on as many processes as you like."
-    )
 
 
 def leave_group() -> None:
