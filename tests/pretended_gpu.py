@@ -117,7 +117,7 @@ class _Answering(TorchFunctionMode):
     def _move(self, args: Any, kwargs: Any) -> Any:
         tensor, *rest = args
         kwargs.pop("copy", None)
-        rest = [one.device if isinstance(one, Tensor) else one for one in rest]
+        rest = [(CUDA if is_far(one) else CPU) if isinstance(one, Tensor) else one for one in rest]
         device, dtype, is_later, layout = torch._C._nn._parse_to(*rest, **kwargs)  # type: ignore[attr-defined]
         is_moved = device is not None and (device.type == "cuda") != is_far(tensor)
         if is_moved:

@@ -138,7 +138,7 @@ class _TorchKernels:
 
     @staticmethod
     def means(x: Tensor) -> Tensor:
-        return x.mean((2, 3), dtype=torch.float32)
+        return x.mean((2, 3), dtype=torch.promote_types(x.dtype, torch.float32))
 
     @staticmethod
     def scale(x: Tensor, gates: Tensor) -> Tensor:
@@ -146,7 +146,7 @@ class _TorchKernels:
 
     @staticmethod
     def gate_gradient(x: Tensor, grad: Tensor) -> Tensor:
-        return (x * grad).sum((2, 3), dtype=torch.float32)
+        return (x * grad).sum((2, 3), dtype=torch.promote_types(x.dtype, torch.float32))
 
     @staticmethod
     def scale_gradient(grad: Tensor, gates: Tensor, grad_means: Tensor) -> Tensor:

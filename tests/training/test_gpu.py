@@ -95,15 +95,27 @@ def test_a_read_in_a_step_would_be_seen(
 
 
 @pytest.mark.parametrize("kind", ["fp32", "bf16", "average", "accumulate and clip", "drop path"])
-def test_losses_are_those_of_the_cpu_to_rounding(phantom: Path, cache: Path, tmp_path: Path, kind: str) -> None:
-    # half precision rounds to 0.4 %, which a training makes larger step by step
-    settings = KINDS[kind] if kind == "bf16" else KINDS[kind] | {"mixed_precision": "no"}
-    on_cpu = trained(phantom, cache, tmp_path / "cpu", **settings).history[-1]
+def test_the_first_loss_is_that_of_the_cpu_to_rounding(phantom: Path, cache: Path, tmp_path: Path, kind: str) -> None:
+    """Later ones too, but AdamW's first steps make the signs of rounding errors of gradients that are nearly 0 count."""
+
+    def first_loss(output: Path) -> float:
+        losses: list[float] = []
+        train_step = loop.train_step
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            outcome = train_step(*args, **kwargs)
+            losses.append(outcome.read()[0])
+            return outcome
+
+        with mock.patch.object(loop, "train_step", watched):
+            trained(phantom, cache, output, **KINDS[kind])
+        return losses[0]
+
+    on_cpu = first_loss(tmp_path / "cpu")
     with pretended_gpu():
-        on_gpu = trained(phantom, cache, tmp_path / "gpu", **settings).history[-1]
-    tolerance = 2e-3 if kind == "bf16" else 5e-4
-    for name in ("train_loss", "val_loss"):
-        assert on_gpu[name] == pytest.approx(on_cpu[name], rel=tolerance)
+        on_gpu = first_loss(tmp_path / "gpu")
+    tolerance = 3e-3 if KINDS[kind].get("mixed_precision") else 1e-5
+    assert on_gpu == pytest.approx(on_cpu, rel=tolerance)
 
 
 def test_a_validation_waits_once_for_its_loss_and_once_for_its_counts(
