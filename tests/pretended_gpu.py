@@ -62,9 +62,9 @@ VIEWS = {
 }
 
 
-class _Watching(TorchDispatchMode):
+class _Watching(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, waits: Waits) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.waits = waits
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -118,7 +118,7 @@ class _Answering(TorchFunctionMode):
         tensor, *rest = args
         kwargs.pop("copy", None)
         rest = [(CUDA if is_far(one) else CPU) if isinstance(one, Tensor) else one for one in rest]
-        device, dtype, is_later, layout = torch._C._nn._parse_to(*rest, **kwargs)  # type: ignore[attr-defined]
+        device, dtype, is_later, layout = torch._C._nn._parse_to(*rest, **kwargs)
         is_moved = device is not None and (device.type == "cuda") != is_far(tensor)
         if is_moved:
             self.waits["to"] += not is_later

@@ -95,8 +95,11 @@ def test_a_read_in_a_step_would_be_seen(
 
 
 @pytest.mark.parametrize("kind", ["fp32", "bf16", "average", "accumulate and clip", "drop path"])
-def test_the_first_loss_is_that_of_the_cpu_to_rounding(phantom: Path, cache: Path, tmp_path: Path, kind: str) -> None:
+def test_the_first_loss_is_the_cpus_to_rounding(phantom: Path, cache: Path, tmp_path: Path, kind: str) -> None:
     """Later ones too, but AdamW's first steps make the signs of rounding errors of gradients that are nearly 0 count."""
+
+    # in half precision batch norms of four values round by per cents
+    settings = KINDS[kind] | ({} if kind == "bf16" else {"mixed_precision": "no"})
 
     def first_loss(output: Path) -> float:
         losses: list[float] = []
@@ -108,13 +111,13 @@ def test_the_first_loss_is_that_of_the_cpu_to_rounding(phantom: Path, cache: Pat
             return outcome
 
         with mock.patch.object(loop, "train_step", watched):
-            trained(phantom, cache, output, **KINDS[kind])
+            trained(phantom, cache, output, **settings)
         return losses[0]
 
     on_cpu = first_loss(tmp_path / "cpu")
     with pretended_gpu():
         on_gpu = first_loss(tmp_path / "gpu")
-    tolerance = 3e-3 if KINDS[kind].get("mixed_precision") else 1e-5
+    tolerance = 3e-3 if kind == "bf16" else 1e-5
     assert on_gpu == pytest.approx(on_cpu, rel=tolerance)
 
 
