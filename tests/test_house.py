@@ -153,7 +153,10 @@ def test_a_test_lies_where_its_room_does(path: str) -> None:
     folder, name = path.split("/")
     mirrored = {room for room in ROOMS if wing_of_room(room) == folder}
     ends_to_end = {"commands", "docs"}
-    assert folder in ends_to_end or f"{folder}/{name.removeprefix('test_')}" in mirrored | {"training/distributed.py"}
+    assert folder in ends_to_end or f"{folder}/{name.removeprefix('test_')}" in mirrored | {
+        "training/distributed.py",
+        "training/gpu.py",
+    }
 
 
 @pytest.mark.parametrize("wing", WINGS)

@@ -10,9 +10,10 @@ from numpy.typing import NDArray
 from matchai.data.slice_set import SliceSet, format_value
 from matchai.settings import InputSettings
 from matchai.system import Problems
-from matchai.volumes import ValueCounts, count_values, implausible_values
+from matchai.volumes import ValueCounts, count_values, implausible_values, raw_slice
 
 MAX_PROBLEMS = 20
+MANY_OF_ALL = 0.6  # share of all lesion classes together that is told
 MANY_LESIONS = 0.5  # share of all that is not background, from which on a lesion class is told as unlikely
 
 
@@ -74,6 +75,12 @@ def _image_problems(one: SliceSet, rows: Sequence[dict[str, Any]], hu_window: tu
             "Replace them, by -1000 HU (air) say."
         ]
     problem = implausible_values(str(one.image_path), _values_of(rows), hu_window)
+    if problem is None and (raw := [index for index, row in enumerate(rows) if raw_slice(row["values"], hu_window)]):
+        which = ", ".join(map(str, raw[:10])) + (" ..." if len(raw) > 10 else "")
+        problem = (
+            f"{one.image_path} holds {len(raw)} of {len(rows)} slices ({which}) that look like raw CT values without "
+            "their offset, among others in HU; bring all to HU (value - 1024, as a rule)."
+        )
     return [problem] if problem else []
 
 
@@ -116,6 +123,12 @@ def describe_oddities(
         which = names[0] if len(names) == 1 else f"{len(names)} files from {names[0]} on"
         notes.append(f"{which}: slices of {height}x{width} pixels are squeezed to a square.")
     inside = totals.sum() - totals[settings.background_index]
+    lesions = totals[settings.lesion_indices].sum()
+    if inside and lesions >= MANY_OF_ALL * inside and len(settings.lesion_indices) > 1:
+        notes.append(
+            f"{' and '.join(settings.lesion_classes)} cover {lesions / inside:.0%} of all that is not "
+            f"{settings.background_class}, which is much for lesions: check --label-map and --class-names."
+        )
     for c in settings.lesion_indices:
         if inside and totals[c] >= MANY_LESIONS * inside:
             notes.append(

@@ -16,7 +16,10 @@ from matchai.data.slice_set import SliceSet, Target, expected_numbers, numbers_o
 from matchai.settings import InputSettings
 from matchai.system import InputError, Problems, is_there, list_folder
 from matchai.volumes import (
+    LOSSY,
     NIFTI,
+    PICTURES,
+    TEXTS,
     GridVolume,
     PictureVolume,
     check_same_geometry,
@@ -177,9 +180,13 @@ def read_labels(path: Path, class_names: Sequence[str], background_class: str) -
         InputError: If the file cannot be read, or names anything but one class for each number.
     """
     try:
-        labels = json.loads(path.read_text(encoding="utf-8"))["labels"]
+        labels = json.loads(path.read_text(encoding="utf-8-sig"))["labels"]
         # version 2 has {"lesion": 1}, version 1 {"1": "lesion"}
-        named = {int(k): str(v) for k, v in labels.items()} if "0" in labels else {int(v): k for k, v in labels.items()}
+        is_first = all(str(key).isdecimal() for key in labels)
+        pairs = [(int(k), str(v)) for k, v in labels.items()] if is_first else [(int(v), k) for k, v in labels.items()]
+        named = dict(pairs)
+        if len(named) < len(pairs) or not (is_first or all(float(v) == int(v) for v in labels.values())):
+            raise ValueError
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise InputError(
             f"{path} names no labels with one number each; say what the numbers in the masks mean with --label-map "
@@ -187,7 +194,8 @@ def read_labels(path: Path, class_names: Sequence[str], background_class: str) -
         ) from None
     classes = {_plain(name): c for c, name in enumerate(class_names)}
     known = {number: classes.get(_plain(name)) for number, name in named.items()}
-    known |= {0: class_names.index(background_class)} if 0 in named else {}
+    if known.get(0, 0) is None:  # whatever its name
+        known[0] = class_names.index(background_class)
     numbers = {number: c for number, c in known.items() if c is not None}
     if len(numbers) < len(known):
         told = ", ".join(f"{number} {name}" for number, name in sorted(named.items()))
@@ -207,7 +215,7 @@ def _list_files(folder: Path) -> tuple[str, dict[str, Path]]:
     """What kind of files a folder holds, and these by their stems in natural order."""
     files, folders = list_folder(folder)
     for path in folders:
-        if any(list_folder(path)):
+        if path.suffix or any(list_folder(path)):
             raise InputError(
                 f"{folder} holds the folder {path.name}, but training reads the files in it alone; move the files up, "
                 "and convert DICOM series to NIfTI, for example with dcm2niix."
@@ -215,6 +223,10 @@ def _list_files(folder: Path) -> tuple[str, dict[str, Path]]:
     for path in files:
         if (what := why_unread(path)) is not None:
             raise InputError(f"{path} is {what}.")
+        if not has_suffix(path, (*NIFTI, *PICTURES, *LOSSY, *TEXTS)):
+            raise InputError(
+                f"{path} is of no kind that is read here; convert it to NIfTI, or take it out of the folder."
+            )
     volumes = [path for path in files if has_suffix(path, NIFTI)]
     slices = pictures_in(folder)
     if bool(volumes) == bool(slices):

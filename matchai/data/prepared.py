@@ -174,7 +174,7 @@ def _key_of(sets: Sequence[SliceSet], digests: dict[str, str], settings: InputSe
     reading = {"orientation": sets[0].orientation, "rescale": settings.rescale, "label_map": [*settings.label_map]}
     reading["nifti_affine"] = settings.nifti_affine
     parts = [FORMAT, sorted(digests.items()), [s.name for s in sets], settings.hu_window, settings.image_size]
-    parts += [len(settings.class_names), settings.background_index]
+    parts += [[*settings.class_names], settings.background_index]  # in their order, which says what a number means
     if changed := sorted((name, value) for name, value in reading.items() if value != defaults[name]):
         parts.append(changed)
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]

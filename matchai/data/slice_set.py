@@ -114,7 +114,9 @@ def expected_numbers(numbers: Mapping[int, int], class_names: Sequence[str], is_
     """What an index mask may hold and how to mend others, the end of a sentence."""
     known = ", ".join(f"{number} {class_names[c]}" for number, c in sorted(numbers.items()))
     if is_mapped:
-        return f"--label-map knows {known} alone: give every number in the masks a class"
+        return (
+            f"--label-map (or dataset.json) knows {known} alone: give every number in the masks a class by --label-map"
+        )
     return (
         f"the numbers of the {len(class_names)} classes are {known}: say what others mean with --label-map "
         "NUMBER:CLASS ..., one entry for each number, or set --class-names"

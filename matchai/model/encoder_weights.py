@@ -8,7 +8,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load
 from torch import Tensor, nn
 
 from matchai.system import InputError
@@ -47,7 +47,7 @@ def _load(path: Path) -> Any:
         file.seek(0)
         # safetensors begins with the length of a JSON object, and the object
         if head[8:] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size:
-            return load_file(path)
+            return load(path.read_bytes())  # by the content, as safetensors takes no name that is no UTF-8
         return torch.load(file, "cpu", weights_only=True)  # not by the path, whose suffix it would believe
 
 

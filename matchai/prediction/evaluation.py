@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from matchai.data import (
+    DATASET_JSON,
     IMAGE_FOLDERS,
     THUMBNAIL,
     SliceSet,
@@ -142,15 +143,20 @@ def evaluate(settings: EvaluateSettings, display: Display | None = None) -> dict
         "matchai": metadata.version("matchai"),
         **describe(scores),
     }
+    _write_or_show(output, result, scores, display)
+    return result
+
+
+def _write_or_show(output: Path, result: dict[str, Any], scores: Scores, display: Display) -> None:
+    """Writes all files; where that is impossible, what was computed is told at least."""
     try:
         _write(output, result, scores)
-    except OSError as error:  # what was computed is told at least
+    except OSError as error:
         show_evaluation(result, display)
         raise FailedError(
             f"The figures above could not be written to {output} ({error.strerror or error}); make room there, or name "
             "another folder with --output."
         ) from None
-    return result
 
 
 def _measures_surfaces(settings: EvaluateSettings, display: Display) -> bool:
@@ -195,6 +201,10 @@ def _for_the_files(
     folder: Path, config: TrainConfig, settings: EvaluateSettings, predictor: Predictor, display: Display
 ) -> TrainConfig:
     """The settings without what they say of how the run's own kind of files is read, where these are of another."""
+    is_other = config.input.data is None or folder.resolve() != config.input.data.resolve()
+    if is_other and settings.label_map is None and config.input.label_map and is_there(folder / DATASET_JSON):
+        display.say(f"the numbers in the masks are those of {folder / DATASET_JSON}, not the run's --label-map.")
+        config = config.updated(label_map=())
     plain, kind = config.updated(**(OF_A_KIND | settings.of_the_data())), predictor.abouts[0]["data_kind"]
     if plain == config or kind_of(open_sets(folder, plain.input, settings.folder.parent)[0].files[0]) == kind:
         return config

@@ -1,5 +1,6 @@
 """From runs and inputs that a user names to a folder of results: opened and checked, predicted, written, told."""
 
+import os
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
@@ -13,6 +14,8 @@ from matchai.settings import PredictSettings
 from matchai.system import Display, InputError, Problems, is_there, make_folder, plural
 from matchai.training import BEST
 from matchai.volumes import TrainedOn, Volume, file_labels, kind_of, open_volume
+
+LONGEST_NAME = 150  # bytes; a file's name may have 255, and holds what a map shows, too
 
 
 def predict(settings: PredictSettings, display: Display | None = None) -> list[str]:
@@ -131,6 +134,11 @@ def _open_all(inputs: Sequence[Path], predictor: Predictor, settings: PredictSet
                 series=settings.series,
                 nifti_affine=settings.nifti_affine,
             )
+            if len(os.fsencode(volume.name)) > LONGEST_NAME:
+                raise InputError(
+                    f"{path} has a name of {len(os.fsencode(volume.name))} bytes, too long for the names of results "
+                    f"made of it; the most is {LONGEST_NAME}: rename it, or give a link to it."
+                )
             notes = check_volume(volume, [about["hu_window"] for about in predictor.abouts])
             volume.notes = [*volume.notes, *notes]
             volumes.append(volume)

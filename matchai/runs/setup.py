@@ -2,7 +2,8 @@
 
 import json
 import platform
-from collections.abc import Callable
+import shlex
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib import metadata
@@ -28,6 +29,7 @@ from matchai.system import (
     check_launch,
     decide,
     is_out_of_memory,
+    is_there,
     join_group,
     machine,
     num_restarts,
@@ -188,6 +190,7 @@ def open_output(output: Path, config: TrainConfig, stack: ExitStack, display: Di
     Raises:
         InputError: If another run works in it, it cannot be written, or it holds what is no run.
     """
+    is_there(output / checkpoint.LAST)  # a folder that cannot be entered is told by its own name
     try:
         output.mkdir(parents=True, exist_ok=True)
         lock = stack.enter_context(ExitStack())
@@ -293,16 +296,22 @@ def check_experiment(output: Path, config: TrainConfig, record: dict[str, Any]) 
     ]
     changed = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
     differences += [f"the content of {name} is another" for name in changed]
-    if differences == [f"epochs was {was['epochs']} and is {now['epochs']}"]:
+    changes = {f"epochs was {was['epochs']} and is {now['epochs']}", f"init was {was['init']} and is {now['init']}"}
+    if was["epochs"] != now["epochs"] and set(differences) <= changes:
+        old_run, new_run = shlex.quote(str(output)), shlex.quote(f"{output}-more")
         raise InputError(
             f"{output} was planned for {was['epochs']} epochs, over which its learning rate goes down to 0. To train "
-            f"longer, start a new run from its best weights: --init {output} --output {output}-more."
+            f"longer, start a new run from its best weights: the same command with --init {old_run} --output {new_run}."
         )
     if differences:
-        raise InputError(
-            f"{output} holds another experiment: {'; '.join(differences)}. Name another folder with --output, or start "
-            "over with --restart, which moves the old run aside."
-        )
+        raise _another(output, differences)
+
+
+def _another(output: Path, differences: Sequence[str]) -> InputError:
+    return InputError(
+        f"{output} holds another experiment: {'; '.join(differences)}. Name another folder with --output, or start "
+        "over with --restart, which moves the old run aside."
+    )
 
 
 def write_split(output: Path, config: TrainConfig, data: Data) -> None:

@@ -226,7 +226,8 @@ class Trainer:
             self._publish()
         self.display.close()
         # what is told is kept: whoever reads the line may stop the run at once
-        self.display.say(epoch_line(row, self.config.optimisation.epochs, self.names, is_best))
+        line = epoch_line(row, self.config.optimisation.epochs, self.names, is_best)
+        self.display.say(line if self.unsaved is None else f"{line} · not saved")
         if advice := self.input_bound.after_epoch(meter.seconds, meter.waited):
             self.display.warn(advice)
         is_due = time.monotonic() - self.drawn_at > self.draw_every and epoch < self.config.optimisation.epochs

@@ -279,8 +279,12 @@ def ungrouped(settings: dict[str, Any], where: str = "") -> dict[str, Any]:
     """
     groups = {group.name for group in dataclasses.fields(TrainConfig)}
     flat, problems = {}, []
-    for name, value in settings.items():
+    for name, found in settings.items():
+        value = {} if name in groups and found is None else found  # all its lines commented out
         is_group = name in groups and isinstance(value, dict)
+        if name in groups and not is_group:
+            problems.append(f"{where}{name} is a group of settings: write them below it, indented, or without a group.")
+            continue
         for leaf, one in value.items() if is_group else [(name, value)]:
             if is_group and leaf in LEAVES and LEAVES[leaf][0] != name:
                 problems.append(f"{where}{leaf} stands in {name}, but belongs in {LEAVES[leaf][0]} or in no group.")

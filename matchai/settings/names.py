@@ -17,7 +17,7 @@ _OTHERS = {
     "encoder_weights": "pretrained weights pretrained_weights imagenet",
     "data": "data_dir data_path data_root dataset dataset_path root input_dir train_dir dataroot",
     "output": "output_dir out out_dir save_dir logdir log_dir work_dir run_dir results",
-    "init": "resume resume_from checkpoint ckpt ckpt_path resume_from_checkpoint finetune from_checkpoint",
+    "init": "finetune from_checkpoint init_from warm_start",
     "restart": "overwrite force from_scratch fresh",
     "seed": "random_seed random_state manual_seed rng_seed",
     "num_workers": "workers n_workers num_processes dataloader_num_workers loader_workers cpus",
@@ -50,5 +50,6 @@ def nearest(name: str, known: Collection[str]) -> str | None:
     ('max_lr', 'epochs', None)
     """
     plain = name.casefold().replace("-", "_").replace(" ", "_").strip("_")
+    plain = plain.rpartition(".")[2]  # as other programs name a setting in its group
     meant = _MEANT.get(plain, plain)
     return meant if meant in known else next(iter(difflib.get_close_matches(plain, known, 1, 0.75)), None)

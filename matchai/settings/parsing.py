@@ -7,6 +7,7 @@ Precedence: default < preset < `--config` file < flag; the last of a repeated fl
 import argparse
 import dataclasses
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -107,18 +108,33 @@ _MERGE = "tag:yaml.org,2002:merge"
 class _UniqueKeyLoader(yaml.SafeLoader):
     """SafeLoader that refuses a key given twice, of which YAML would silently keep the last."""
 
+    merged: frozenset[int] = frozenset()
+
+    def get_single_node(self) -> yaml.Node | None:
+        node: yaml.Node | None = super().get_single_node()
+        self.merged = frozenset() if node is None else frozenset(_sources_of_merges(node, set()))
+        return node
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        merged = [value for key, value in node.value if key.tag == _MERGE]
-        sources = [
-            one for value in merged for one in (value.value if isinstance(value, yaml.SequenceNode) else [value])
-        ]
-        # what is merged from a key beside, `common: &common {...}` with `<<: *common`, is there for that alone
-        node.value = [pair for pair in node.value if pair[0].tag == _MERGE or not any(pair[1] is s for s in sources)]
+        # what is merged somewhere, `common: &common {...}` with `<<: *common`, is there for that alone
+        node.value = [pair for pair in node.value if pair[0].tag == _MERGE or id(pair[1]) not in self.merged]
         keys = [self.construct_object(key, deep=deep) for key, _ in node.value if key.tag != _MERGE]
         for key in keys:
             if keys.count(key) > 1:
                 raise InputError(f"{key} is given twice; keep one.")
         return super().construct_mapping(node, deep)
+
+
+def _sources_of_merges(node: yaml.Node, seen: set[int]) -> Iterator[int]:
+    """The identities of all nodes that some mapping merges."""
+    if id(node) in seen or isinstance(node, yaml.ScalarNode):
+        return
+    seen.add(id(node))
+    for one in node.value:
+        key, value = one if isinstance(node, yaml.MappingNode) else (None, one)
+        if key is not None and key.tag == _MERGE:
+            yield from map(id, value.value if isinstance(value, yaml.SequenceNode) else [value])
+        yield from _sources_of_merges(value, seen)
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -148,7 +164,8 @@ def load_mapping(path: Path, flag: str, what: str) -> dict[str, Any]:
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader)
     except OSError as error:
-        raise InputError(f"{path}: the file of {what} cannot be read ({error.strerror}); check {flag}.") from None
+        way = "its permissions" if isinstance(error, PermissionError) else flag
+        raise InputError(f"{path}: the file of {what} cannot be read ({error.strerror}); check {way}.") from None
     except UnicodeDecodeError:
         raise InputError(f"{path} is not a text file; {flag} takes a YAML file of {what}.") from None
     except yaml.YAMLError as error:

@@ -229,10 +229,11 @@ def describe(plan: Plan, stage: Stage, data: Data, seeds: Sequence[int]) -> dict
 
 def about_study(store: Store, name: str) -> dict[str, Any]:
     """What a study of a store was made as; InputError if matchai did not make it."""
-    found: dict[str, Any] | None = store.open_study(name, "maximize", {}).user_attrs.get("matchai")
-    if found is None:
+    found = store.open_study(name, "maximize", {}).user_attrs.get("matchai")
+    if not (isinstance(found, dict) and {"objective", "direction", "fresh_seeds"} <= found.keys()):
         raise InputError(f"{store.shown} holds a study {name} that matchai did not make; name another --study-name.")
-    return found
+    about: dict[str, Any] = found
+    return about
 
 
 def is_known(store: Store, name: str) -> bool:

@@ -104,7 +104,9 @@ def read_enqueued(trial: FrozenTrial, space: Space) -> dict[str, Any]:
 
 def describe_left_out(name: str, left_out: Mapping[int, str]) -> str:
     """The sentence on a study's trials that count as nothing, by number with the reason."""
-    shown = [f"trial {number} {why}" for number, why in list(left_out.items())[:10]]
+    # those that wait to be trained are somebody's, and are told first
+    ordered = sorted(left_out.items(), key=lambda item: ("wait" not in item[1], item[0]))
+    shown = [f"trial {number} {why}" for number, why in ordered[:10]]
     more = f"; and {len(left_out) - 10} more" if len(left_out) > 10 else ""
     return (
         f"Study {name} holds trials that count as nothing, as matchai did not make or end them: "

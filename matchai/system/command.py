@@ -1,7 +1,11 @@
 """From what ends a command to one sentence and an exit status: the one place where that is decided."""
 
+import signal
 import sys
-from collections.abc import Callable, Iterable
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 from matchai.system.errors import FailedError, InputError
 from matchai.system.output import safe_output
@@ -23,8 +27,39 @@ def run_command(work: Callable[[], int], left: str = "Nothing was written.", mem
     Returns:
         The exit status: that of `work`, `FAILED`, `MISTAKE` or `INTERRUPTED`.
     """
-    with safe_output():
-        return _run(work, left, memory)
+    with safe_output(), _noting_interrupt() as interrupts:
+        try:
+            return _run(work, left, memory)
+        except Exception:
+            # a library that was interrupted amid its imports may tell it as an error of its own
+            if not interrupts:
+                raise
+            return _end_interrupted(left)
+
+
+@contextmanager
+def _noting_interrupt() -> Iterator[list[int]]:
+    """Notes Ctrl-C while the block runs, and lets it act as ever."""
+    noted: list[int] = []
+    is_usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if not is_usual or threading.current_thread() is not threading.main_thread():
+        yield noted
+        return
+
+    def handle(number: int, frame: Any) -> None:
+        noted.append(number)
+        signal.default_int_handler(number, frame)
+
+    signal.signal(signal.SIGINT, handle)
+    try:
+        yield noted
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _end_interrupted(left: str) -> int:
+    print(f"Stopped by Ctrl-C. {left}", file=sys.stderr)
+    return INTERRUPTED
 
 
 def _run(work: Callable[[], int], left: str, memory: str) -> int:
@@ -40,10 +75,10 @@ def _run(work: Callable[[], int], left: str, memory: str) -> int:
         what = f"{error.filename} cannot" if error.filename is not None else "A file cannot"
         return _end([f"{what} be read or written ({error.strerror or error}). {left}"], FAILED)
     except KeyboardInterrupt:
-        print(f"Stopped by Ctrl-C. {left}", file=sys.stderr)
-        return INTERRUPTED
+        return _end_interrupted(left)
     finally:
-        if "torch.distributed" in sys.modules:
+        distributed = sys.modules.get("torch.distributed")  # half of it, where its import was interrupted
+        if distributed is not None and getattr(distributed, "is_initialized", bool)():
             from matchai.system.processes import leave_group  # noqa: PLC0415 as torch is loaded by now
 
             leave_group()

@@ -261,7 +261,9 @@ class StopSignal:
         if self._before or threading.current_thread() is not threading.main_thread():
             yield
             return
-        wanted = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+        names = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")  # the last from a terminal that is closed
+        wanted = [getattr(signal, name) for name in names if hasattr(signal, name)]
+        wanted = [number for number in wanted if signal.getsignal(number) is not signal.SIG_IGN]  # as under nohup
         self._before = {number: signal.signal(number, self._handle) for number in wanted}
         try:
             yield

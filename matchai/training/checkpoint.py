@@ -154,6 +154,21 @@ def save_state(folder: Path, state: State) -> None:
     number = int(names[-1].removeprefix("state-")) + 1 if names else 1
     beside = last / f".state-{number:06d}.tmp"
     shutil.rmtree(beside, ignore_errors=True)
+    try:
+        _write_state(beside, state)
+    except OSError:
+        shutil.rmtree(beside, ignore_errors=True)  # a full disk needs the room
+        raise
+    beside.rename(last / f"state-{number:06d}")
+    sync_folder(last)
+    if state.best is not None:
+        publish_best(folder, state.best)
+    for name in names[: 1 - KEPT]:
+        shutil.rmtree((last / name).rename(last / f".{name}.old"), ignore_errors=True)
+
+
+def _write_state(beside: Path, state: State) -> None:
+    """Writes a state into a folder, its record with the hashes of all files last, and syncs it."""
     beside.mkdir()
     _write_tensors(beside / _STATE, state.tensors)
     if state.best is not None:
@@ -166,12 +181,6 @@ def save_state(folder: Path, state: State) -> None:
     record = json.dumps({"hashes": hashes, "record": state.record})
     write_whole(beside / _RECORD, f"{record}\n{hashlib.sha256(record.encode()).hexdigest()}\n".encode())
     sync_folder(beside)
-    beside.rename(last / f"state-{number:06d}")
-    sync_folder(last)
-    if state.best is not None:
-        publish_best(folder, state.best)
-    for name in names[: 1 - KEPT]:
-        shutil.rmtree((last / name).rename(last / f".{name}.old"), ignore_errors=True)
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:

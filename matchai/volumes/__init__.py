@@ -7,8 +7,8 @@ from matchai.system.lazy import lazy_exports
 if TYPE_CHECKING:
     from matchai.volumes import nifti
     from matchai.volumes.grid import GridVolume, check_same_geometry
-    from matchai.volumes.hounsfield import ValueCounts, count_values, implausible_values, replace_padding
-    from matchai.volumes.kinds import NIFTI, has_suffix, why_unread
+    from matchai.volumes.hounsfield import ValueCounts, count_values, implausible_values, raw_slice, replace_padding
+    from matchai.volumes.kinds import LOSSY, NIFTI, PICTURES, TEXTS, has_suffix, why_unread
     from matchai.volumes.nifti import open_nifti
     from matchai.volumes.npy import axes_note, open_array
     from matchai.volumes.open import TrainedOn, kind_of, open_volume
@@ -18,8 +18,9 @@ else:
     __getattr__, __dir__ = lazy_exports(__name__)
 
 __all__ = [
-    "NIFTI", "STEPS", "UPRIGHT", "GridVolume", "PictureVolume", "TrainedOn", "ValueCounts", "Volume", "axes_note",
-    "check_same_geometry", "check_size", "count_values", "file_labels", "format_shape", "has_suffix",
-    "implausible_values", "kind_of", "natural_key", "nifti", "open_array", "open_nifti", "open_pictures", "open_volume",
-    "pictures_in", "read_picture_header", "replace_padding", "rescaled", "turn", "why_unread",
+    "LOSSY", "NIFTI", "PICTURES", "STEPS", "TEXTS", "UPRIGHT", "GridVolume", "PictureVolume", "TrainedOn",
+    "ValueCounts", "Volume", "axes_note", "check_same_geometry", "check_size", "count_values", "file_labels",
+    "format_shape", "has_suffix", "implausible_values", "kind_of", "natural_key", "nifti", "open_array", "open_nifti",
+    "open_pictures", "open_volume", "pictures_in", "raw_slice", "read_picture_header", "replace_padding", "rescaled",
+    "turn", "why_unread",
 ]

@@ -16,10 +16,11 @@ from matchai.volumes.decoding import decode
 from matchai.volumes.dicom_image import DicomImage, read_image, why_not_decodable
 from matchai.volumes.grid import FileVoxels, GridVolume, scratch_file
 from matchai.volumes.hounsfield import AIR
-from matchai.volumes.kinds import LOSSY, PICTURES, VOLUMES, has_suffix
+from matchai.volumes.kinds import LOSSY, NIFTI, PACKED, PICTURES, VOLUMES, has_suffix, why_unread
 from matchai.volumes.volume import format_shape
 
 MAX_NAMES = 5
+_MOST_TEXT = 2**20  # bytes
 _SAME_PLACE = 0.01  # of the widest gap, below which two images are of one place
 _UNEVEN, _EVEN = 0.05, 0.01  # of the usual gap: what others may differ from it at most, and without a word
 _TO_RAS = np.diag([-1.0, -1.0, 1.0])  # DICOM counts toward the patient's left, back and head
@@ -51,7 +52,7 @@ def open_dicom(
     """
     need("pydicom", "medical", f"Reading {folder}")
     found, left_out = _images_in(folder)
-    images, selection_notes = _choose(folder, found, series)
+    images, selection_notes = _choose(folder, found, left_out, series)
     selection_notes += _left_out_notes(folder, left_out, len(images))
     _check_content(images)
     _check_sameness(images)
@@ -104,8 +105,12 @@ def _left_out_notes(folder: Path, others: Sequence[Path], num_images: int) -> li
                 f"{folder} holds DICOM images and {path.name}, so it is not clear which is the scan; give a folder "
                 "that holds one of them."
             )
-        if path.stat().st_size == 0 and not path.suffix:
-            raise InputError(f"{path} is empty, among DICOM images; copy it again, or take it out of the folder.")
+        if has_suffix(path, PACKED) or _may_be_damaged(path):
+            what = "is packed" if has_suffix(path, PACKED) else "is empty or no DICOM image any more"
+            raise InputError(
+                f"{path} {what}, among DICOM images, and may hold one of the slices; unpack it, copy it again, or "
+                "take it out."
+            )
     pictures = [path for path in others if has_suffix(path, (*PICTURES, *LOSSY))]
     if len(pictures) > max(1, num_images // 10):
         raise InputError(
@@ -118,10 +123,29 @@ def _left_out_notes(folder: Path, others: Sequence[Path], num_images: int) -> li
     return [f"Left out, as {'they are no DICOM images' if others[1:] else 'it is no DICOM image'}: {names}."]
 
 
-def _choose(folder: Path, images: Sequence[DicomImage], wanted: str | None) -> tuple[list[DicomImage], list[str]]:
+def _may_be_damaged(path: Path) -> bool:
+    """Whether a file is named as DICOM files are, without a suffix or by a UID, and is no text."""
+    if path.suffix and not path.suffix[1:].isdecimal():
+        return False
+    try:
+        start = path.read_bytes()[:512] if path.stat().st_size < _MOST_TEXT else b"\0"
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}.") from None
+    return not start or (start[128:132] != b"DICM" and any(byte < 9 for byte in start))
+
+
+def _choose(
+    folder: Path, images: Sequence[DicomImage], others: Sequence[Path], wanted: str | None
+) -> tuple[list[DicomImage], list[str]]:
     """The series that is asked for, or the only one, or the only scan; and what is left out for it."""
     if not images:
-        raise InputError(f"{folder} holds no DICOM images.")
+        raise InputError(f"{folder} holds no DICOM images{_instead(others)}.")
+    captures = [image for image in images if image.is_capture]
+    if wanted is None and captures and len(captures) < len(images):  # pictures in a scan's own series, too
+        kept, notes = _choose(folder, [image for image in images if not image.is_capture], others, None)
+        what = f"{plural(len(captures), 'capture')} or localizers, first {captures[0].path.name}"
+        left = ", ".join(sorted({f"{one.number} '{one.description}'" for one in captures}))
+        return kept, [f"Left out, as no scans: series {left} ({what}).", *notes]
     found: dict[str, list[DicomImage]] = defaultdict(list)
     for image in images:
         found[image.series].append(image)
@@ -142,10 +166,20 @@ def _choose(folder: Path, images: Sequence[DicomImage], wanted: str | None) -> t
     raise InputError(f"{folder} {found_text}: {listed}; {way}.")
 
 
+def _instead(others: Sequence[Path]) -> str:
+    """What a folder without DICOM images holds, for the end of a sentence."""
+    told = next((f"{path.name} is {what}" for path in others if (what := why_unread(path)) is not None), None)
+    if told is None:
+        volumes = [path for path in others if has_suffix(path, (*NIFTI, ".npy", *PICTURES))]
+        told = f"name {volumes[0].name} itself, or the folder that it lies in" if volumes else None
+    return f", but {told}" if told else ""
+
+
 def _is_no_scan(series: Sequence[DicomImage]) -> bool:
     """Whether a series is plainly none: captures, localizers, a single key image, or what no scanner makes."""
     first = series[0]
-    return len(series) == 1 or first.is_capture or first.modality not in ("CT", "MR", "PT", "NM", "")
+    is_single = len(series) == 1 and first.num_frames == 1
+    return is_single or first.is_capture or first.modality not in ("CT", "MR", "PT", "NM", "")
 
 
 def _describe_series(members: Sequence[DicomImage], with_uid: bool) -> str:
@@ -304,7 +338,7 @@ def _check_gaps(
             f"{folder}: its images do not lie in one straight, even row, but up to {aside:.4g} mm off it, first of all "
             f"between {images[worst].path} and {images[worst + 1].path}; save the series resampled, as NIfTI."
         )
-    if deviation <= max(_EVEN * expected, rounding):
+    if deviation <= _EVEN * expected:
         return []
     return [f"Its slice gaps differ by up to {deviation:.2g} mm ({deviation / expected:.1%}); they are taken as even."]
 

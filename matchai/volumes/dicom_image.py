@@ -5,6 +5,7 @@ Nothing that names a patient is read.
 
 import math
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -287,6 +288,8 @@ def _padding(value: Any, limit: Any, dtype: np.dtype[Any], num_bits: int) -> tup
     if value in (None, "", b""):
         return None
     ends = []
+    if isinstance(value, Sequence) and not isinstance(value, bytes | str):
+        value = value[0]
     for end in (value, value if limit in (None, "", b"") else limit):
         # implicit VR: pydicom leaves the bytes as they are where it does not know the sign
         number = int.from_bytes(end, "little") if isinstance(end, bytes) else int(end)

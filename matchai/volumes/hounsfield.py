@@ -23,6 +23,7 @@ _APART = 4  # bins without pixels that tell padding from the body of the histogr
 _LOW_AIR, _HIGH_AIR = -1100.0, -900.0
 _DENSE, _MOST_DENSE = 600.0, 0.1  # HU of bone, whose share is below this; raw values of any tissue lie near 1050
 _MOST_HU = 32767.0  # scanners with an extended scale reach 30710
+_BONE, _MOST_METAL = 1500.0, 0.01  # HU that bone stays below, and the share of pixels that metal does
 
 
 @dataclass(frozen=True)
@@ -32,12 +33,16 @@ class ValueCounts:
     Attributes:
         low: The smallest.
         high: The largest.
+        kept_low: The smallest that is no padding, infinite where all are.
+        num_high: Pixels of the largest.
         num_padding: Pixels below `PADDING`, or below the window where it begins lower.
         counts: (130,) int64, pixels in bins 64 wide from -4096 to 4096, and beyond either end.
     """
 
     low: float
     high: float
+    kept_low: float
+    num_high: int
     num_padding: int
     counts: NDArray[np.int64]
 
@@ -47,8 +52,10 @@ class ValueCounts:
         return functools.reduce(ValueCounts.__add__, parts)
 
     def __add__(self, other: "ValueCounts") -> "ValueCounts":
-        low, high = min(self.low, other.low), max(self.high, other.high)
-        return ValueCounts(low, high, self.num_padding + other.num_padding, self.counts + other.counts)
+        low, high, kept = min(self.low, other.low), max(self.high, other.high), min(self.kept_low, other.kept_low)
+        num_high = sum(one.num_high for one in (self, other) if one.high == high)
+        padding = self.num_padding + other.num_padding
+        return ValueCounts(low, high, kept, num_high, padding, self.counts + other.counts)
 
     def padding_note(self) -> str | None:
         """A sentence about the padding; None where there is none."""
@@ -69,8 +76,10 @@ def count_values(image: NDArray[Any], hu_window: tuple[float, float]) -> ValueCo
     """
     places = np.clip(np.floor_divide(image, _BIN) + (_REACH // _BIN + 1), 0, 2 * _REACH // _BIN + 1)
     counts = np.bincount(places.ravel().astype(np.int64), minlength=2 * _REACH // _BIN + 2)
-    num_padding = int((image < min(PADDING, hu_window[0])).sum())
-    return ValueCounts(float(image.min()), float(image.max()), num_padding, counts)
+    is_kept = image >= min(PADDING, hu_window[0])
+    low, high, num_kept = float(image.min()), float(image.max()), int(is_kept.sum())
+    kept_low = low if num_kept == image.size else float(np.min(image, where=is_kept, initial=math.inf))
+    return ValueCounts(low, high, kept_low, int((image == high).sum()), image.size - num_kept, counts)
 
 
 def replace_padding(image: NDArray[np.float32], hu_window: tuple[float, float]) -> NDArray[np.float32]:
@@ -100,41 +109,65 @@ def implausible_values(
     Returns:
         A sentence with what was found, what was expected and how to mend it.
     """
-    low, high = values.low, values.high
-    span = f"{what} holds values from {low:g} to {high:g}"
-    if low == high:
-        return f"{what} is constant: every pixel is {low:g}, so there is nothing to see."
-    first, last = _body(values.counts)
-    if first > 0:  # the bins below hold padding, apart from the rest
-        padding_share, low = values.counts[:first].sum() / values.counts.sum(), (first - 1) * _BIN - _REACH
+    span = f"{what} holds values from {values.low:g} to {values.high:g}"
+    if values.low == values.high:
+        return f"{what} is constant: every pixel is {values.low:g}, so there is nothing to see."
+    low, high, first, counts = *_body(values), values.counts
+    if low > values.low:
+        share = max(values.num_padding, counts[:first].sum()) / counts.sum()
         is_air = values.low >= _LOW_AIR and low - _BIN > _HIGH_AIR and hu_window[0] < _HIGH_AIR
-        if is_air and _is_tissue(values.counts[first:], first):
+        if is_air and low < 0 and _is_tissue(counts[first:], first):
             return None
-        span += f" ({_percent(padding_share)} of the pixels are below {low:g}, apart from the others, as padding is)"
-    if last < len(values.counts) - 1:
-        high = min(high, last * _BIN - _REACH)
+        span += f" ({_percent(share)} of the pixels are below {low:g}, apart from the others, as padding is)"
     if problem := _explain_range(span, float(low), float(high), hu_window, can_choose_window):
         return problem
-    if values.high > max(_MOST_HU, hu_window[1]):
-        share = _percent(values.counts[-1] / values.counts.sum())
-        return (
-            f"{what} holds values up to {values.high:g} ({share} of the pixels), which no HU is: padding that is not "
-            f"declared as such, or damage. Set these pixels to {AIR:g} HU (air)."
-        )
-    return None
+    return _explain_high(what, values, hu_window)
 
 
-def _body(counts: NDArray[np.int64]) -> tuple[int, int]:
-    """The first and the last bin of the histogram's body; 0 and the last of all where nothing lies apart from it."""
+def raw_slice(values: ValueCounts, hu_window: tuple[float, float]) -> bool:
+    """Whether one slice looks like raw CT values without their offset, which may hide among slices in HU."""
+    low, _, first = _body(values)
+    return hu_window[0] <= -500 and low >= 0 and not _is_tissue(values.counts[first:], first)
+
+
+def _explain_high(what: str, values: ValueCounts, hu_window: tuple[float, float]) -> str | None:
+    """Tells of padding above: no patient's pixels in such number are above any bone, or hold one very high number."""
+    total = values.counts.sum()
+    share_beyond, share_high = values.counts[-1] / total, values.num_high / total
+    is_beyond = values.high > _MOST_HU or share_beyond > _MOST_METAL
+    if values.high <= hu_window[1] or not (is_beyond or (values.high > _BONE and share_high > _MOST_METAL)):
+        return None
+    return (
+        f"{what} holds values up to {values.high:g} ({_percent(max(share_beyond, share_high))} of the pixels), as no "
+        f"patient does: padding that is not declared as such, or damage. Set these pixels to {AIR:g} HU (air)."
+    )
+
+
+def _body(values: ValueCounts) -> tuple[float, float, int]:
+    """The lowest and the highest number of the histogram's body, and its first bin."""
+    counts, low, high = values.counts.copy(), values.low, values.high
+    first = 0
+    if values.num_padding and math.isfinite(values.kept_low):  # what becomes air says nothing of the others
+        low, first = values.kept_low, max(0, int(values.kept_low // _BIN) + _REACH // _BIN + 1)
+        counts[:first] = 0
+    begin, end = _apart(counts)
+    if begin > first and low < (begin - 1) * _BIN - _REACH:
+        low, first = (begin - 1) * _BIN - _REACH, begin
+    if end < len(counts) - 1:
+        high = min(high, end * _BIN - _REACH)
+    return float(low), float(high), first
+
+
+def _apart(counts: NDArray[np.int64]) -> tuple[int, int]:
+    """The first and the last bin of what is not apart, without bins of a few pixels below."""
     populated = np.flatnonzero(counts >= max(1.0, _POPULATED * counts.sum()))
     first, last = 0, len(counts) - 1
-    while len(populated) > 1:
-        # padding is one number, which a change of unit or lossy packing spreads a little
-        end = next((k for k in range(1, min(3, len(populated))) if populated[k] - populated[k - 1] > _APART), None)
-        if end is None:
-            break
-        populated = populated[end:]
+    if len(populated) and counts[: populated[0]].sum() < _MOST_METAL * counts.sum():  # a few pixels say nothing
         first = int(populated[0])
+    if len(populated) > 1:
+        # padding is one number, which a change of unit or lossy packing spreads a little
+        end = next((k for k in range(1, min(3, len(populated))) if populated[k] - populated[k - 1] > _APART), 0)
+        first = int(populated[end]) if end else first
     while len(populated) > 1 and populated[-1] == len(counts) - 1 and populated[-1] - populated[-2] > _APART:
         populated = populated[:-1]
         last = int(populated[-1])

@@ -11,6 +11,27 @@ PICTURES = (".png", ".tif", ".tiff")
 LOSSY = (".jpg", ".jpeg", ".jpe", ".jfif")
 """Of pictures that are refused, as they do not keep their numbers."""
 
+TEXTS = (
+    ".txt",
+    ".md",
+    ".rst",
+    ".json",
+    ".csv",
+    ".tsv",
+    ".yaml",
+    ".yml",
+    ".xml",
+    ".html",
+    ".log",
+    ".pdf",
+    ".xlsx",
+    ".docx",
+)
+"""Of files that lie beside scans and tell of them."""
+
+PACKED = (".zip", ".gz", ".tgz", ".tar", ".bz2", ".xz", ".7z", ".rar", ".zst", ".part")
+"""Of files that may hold others, or a part of one."""
+
 UNREAD = {
     **dict.fromkeys(LOSSY, "a JPEG, whose compression has lost HU"),
     ".npz": "an archive of arrays: save one with numpy.save",

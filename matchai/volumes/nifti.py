@@ -126,6 +126,17 @@ def _affine_of(
     except (nibabel.spatialimages.HeaderDataError, ValueError) as error:
         problem = error
     sform = header.get_sform(coded=True)[0]
+    if (choice == "qform" or sform is None) and not (np.isfinite(pixdim) & (pixdim > 0)).all():
+        raise InputError(
+            f"{path} tells no spacing (pixdim is {format_shape(pixdim, 'g')}); write the true one, or a true affine, "
+            "into its header."
+        )
+    is_placing = sform is not None and np.isfinite(sform).all() and np.linalg.det(sform[:3, :3]) != 0
+    if choice == "auto" and sform is not None and not is_placing and qform is not None and np.isfinite(qform).all():
+        raise InputError(
+            f"{path} has an sform that cannot place voxels (it is singular, or not finite), but a good qform; take "
+            "that by --nifti-affine qform, or write a true sform."
+        )
     if choice == "qform" or sform is None:
         if problem is not None:
             raise InputError(f"{path} has a qform that is no rotation ({problem}); write a true affine into it.")
@@ -134,7 +145,7 @@ def _affine_of(
         return (header.get_base_affine() if qform is None else qform), []
     if choice == "auto":
         _check_spacing(sform, pixdim, path)
-    if qform is None or not np.isfinite(sform).all() or np.linalg.det(sform) == 0:
+    if qform is None or not np.isfinite(qform).all() or not is_placing:
         return sform, []
     off = displacement(sform, qform, header.get_data_shape()[:3])
     if off <= MAX_OFF:

@@ -63,7 +63,8 @@ def open_array(path: Path, what: str) -> NDArray[Any]:
 def axes_note(array: NDArray[Any]) -> str | None:
     """A sentence for an array of three axes whose slices seem to lie along the last; None for any other."""
     first, second, last = array.shape if array.ndim == 3 else (0, 1, 0)
-    if not first == second != last:
+    is_last_least = last < 0.6 * min(first, second) and last < 128  # as of slices that lie along the last axis
+    if array.ndim != 3 or not (first == second != last or is_last_least):
         return None
     return (
         f"Its shape {array.shape} is read as {first} slices of {second}x{last} pixels; if the slices lie along the "

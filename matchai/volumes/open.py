@@ -33,7 +33,7 @@ def kind_of(path: Path) -> str:
         files, _ = list_folder(path)
         pictures = [one for one in files if has_suffix(one, PICTURES)]
         is_lossy = bool(files) and all(has_suffix(one, LOSSY) for one in files)  # whose refusal says what a JPEG lacks
-        return "picture" if is_lossy or (pictures and not _holds_dicom(path)) else "dicom"
+        return "picture" if (is_lossy or pictures) and not _holds_dicom(path) else "dicom"
     if has_suffix(path, NIFTI):
         return "nifti"
     return {".npy": "npy", **dict.fromkeys(PICTURES, "picture")}.get(path.suffix.lower(), "unknown")

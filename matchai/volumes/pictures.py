@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFile, TiffImagePlugin, UnidentifiedImageError
 
-from matchai.system import InputError, is_there, list_folder, sync_file, sync_folder
-from matchai.volumes.kinds import LOSSY, PICTURES, VOLUMES, has_suffix
+from matchai.system import InputError, is_there, list_folder, sync_file, sync_folder, walk_files
+from matchai.volumes.kinds import LOSSY, PICTURES, TEXTS, VOLUMES, has_suffix
 from matchai.volumes.volume import UPRIGHT, rescaled
 
 MAX_SIDE = 8192  # pixels; no scanner makes more, a file that claims more would only fill the memory
@@ -39,7 +39,7 @@ def pictures_in(folder: Path) -> list[Path]:
     Raises:
         InputError: If there are JPEGs, or volumes of another format, or something that cannot be opened.
     """
-    paths, _ = list_folder(folder)
+    paths, folders = list_folder(folder)
     lossy = sorted((path.name for path in paths if has_suffix(path, LOSSY)), key=natural_key)
     if lossy:
         raise InputError(
@@ -53,7 +53,25 @@ def pictures_in(folder: Path) -> list[Path]:
             f"{folder} holds pictures ({pictures[0].name}) and {volumes[0].name}, so it is not clear which are the "
             "slices; give a folder that holds one kind."
         )
+    if pictures:
+        _refuse_others(folder, paths, folders)
     return sorted(pictures, key=lambda path: natural_key(path.name))
+
+
+def _refuse_others(folder: Path, paths: Sequence[Path], folders: Sequence[Path]) -> None:
+    """Refuses what lies beside pictures and may be more of the slices."""
+    for path in folders:
+        if has_suffix(path, PICTURES) or any(has_suffix(one, (*PICTURES, *VOLUMES)) for one in walk_files(path)):
+            raise InputError(
+                f"{folder} holds pictures and the folder {path.name}, which may hold more of the slices; give a folder "
+                "that holds all of them, or take the other out."
+            )
+    others = [path for path in paths if not has_suffix(path, (*PICTURES, *TEXTS))]
+    if others:
+        raise InputError(
+            f"{folder} holds pictures and {others[0].name}, which is not read and may be one of the slices; convert it "
+            "to PNG, or take it out of the folder."
+        )
 
 
 @dataclass(frozen=True)
@@ -231,6 +249,8 @@ def open_pictures(
     """
     if not is_there(path):
         raise InputError(f"{path} does not exist.")
+    if not (path.is_file() or path.is_dir()):
+        raise InputError(f"{path} is a pipe or device, not a picture.")
     if files is None:
         files = pictures_in(path) if path.is_dir() else [path]
     if not files:

@@ -97,7 +97,7 @@ def test_an_output_that_cannot_be_made_is_one_sentence(
 @pytest.mark.parametrize(
     ("error", "status", "told"),
     [
-        (OSError(errno.ENOSPC, "No space left on device"), 1, "cannot be read or written (No space left on device)"),
+        (OSError(errno.ENOSPC, "No space left on device"), 2, "was not predicted to its end (No space left on device)"),
         (KeyboardInterrupt(), 130, "Stopped by Ctrl-C. What was done so far is in"),
     ],
 )

@@ -53,7 +53,9 @@ def test_files_for_viewers_hold_0_for_the_background_and_then_the_classes_in_ord
     assert numbers_of(3, 0) == {0: 0, 1: 1, 2: 2}
 
 
-@pytest.mark.parametrize(("is_mapped", "told"), [(False, "--label-map NUMBER:CLASS"), (True, "--label-map knows")])
+@pytest.mark.parametrize(
+    ("is_mapped", "told"), [(False, "--label-map NUMBER:CLASS"), (True, "--label-map (or dataset.json) knows")]
+)
 def test_the_way_out_names_every_number_that_is_known(is_mapped: bool, told: str) -> None:
     sentence: Any = expected_numbers({1: 0, 0: 1}, ["lesion", "background"], is_mapped)
     assert "0 background, 1 lesion" in sentence

@@ -96,8 +96,7 @@ def test_a_read_in_a_step_would_be_seen(
 
 @pytest.mark.parametrize("kind", ["fp32", "bf16", "average", "accumulate and clip", "drop path"])
 def test_the_first_loss_is_the_cpus_to_rounding(phantom: Path, cache: Path, tmp_path: Path, kind: str) -> None:
-    """Later ones too, but AdamW's first steps make the signs of rounding errors of gradients that are nearly 0 count."""
-
+    """Later ones drift, as AdamW's first steps take the signs of gradients that are nearly 0."""
     # in half precision batch norms of four values round by per cents
     settings = KINDS[kind] | ({} if kind == "bf16" else {"mixed_precision": "no"})
 
