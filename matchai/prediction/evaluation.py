@@ -123,10 +123,7 @@ def evaluate(settings: EvaluateSettings, display: Display | None = None) -> dict
     display.say(f"slices: {choice.statement}")
     groups, volumes, note = _find_groups(folder, config.input, sets, choice, predictor, display.show)
     display.say(f"groups: {note}")
-    num_groups = len(np.unique(groups[choice.rows]))
-    display.say(f"evaluated: {len(choice.rows)} of {num_slices} slices, in {plural(num_groups, 'group')}")
-    if num_groups < MIN_GROUPS:
-        display.warn("no interval can be told, as all slices are of one group.")
+    _announce(display, choice, groups, num_slices)
     scores = _score(predictor, sets, choice, groups, volumes, tolerance, output.parent, display.show)
     display.close()
     members = zip(runs, predictor.abouts, strict=True)
@@ -145,6 +142,13 @@ def evaluate(settings: EvaluateSettings, display: Display | None = None) -> dict
     }
     _write_or_show(output, result, scores, display)
     return result
+
+
+def _announce(display: Display, choice: Choice, groups: Ints, num_slices: int) -> None:
+    num_groups = len(np.unique(groups[choice.rows]))
+    display.say(f"evaluated: {len(choice.rows)} of {num_slices} slices, in {plural(num_groups, 'group')}")
+    if num_groups < MIN_GROUPS:
+        display.warn("no interval can be told, as all slices are of one group.")
 
 
 def _write_or_show(output: Path, result: dict[str, Any], scores: Scores, display: Display) -> None:

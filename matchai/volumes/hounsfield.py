@@ -167,7 +167,7 @@ def _apart(counts: NDArray[np.int64]) -> tuple[int, int]:
     if len(populated) > 1:
         # padding is one number, which a change of unit or lossy packing spreads a little
         end = next((k for k in range(1, min(3, len(populated))) if populated[k] - populated[k - 1] > _APART), 0)
-        first = int(populated[end]) if end else first
+        first, populated = (int(populated[end]) if end else first), populated[end:]
     while len(populated) > 1 and populated[-1] == len(counts) - 1 and populated[-1] - populated[-2] > _APART:
         populated = populated[:-1]
         last = int(populated[-1])

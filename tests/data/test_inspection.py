@@ -73,3 +73,22 @@ def test_a_value_that_is_nearly_a_class_is_shown_as_it_is(data: Path, tmp_path: 
     change(data / "masks_medseg.npy", lambda masks: masks.argmax(-1) + 0.9999997 * (masks[..., 0] > 0) * 0.5)
     with pytest.raises(InputError, match=r"holds 0\.49999985 in slice"):
         read(data, tmp_path / "cache")
+
+
+def test_raw_slices_among_others_are_refused_by_number(data: Path, tmp_path: Path) -> None:
+    images = np.load(data / "images_medseg.npy")
+    images[5:7] = np.where(images[5:7] < 0, images[5:7] / 4, images[5:7]) + 1100
+    np.save(data / "images_medseg.npy", images)
+    with pytest.raises(InputError, match=r"2 of 16 slices \(5, 6\) that look like raw CT values"):
+        read(data, tmp_path / "cache")
+
+
+def test_another_order_of_the_classes_is_another_meaning(data: Path, tmp_path: Path) -> None:
+    names = ("ground glass", "consolidation", "lungs other", "background")
+    labels = np.load(data / "masks_medseg.npy").argmax(-1)
+    np.save(data / "masks_medseg.npy", labels)
+    label_map = ("0:ground glass", "1:consolidation", "2:lungs other", "3:background")
+    usual = read(data, tmp_path / "cache", class_names=names, label_map=label_map).slices.targets
+    swapped = (names[1], names[0], *names[2:])
+    turned = read(data, tmp_path / "cache", class_names=swapped, label_map=label_map).slices.targets
+    assert np.array_equal(turned, np.array([1, 0, 2, 3])[usual])

@@ -14,7 +14,7 @@ from matchai.settings.study_settings import TuneConfig
     [
         *[("learning_rate", "max_lr"), ("lr", "max_lr"), ("LR", "max_lr"), ("bs", "batch_size")],
         *[("num_epochs", "epochs"), ("epoch", "epochs"), ("batchsize", "batch_size"), ("image_siz", "image_size")],
-        *[("wd", "weight_decay"), ("resume-from", "init"), ("backbone", "encoder"), ("n_folds", "folds")],
+        *[("wd", "weight_decay"), ("finetune", "init"), ("backbone", "encoder"), ("n_folds", "folds")],
     ],
 )
 def test_the_setting_that_is_meant_is_found(name: str, meant: str) -> None:

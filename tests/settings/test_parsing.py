@@ -236,7 +236,7 @@ def test_settings_may_stand_in_their_groups(file: Path) -> None:
         ("optimisation: {batch_size: 3}", "batch_size stands in optimisation, but belongs in sampling"),
         ("optimisation: {epochs: 3}\nepochs: 4", "epochs is given twice"),
         ("optimisation: {lr: 3}", "Unknown setting 'lr': did you mean max_lr"),
-        ("optimisation: 3", "Unknown setting 'optimisation'"),
+        ("optimisation: 3", "optimisation is a group of settings"),
     ],
 )
 def test_a_wrong_group_is_told(file: Path, text: str, told: str) -> None:
@@ -251,3 +251,17 @@ def test_a_wrong_group_is_told(file: Path, text: str, told: str) -> None:
 def test_a_flag_of_other_programs_is_told_ours(flag: str, meant: str) -> None:
     with pytest.raises(InputError, match=f"did you mean --{meant}"):
         parse([flag, "4"], "", "matchai", TrainConfig)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "d: &d {epochs: 3}\ne: &e\n  <<: *d\n  seed: 4\n<<: *e\n",
+        "d: &d {epochs: 3}\noptimisation:\n  <<: *d\nseed: 4\n",
+        "optimisation: {epochs: 3}\nsampling:\nseed: 4\n",
+    ],
+)
+def test_merges_reach_through_mappings_and_empty_groups_say_nothing(file: Path, text: str) -> None:
+    file.write_text(text)
+    found = parsed("--config", str(file))
+    assert (found["epochs"], found["seed"]) == (3, 4)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from matchai.volumes.hounsfield import AIR, ValueCounts, count_values, implausible_values, replace_padding
+from matchai.volumes.hounsfield import AIR, ValueCounts, count_values, implausible_values, raw_slice, replace_padding
 
 WINDOW = (-1500.0, 500.0)
 PADDINGS = [-2000, -2048, -3024, -8192, -32768]
@@ -154,3 +154,44 @@ def test_counts_add_up_over_images(images: list[list[int]]) -> None:
     assert (total.low, total.high, total.num_padding) == (whole.low, whole.high, whole.num_padding)
     assert np.array_equal(total.counts, whole.counts)
     assert total.counts.sum() == sum(map(len, images))
+
+
+@pytest.mark.parametrize("spread", [20, 100, 200])
+def test_noisy_padding_hides_no_raw_numbers(spread: float) -> None:
+    raw = np.maximum(slice_of(AIR_AROUND, LUNG, TISSUE, BONE) + 1024, 0)
+    raw[:13] = np.random.default_rng(1).normal(-2200, spread, (13, 64))
+    problem = told(raw)
+    assert problem is not None
+    assert "--rescale 1 -1024" in problem
+
+
+def test_a_few_pixels_hide_no_raw_numbers() -> None:
+    raw = np.maximum(slice_of(AIR_AROUND, LUNG, TISSUE, BONE) + 1024, 0)
+    raw[0, 0] = -1200
+    problem = told(np.tile(raw, (2, 2)))
+    assert problem is not None
+    assert "--rescale 1 -1024" in problem
+
+
+@pytest.mark.parametrize("scale", [1, 255])
+def test_pictures_with_air_of_one_number_are_no_hounsfield_units(scale: int) -> None:
+    image = np.random.default_rng(0).random((64, 64)) * scale
+    image[:10] = -1000
+    assert told(image) is not None
+
+
+@pytest.mark.parametrize("padding", [3071, 4095, 30000])
+def test_high_padding_is_told_and_metal_is_not(padding: float) -> None:
+    image = slice_of(AIR_AROUND, LUNG, TISSUE, BONE)
+    image[0, :8] = padding
+    assert told(image) is None
+    image[:13] = padding
+    problem = told(image)
+    assert problem is not None
+    assert f"{padding}" in problem
+
+
+def test_raw_slices_are_told_from_those_in_hu() -> None:
+    in_hu = slice_of(AIR_AROUND, LUNG, TISSUE, BONE)
+    assert not raw_slice(count_values(in_hu, WINDOW), WINDOW)
+    assert raw_slice(count_values(in_hu + 1024 + 50, WINDOW), WINDOW)
