@@ -12,6 +12,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 import torch.nn.utils.clip_grad
 from accelerate import PartialState
 from torch import Tensor
@@ -23,6 +24,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 READS = {"_local_scalar_dense", "nonzero", "bincount", "equal", "masked_select", "is_nonzero", "unique_dim", "_unique2"}
 INDEXING = {"index", "index_put", "index_put_"}
+OF_BUCKETS = {"mul", "mul_", "mul_out", "div", "div_", "add_"}
 MAY_MIX = {"copy_", "_to_copy", *INDEXING}
 
 
@@ -72,6 +74,9 @@ class _Watching(TorchDispatchMode):  # type: ignore[no-untyped-call]
         tensors = [one for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)]
         far = [one for one in tensors if is_far(one)]
         near = [one for one in tensors if not is_far(one) and one.ndim and one.numel()]
+        if far and near and dist.is_initialized() and name in OF_BUCKETS:
+            send(near)  # the buckets of DDP, which it makes beside Python
+            far, near = [*far, *near], []
         has_host_index = name in INDEXING and (near or any(one.dtype == torch.bool for one in far[1:]))
         if far and (name in READS or has_host_index):
             self.waits[name] += 1

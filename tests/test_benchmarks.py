@@ -81,3 +81,14 @@ def test_the_training_benchmark_tabulates_and_stores_every_loop(tmp_path: Path) 
     for one in found["measurements"]:
         assert "error" not in one
         assert min(one["train_s"], one["train_cpu_s"], one["val_s"], one["val_cpu_s"], one["memory_mb"]) > 0
+
+
+def test_the_benchmark_of_gpus_runs_on_a_cpu_and_stores_what_it_computed_and_timed(tmp_path: Path) -> None:
+    output = tmp_path / "gpu.json"
+    printed_by("gpu", "--device", "cpu", "--quick", "--output", str(output))
+    result = json.loads(output.read_text(encoding="utf-8"))
+    exact = result["correct"]["fp32"]
+    assert exact["largest_difference_to_cpu_fp32"] == 0
+    assert exact["is_repeated_bit_by_bit"]
+    assert len(exact["losses"]) == 10
+    assert {"matchai", "plain PyTorch, bf16"} <= result["speed"]["slices_a_second"].keys()

@@ -228,7 +228,9 @@ def _affine(x: Tensor, slope: Tensor, offset: Tensor) -> Tensor:
 def gather_processes(vector: Tensor) -> Tensor:
     """The vectors (n,) of all processes, (W, n) by process index."""
     parts = vector.new_empty(dist.get_world_size() * len(vector))
-    dist.all_gather_into_tensor(parts, vector.contiguous())
+    # torch renames it; both names stand for one collective
+    gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(parts, vector.contiguous())
     return parts.view(-1, len(vector))
 
 

@@ -1,5 +1,10 @@
 """The GPU path on pretended GPUs: nothing in a step waits, nothing lies on two devices, losses are the CPU's."""
 
+import json
+import os
+import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -233,3 +238,44 @@ def test_a_card_that_torch_has_no_code_for_is_told(
     if told:
         assert "Pretended GPU" in told
         assert "ACCELERATE_USE_CPU=1" in told
+
+
+def trained_on(num_processes: int, **settings: Any) -> dict[str, Any]:
+    """What the main one of several processes came to, each on a pretended GPU of its own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    group = {"WORLD_SIZE": str(num_processes), "LOCAL_WORLD_SIZE": str(num_processes), "LOCAL_RANK": "0"}
+    group |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    alone = num_processes == 1
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.training.gpu_process", json.dumps(settings)],
+            env=os.environ | {"OMP_NUM_THREADS": "1"} | ({} if alone else group | {"RANK": str(rank)}),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(num_processes)
+    ]
+    try:
+        said = [process.communicate(timeout=120) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0] * num_processes, said
+    result: dict[str, Any] = json.loads(said[0][0].splitlines()[-1])
+    return result
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_two_gpus_of_which_one_has_no_slice_train_as_one_does_and_wait_for_nothing(
+    phantom: Path, cache: Path, tmp_path: Path, precision: str
+) -> None:
+    """Of 24 slices in batches of 23 the last has one: torch's own norm sends two types then, and hangs."""
+    settings = {"image_size": 64, "epochs": 1, "batch_size": 23, "num_workers": 0, "mixed_precision": precision}
+    places = {"data": str(phantom), "cache": str(cache)}
+    one = trained_on(1, **settings, **places, output=str(tmp_path / "one"), ema_decay=0.9)
+    two = trained_on(2, **settings, **places, output=str(tmp_path / "two"), ema_decay=0.9)
+    np.testing.assert_allclose(two["losses"], one["losses"], rtol=2e-2 if precision == "bf16" else 1e-4)
+    assert two["waits"] == {}
