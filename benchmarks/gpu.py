@@ -86,7 +86,7 @@ def correct(device: str, folder: Path, size: Size) -> dict[str, Any]:
     write_phantom(data, size.num_slices, size=64)
     result: dict[str, Any] = {}
     exact = losses_of("cpu", folder, data, size, mixed_precision="no")
-    kinds = {
+    kinds: dict[str, dict[str, Any]] = {
         "fp32": {"mixed_precision": "no"},
         "bf16": {"mixed_precision": "bf16"},
         "ema": {"mixed_precision": "no", "ema_decay": 0.9},

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from matchai.model.joined_forward import JoinedForward
     from matchai.model.losses import SegmentationLoss, balanced_class_weights, soften
     from matchai.model.normalisation import (
-        SyncBatchNorm, gather_processes, join_buffers, local_norms, sum_dtype, synchronise,
+        SyncBatchNorm, gather_processes, join_buffers, local_norms, sum_dtype, synchronise, synchronise_processes,
     )
     from matchai.model.unetplusplus import PROBE_SIZE, build_model, encoder_names, probe, smp, weights_place
 else:
@@ -20,5 +20,5 @@ __all__ = [
     "PROBE_SIZE", "JoinedForward", "KeyedDropPath", "KeyedDropout", "KeyedLayer", "SegmentationLoss", "SyncBatchNorm",
     "balanced_class_weights", "build_model", "encoder_names", "gather_processes", "join_buffers", "key_dropout",
     "keyed_layers", "local_norms", "probe", "set_dropout", "smp", "soften", "sum_dtype", "synchronise",
-    "use_fast_layers", "weights_place",
+    "synchronise_processes", "use_fast_layers", "weights_place",
 ]

@@ -242,6 +242,16 @@ def synchronise(model: nn.Module, gather: Gather, *, is_updating: bool = True) -
                 setattr(module, name, SyncBatchNorm(child, gather, is_updating))
 
 
+def synchronise_processes(model: nn.Module) -> nn.Module:
+    """Batch norm over the batches of all processes, on any device.
+
+    Returns:
+        The model, in which the batch norms were replaced.
+    """
+    synchronise(model, gather_processes)
+    return model
+
+
 def local_norms(model: nn.Module) -> list[_BatchNorm]:
     """The batch norms of a model, possibly wrapped, whose statistics are those of this process alone."""
     return [

@@ -24,12 +24,11 @@ from matchai.model import (
     SegmentationLoss,
     balanced_class_weights,
     build_model,
-    gather_processes,
     join_buffers,
     keyed_layers,
     probe,
     set_dropout,
-    synchronise,
+    synchronise_processes,
     use_fast_layers,
 )
 from matchai.sampling import DistributedWeightedSampler, collate, slice_weights
@@ -227,7 +226,7 @@ def _prepare_model(config: TrainConfig, accelerator: Accelerator, model: nn.Modu
         return model
     size = PROBE_SIZE if _takes(model, config, 1, PROBE_SIZE) else config.input.image_size
     if config.network.sync_batch_norm:
-        synchronise(model, gather_processes)
+        model = synchronise_processes(model)
     with warnings.catch_warnings():  # Accelerate has no other name yet for what DDP now calls forward_sync_buffers
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
         model = accelerator.prepare(model)

@@ -24,7 +24,7 @@ from matchai.sampling import DistributedWeightedSampler, micro_shares
 from matchai.system import FailedError
 from matchai.training.averaging import AveragedWeights
 from matchai.training.deterministic import DeterministicGradient
-from matchai.training.meters import EpochMeter, StepOutcome
+from matchai.training.meters import EpochMeter, StepOutcome, timed_event
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 MAX_SKIPPED = 10  # steps in a row without a finite gradient before the run ends
@@ -146,10 +146,10 @@ def train_epoch(training: Training, epoch: int, meter: EpochMeter, after_step: C
         training.step += 1
         meter.consumed += num_draws
         is_stopping = count_step(training, meter, training.outcome)  # of the step before
+        outcome.note_waiting(waited, training.outcome)
         training.outcome = outcome
         now = time.perf_counter()
         meter.seconds += now - last
-        meter.waited += waited
         last = now
         # several processes must leave after the same step, so what they agreed on counts a step later on all of them
         alone = training.accelerator.num_processes == 1
@@ -169,6 +169,7 @@ def count_step(training: Training, meter: EpochMeter, outcome: StepOutcome | Non
     loss, is_done, is_stopping = outcome.read()
     if not outcome.is_counted:
         outcome.is_counted = True
+        meter.waited += outcome.waited()
         training.skipped_in_row = 0 if is_done else training.skipped_in_row + 1
         if is_done:
             meter.loss_sum += loss * outcome.num_draws
@@ -197,6 +198,7 @@ def train_step(
         positions: (B,) places of the draws in the epoch.
     """
     accelerator, optimizer = training.accelerator, training.optimizer
+    begin = timed_event(accelerator.device)
     kept_buffers = [buffer.clone() for buffer in training.buffers]
     _seed_torch(training.seed, epoch, positions, accelerator.device)
     images, target = _to_device(images, accelerator.device), target.to(accelerator.device, non_blocking=True)
@@ -216,7 +218,7 @@ def train_step(
         training.ema.update(training.raw_model, training.buffers)
     optimizer.zero_grad(set_to_none=True)
     exact = sum_dtype(value.device)
-    return StepOutcome(torch.stack((value.to(exact), is_finite.to(exact), num_asked.to(exact))), num_draws)
+    return StepOutcome(torch.stack((value.to(exact), is_finite.to(exact), num_asked.to(exact))), num_draws, begin)
 
 
 def _update(training: Training, is_finite: Tensor, kept_buffers: list[Tensor]) -> None:

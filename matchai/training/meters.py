@@ -18,7 +18,7 @@ class EpochMeter:
         num_draws: The draws behind it.
         skipped: Steps skipped in this epoch.
         seconds: Time spent in the steps.
-        waited: Of it, time spent waiting for data.
+        waited: Of it, time that the device spent waiting for data.
         lr: Learning rate of the last step.
     """
 
@@ -38,17 +38,28 @@ class StepOutcome:
         values: (3,) loss of the global batch, whether it and its gradient were finite, how many processes were asked
             to stop.
         num_draws: Slices of the global batch.
+        begin: The event on the device at which the step began; None on a CPU.
     """
 
-    def __init__(self, values: Tensor, num_draws: int) -> None:
+    def __init__(self, values: Tensor, num_draws: int, begin: Any = None) -> None:
         self.num_draws = num_draws
         self.is_counted = False
-        self._values, self._arrival = values, None
+        self._values, self._arrival, self._begin = values, None, begin
+        self._waited, self._before = 0.0, None
         if values.is_cuda:
             self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
             self._values.copy_(values, non_blocking=True)
-            self._arrival = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._arrival.record()
+            self._arrival = timed_event(values.device)
+
+    def note_waiting(self, seconds: float, before: "StepOutcome | None") -> None:
+        """Notes how long the host waited for the step's data, and the step before, in whose time that cost nothing."""
+        self._waited, self._before = seconds, None if before is None else before._arrival
+
+    def waited(self) -> float:
+        """Seconds that the device waited for the step's data; after `read`."""
+        if self._begin is None or self._before is None:
+            return self._waited
+        return min(self._waited, self._before.elapsed_time(self._begin) / 1000)
 
     def read(self) -> tuple[float, bool, bool]:
         """The loss, whether the weights were updated, whether all processes agree to stop; waits for the step."""
@@ -56,6 +67,15 @@ class StepOutcome:
             self._arrival.synchronize()
         loss, is_done, num_asked = self._values.tolist()
         return loss, bool(is_done), num_asked > 0
+
+
+def timed_event(device: torch.device) -> Any:
+    """An event on a GPU, now; None on any other device."""
+    if device.type != "cuda":
+        return None
+    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    event.record()
+    return event
 
 
 def epoch_row(

@@ -105,7 +105,7 @@ def test_a_gpu_that_another_process_fills_is_a_warning(
     free: float, status: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(name="H", major=9))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(name="H", major=9, minor=0))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, 80e9))
     gpu = check_devices(torch.device("cuda"))[0]
     assert gpu.status == status
