@@ -14,7 +14,7 @@ from PIL import Image
 from matchai.data import prepared
 from matchai.data.arrays import open_sets
 from matchai.data.dataset import Data, read_data
-from matchai.data.pairs import PairSet
+from matchai.data.pairs import PairSet, read_labels
 from matchai.settings.config import InputSettings
 from matchai.system.errors import InputError
 from matchai.train import main
@@ -255,6 +255,9 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no masks": (lambda d: (d / "masks").rename(d / "labels"), "none named masks"),
     "empty": (empty, "neither"),
     "groups": (lambda d: np.save(d / "groups.npy", np.arange(3)), r"shape \(3,\).*each of the 2 volumes"),
+    "unknown": (write("images/c.mgz", b"x"), r"c\.mgz is of no kind that is read here"),
+    "part": (write("masks/c.nii.gz.part", b"x"), r"c\.nii\.gz\.part is of no kind"),
+    "empty folder": (lambda d: (d / "images/c.nii.gz").mkdir(), r"holds the folder c\.nii\.gz"),
     "folder": (write_below("images/more/c.nii.gz"), "holds the folder more"),
     "mha": (write("images/c.mha", b"x"), r"c\.mha is a MetaImage; convert it"),
     "hdr": (write("masks/c.hdr", b"x"), r"c\.hdr is half of a .hdr/.img pair; convert it to NIfTI: .python -c"),
@@ -351,6 +354,8 @@ def test_a_label_map_wins_over_the_description(volumes: Path, cache: Path, tmp_p
         ({"background": 0, "tumour": 1}, r"labels 0 background, 1 tumour, but the classes are .*--label-map 0:CLASS"),
         ({"background": 0, "lesion": [1, 2]}, "names no labels with one number each.*--label-map"),
         (["background"], "names no labels"),
+        (VERSION_2 | {"lesion": 3}, "names no labels with one number each"),
+        (VERSION_2 | {"consolidation": 2.7}, "names no labels with one number each"),
         (3, "names no labels"),
     ],
 )
@@ -394,3 +399,18 @@ def test_arrays_whose_slices_lie_along_the_last_axis_are_told(data: Path, cache:
     np.save(data / "masks_medseg.npy", square[1])
     (data / "groups.npy").unlink()
     assert "numpy.moveaxis(array, -1, 0)" in open_sets(data, InputSettings())[0].notes[0]
+
+
+def test_a_description_with_a_byte_order_mark_is_read(volumes: Path, cache: Path, tmp_path: Path) -> None:
+    folder = as_nnunet(volumes, tmp_path, VERSION_2)
+    content = (folder / "dataset.json").read_text()
+    (folder / "dataset.json").write_text(content, encoding="utf-8-sig")
+    assert len(read_whole(folder, cache).slices) == 32
+
+
+def test_number_0_is_what_the_description_names_it(tmp_path: Path) -> None:
+    path = tmp_path / "dataset.json"
+    path.write_text(json.dumps({"labels": {"ground glass": 0, "consolidation": 1, "lungs other": 2, "background": 3}}))
+    assert read_labels(path, NAMES, "background") == {0: 0, 1: 1, 2: 2, 3: 3}
+    path.write_text(json.dumps({"labels": {"nothing": 0, "consolidation": 1}}))
+    assert read_labels(path, NAMES, "background") == {0: 3, 1: 1}

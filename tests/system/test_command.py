@@ -1,6 +1,8 @@
 """From what ends a command to a sentence and an exit status."""
 
 import errno
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -70,3 +72,21 @@ def test_a_loader_process_that_died_is_told_with_memory_and_the_flag(
     assert "memory" in told
     assert "--num-workers" in told
     assert told.endswith("All is kept.\n")
+
+
+def test_an_interrupt_amid_an_import_ends_a_command_as_ctrl_c_does() -> None:
+    """Libraries turn it into errors of their own, and leave half-loaded modules behind."""
+    script = (
+        "import os, signal, sys, types\n"
+        "from matchai.system.command import run_command\n"
+        "def work():\n"
+        "    sys.modules['torch.distributed'] = types.ModuleType('torch.distributed')\n"
+        "    try:\n"
+        "        os.kill(os.getpid(), signal.SIGINT)\n"
+        "    except KeyboardInterrupt:\n"
+        "        raise ImportError('cannot import name x from partially initialized module') from None\n"
+        "sys.exit(run_command(work, left='All is kept.'))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 130
+    assert done.stderr == "Stopped by Ctrl-C. All is kept.\n"

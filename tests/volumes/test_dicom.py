@@ -571,3 +571,50 @@ def test_decoded_pixels_have_no_name_and_go_with_close(tmp_path: Path) -> None:
     next((tmp_path / "scan").iterdir()).unlink()
     with pytest.raises(InputError):
         opened.read(0)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("rest.zip", b"PK"),
+        ("a.dcm.gz", b"\x1f\x8b"),
+        ("1.2.840.113619.5", b""),
+        ("IM007", b"\0" * 200),
+        ("IM007", b"\x02\0\0\0UL"),
+    ],
+)
+def test_what_may_hold_one_of_the_slices_is_refused(tmp_path: Path, name: str, content: bytes) -> None:
+    (series(tmp_path) / name).write_bytes(content)
+    with pytest.raises(InputError, match=f"{name}.*may hold one of the slices"):
+        open_dicom(tmp_path)
+
+
+def test_a_text_without_a_suffix_is_left_out(tmp_path: Path) -> None:
+    (series(tmp_path) / "README").write_text("about these files")
+    assert "README" in open_dicom(tmp_path).notes[0]
+
+
+def test_captures_in_the_scans_own_series_are_left_out_one_by_one(tmp_path: Path) -> None:
+    series(tmp_path)
+    write(tmp_path, 4, "capture", SOPClassUID=uid.SecondaryCaptureImageStorage)
+    write(tmp_path, 60, "scout", ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"])
+    opened = open_dicom(tmp_path, "PL")
+    assert np.array_equal(stack(opened), hu())
+    assert "2 captures or localizers" in opened.notes[0]
+
+
+def test_an_image_of_many_frames_is_no_key_image(tmp_path: Path) -> None:
+    series(tmp_path)
+    write(tmp_path, 0, "frames", NumberOfFrames=200, SeriesNumber=9, SeriesInstanceUID="9.9")
+    with pytest.raises(InputError, match=r"holds 2 series"):
+        open_dicom(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "told"), [("scan.nii.gz", "name scan.nii.gz itself"), ("a.mha", "a.mha is a MetaImage")]
+)
+def test_a_folder_without_dicom_images_is_told_by_what_it_holds(tmp_path: Path, name: str, told: str) -> None:
+    (tmp_path / name).touch()
+    (tmp_path / "readme.txt").touch()
+    with pytest.raises(InputError, match=f"holds no DICOM images, but {told}"):
+        open_dicom(tmp_path)

@@ -300,3 +300,24 @@ def test_too_little_room_for_the_unpacked_file_is_told_before_it_is_written(
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 100}))
     with pytest.raises(InputError, match=r"unpacks to [0-9.]+ (kB|bytes), but .* only 100 bytes free"):
         opened.read(0)
+
+
+@pytest.mark.parametrize("qform", [SCANNED, None])
+def test_a_spacing_that_is_not_told_is_not_made_up(tmp_path: Path, qform: Any) -> None:
+    path = write_affines(tmp_path / "a.nii", None, qform)
+    content = bytearray(path.read_bytes())
+    content[80:92] = bytes(12)  # of pixdim
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"tells no spacing \(pixdim is 0 x 0 x 0\)"):
+        open_nifti(path)
+
+
+@pytest.mark.parametrize("sform", [np.zeros((4, 4)), np.full((4, 4), np.nan)])
+def test_an_sform_that_places_nothing_is_refused_with_the_flag_of_a_good_qform(tmp_path: Path, sform: Any) -> None:
+    path = write_affines(tmp_path / "a.nii", SCANNED, SCANNED)
+    content = bytearray(path.read_bytes())
+    content[280:328] = sform[:3].astype("<f4").tobytes()
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="--nifti-affine qform"):
+        open_nifti(path)
+    assert open_nifti(path, affine="qform").spacing == pytest.approx((2, 0.7, 0.7))

@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import nibabel
@@ -120,3 +121,40 @@ def test_formats_that_are_not_read_are_told_with_a_command_that_converts_them(tm
     (tmp_path / name).touch()
     with pytest.raises(InputError, match=f"python -c .*{name}.*nii.gz"):
         open_volume(tmp_path / name, "LP")
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg"])
+def test_a_preview_of_any_kind_above_the_folder_of_a_series_is_no_scan(tmp_path: Path, suffix: str) -> None:
+    (tmp_path / "series").mkdir()
+    add_series(tmp_path / "series")
+    Image.fromarray(VALUES[0].astype(np.uint8)).save(tmp_path / f"preview{suffix}")
+    assert open_volume(tmp_path, "LP").shape[0] == 3
+
+
+@pytest.mark.parametrize("name", ["part2/2.png", "part2/scan.nii", "2.png/x.txt"])
+def test_pictures_beside_a_folder_that_may_hold_more_are_refused(files: dict[str, Path], name: str) -> None:
+    path = files["picture"] / name
+    path.parent.mkdir()
+    path.touch()
+    with pytest.raises(InputError, match="which may hold more of the slices"):
+        open_volume(files["picture"], "LP")
+
+
+@pytest.mark.parametrize("name", ["2.bmp", "2.jp2", "2.png.part", "2"])
+def test_pictures_beside_a_file_that_is_not_read_are_refused(files: dict[str, Path], name: str) -> None:
+    (files["picture"] / name).touch()
+    with pytest.raises(InputError, match="which is not read and may be one of the slices"):
+        open_volume(files["picture"], "LP")
+
+
+def test_texts_beside_pictures_are_no_slices(files: dict[str, Path]) -> None:
+    for name in ("notes.txt", "table.csv", ".hidden"):
+        (files["picture"] / name).touch()
+    assert open_volume(files["picture"], "LP").shape[0] == 2
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif", ".nii.gz", ".npy"])
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path, suffix: str) -> None:
+    os.mkfifo(tmp_path / f"pipe{suffix}")
+    with pytest.raises(InputError, match="pipe"):
+        open_volume(tmp_path / f"pipe{suffix}", "LP")
