@@ -13,8 +13,29 @@ SPIN_COUNT = 20_000
 _CHOICES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 
 
+_READ_AT_IMPORT = {
+    "ACCELERATE_LOG_LEVEL": ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"),
+    "TORCH_DISTRIBUTED_DEBUG": ("OFF", "INFO", "DETAIL"),
+}
+"""Settings by which a library refuses to be imported, with a traceback, and what they may be."""
+
+
 def choose_waiting() -> None:
-    """Lets idle OpenMP threads wait as long as waking them takes; libgomp reads it when torch is loaded."""
+    """Lets idle OpenMP threads wait as long as waking them takes; libgomp reads it when torch is loaded.
+
+    Raises:
+        InputError: For settings in the environment by which torch or Accelerate would refuse to be loaded.
+    """
+    wrong = [
+        name for name, allowed in _READ_AT_IMPORT.items() if (os.environ.get(name) or allowed[0]).upper() not in allowed
+    ]
+    if wrong:
+        raise InputError(
+            *(
+                f"{name} is {os.environ[name]}, but must be one of {', '.join(_READ_AT_IMPORT[name])}: `unset {name}`."
+                for name in wrong
+            )
+        )
     if not any(name in os.environ for name in _CHOICES):
         os.environ["GOMP_SPINCOUNT"] = str(SPIN_COUNT)
 

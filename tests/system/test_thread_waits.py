@@ -42,3 +42,12 @@ def test_one_of_several_processes_says_that_they_are_too_many(
 def test_the_only_process_of_a_launcher_may_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "1")
     refuse_launch("python -m matchai.predict")
+
+
+@pytest.mark.parametrize("name", ["ACCELERATE_LOG_LEVEL", "TORCH_DISTRIBUTED_DEBUG"])
+def test_settings_by_which_a_library_would_not_load_are_told(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(name, "info")
+    choose_waiting()
+    monkeypatch.setenv(name, "banana")
+    with pytest.raises(InputError, match=f"{name} is banana, but must be one of .*: `unset {name}`"):
+        choose_waiting()
