@@ -22,7 +22,10 @@ leave_group()
 """
 
 
-@pytest.mark.parametrize(("how", "statuses", "is_told"), [("killed", [7, 9], True), ("well", [0, 0], False)])
+@pytest.mark.parametrize(
+    ("how", "statuses", "is_told"),
+    [("killed", [7, 9], True), pytest.param("well", [0, 0], False, marks=pytest.mark.slow)],
+)
 def test_the_loss_of_a_peer_ends_a_process_and_its_end_does_not(how: str, statuses: list[int], is_told: bool) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
