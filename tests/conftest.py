@@ -34,6 +34,20 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+# files of a minute and more: begun last, one of them would leave the other worker idle at the end
+LONG = ("test_benchmarks", "test_gpu", "test_worker", "test_trials", "test_distributed", "test_tune", "test_launch")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Lets workers take files in this order; pytest-xdist would begin with those of many tests, however short."""
+    config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begins with the long files."""
+    items.sort(key=lambda item: item.path.stem not in LONG)
+
+
 @pytest.fixture(scope="session")
 def phantom(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """32 slices of 64 x 64 in 4 volumes."""
