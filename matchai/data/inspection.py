@@ -23,7 +23,7 @@ class InspectedSlice(NamedTuple):
     Attributes:
         image: (H, W) in HU; None where pixels are NaN or infinite.
         labels: (H, W) class indices.
-        found: What `image_problems` and `mask_problems` judge.
+        found: What `refuse_unfit` judges and `describe_oddities` tells.
     """
 
     image: NDArray[np.float32] | None

@@ -174,7 +174,8 @@ def open_pairs(
 def read_labels(path: Path, class_names: Sequence[str], background_class: str) -> dict[int, int]:
     """The class of each number in the masks, by the names in nnU-Net's `dataset.json` (of either version).
 
-    Names are compared without regard to case, hyphens and underscores; number 0 is the background, whatever its name.
+    Names are compared without regard to case, hyphens and underscores; number 0 is the background if no
+    class has its name.
 
     Raises:
         InputError: If the file cannot be read, or names anything but one class for each number.

@@ -139,7 +139,7 @@ def _open_all(inputs: Sequence[Path], predictor: Predictor, settings: PredictSet
                     f"{path} has a name of {len(os.fsencode(volume.name))} bytes, too long for the names of results "
                     f"made of it; the most is {LONGEST_NAME}: rename it, or give a link to it."
                 )
-            notes = check_volume(volume, [about["hu_window"] for about in predictor.abouts])
+            notes = check_volume(volume, predictor)
             volume.notes = [*volume.notes, *notes]
             volumes.append(volume)
             if len(inputs) > 1:

@@ -24,6 +24,7 @@ from matchai.volumes import (
     count_values,
     file_labels,
     implausible_values,
+    raw_slice,
     turn,
 )
 
@@ -67,7 +68,7 @@ class VolumeResult:
     files: dict[str, Path]
 
 
-def check_volume(volume: Volume, hu_windows: Sequence[tuple[float, float]]) -> list[str]:
+def check_volume(volume: Volume, predictor: Predictor) -> list[str]:
     """Looks at some slices before any is predicted.
 
     Returns:
@@ -80,11 +81,13 @@ def check_volume(volume: Volume, hu_windows: Sequence[tuple[float, float]]) -> l
     places = np.unique(np.linspace(0, volume.shape[0] - 1, NUM_INSPECTED).round().astype(int)).tolist()
     images = [_read_finite(volume, index) for index in places]
     notes: dict[str | None, None] = {}
-    for hu_window in hu_windows:
+    for hu_window in _hu_windows(predictor):
         values = ValueCounts.total(count_values(one, hu_window) for one in images)
         if problem := implausible_values(str(volume.path), values, hu_window, can_choose_window=False):
             raise InputError(problem)
         notes[values.padding_note()] = None
+    for index, image in zip(places, images, strict=True):
+        _refuse_raw(volume, index, image, predictor)
     return [note for note in notes if note is not None]
 
 
@@ -98,6 +101,19 @@ def _read_finite(volume: Volume, index: int) -> NDArray[np.float32]:
             f"{row}, column {column}; replace them, by -1000 HU (air) say."
         )
     return image
+
+
+def _hu_windows(predictor: Predictor) -> list[tuple[float, float]]:
+    """The ranges that the models keep, each once."""
+    return list(dict.fromkeys((low, high) for low, high in (about["hu_window"] for about in predictor.abouts)))
+
+
+def _refuse_raw(volume: Volume, index: int, image: NDArray[np.float32], predictor: Predictor) -> None:
+    if any(raw_slice(count_values(image, hu_window), hu_window) for hu_window in _hu_windows(predictor)):
+        raise InputError(
+            f"Slice {index} of {volume.path} looks like raw CT values without their offset, among others in HU; bring "
+            "all to HU (value - 1024, as a rule)."
+        )
 
 
 def predict_volume(
@@ -122,21 +138,17 @@ def predict_volume(
         progress: Told (slices done, slices in all).
 
     Raises:
-        InputError: If a slice cannot be read, or holds values that are no numbers.
+        InputError: If a slice cannot be read, or holds values that are no numbers or no HU.
     """
-    check_volume(volume, [about["hu_window"] for about in predictor.abouts])
+    check_volume(volume, predictor)
     length, names = volume.shape[0], predictor.class_names
-
-    def read(index: int) -> NDArray[np.float32]:
-        return turn(_read_finite(volume, index), volume.orientation, predictor.orientation)
-
     results: list[SliceResult] = []
     with ExitStack() as stack:
         # on disk, not in memory: one byte a voxel, with maps two more for each
         mask_file = stack.enter_context(tempfile.TemporaryFile(dir=folder))
         shown = _names_of_maps(names if with_probabilities else []) + (["uncertainty"] if with_uncertainty else [])
         map_files = {what: stack.enter_context(tempfile.TemporaryFile(dir=folder)) for what in shown}
-        for turned in _predict_each(volume, predictor, read):
+        for turned in _predict_each(volume, predictor):
             probs = turn(turned, predictor.orientation, volume.orientation)
             pred = probs.argmax(0).astype(np.uint8)
             doubt = uncertainty(probs) if with_uncertainty else None
@@ -179,8 +191,14 @@ def _affected(pixels: NDArray[np.int64], predictor: Predictor) -> float | None:
     return affected_percent(pixels, predictor.lesion_classes, predictor.background_class)
 
 
-def _predict_each(volume: Volume, predictor: Predictor, read: ReadSlice) -> Iterator[NDArray[np.float32]]:
+def _predict_each(volume: Volume, predictor: Predictor) -> Iterator[NDArray[np.float32]]:
     """The probabilities (C, H, W) of every slice, with neighbours of its own volume alone."""
+
+    def read(index: int) -> NDArray[np.float32]:
+        image = _read_finite(volume, index)
+        _refuse_raw(volume, index, image, predictor)  # each one, as `check_volume` sees only some
+        return turn(image, volume.orientation, predictor.orientation)
+
     for start, stop in _volumes_in(volume, predictor, read):
         for _, probs in predictor.probabilities(lambda index, start=start: read(start + index), stop - start):  # type: ignore[misc]
             yield probs

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from matchai.data.phantom import write_phantom
 from matchai.prediction.inference import Predictor
 from matchai.prediction.volume_prediction import predict_volume
+from matchai.system import InputError
 from matchai.volumes.volume import open_array_volume
 from tests.kept import NAMES, keep_weights
 
@@ -42,3 +43,15 @@ def test_neighbours_never_come_from_another_volume_of_the_same_array(tmp_path: P
 
     apart = [mask_of("first.npy", images[:8]), mask_of("second.npy", images[8:])]
     assert np.array_equal(mask_of("both.npy", images), np.concatenate(apart))
+
+
+@pytest.mark.parametrize("number", [0, 1])  # of 40 slices every third, from the first on, is looked at beforehand
+def test_one_raw_slice_among_slices_in_hu_is_refused_wherever_it_lies(tmp_path: Path, number: int) -> None:
+    images = np.random.default_rng(0).uniform(-1000, 400, (40, 32, 32))
+    images[number] += 1024
+    np.save(tmp_path / "scan.npy", images)
+    predictor = Predictor([keep_weights(tmp_path / "run")], mixed_precision="no")
+    volume = open_array_volume(tmp_path / "scan.npy", "LP", (1, 0))
+    with pytest.raises(InputError, match=rf"Slice {number} of .*scan\.npy looks like raw CT values"):
+        predict_volume(volume, predictor, tmp_path)
+    assert not list(tmp_path.glob("*mask*"))
