@@ -15,10 +15,9 @@ from torch import Tensor, nn
 
 from matchai.data import STEPS, mirrored, quantise, resize, window
 from matchai.model import build_model, use_fast_layers
-from matchai.system import InputError, choose_precision, keep_heap, set_threads
+from matchai.system import HALF_DTYPES, InputError, choose_precision, keep_heap, set_threads
 from matchai.training import load_weights
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # of weights that do not tell it yet
 OLDER: dict[str, Any] = {"orientation": "LP", "rescale": [1.0, 0.0], "data_kind": "npy", "context": 0, "in_channels": 1}
 ALIKE = ("class_names", "background_class", "lesion_classes", "orientation")  # what an ensemble must agree on
@@ -110,7 +109,7 @@ class Predictor:
         self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         precision, reason = choose_precision(mixed_precision, self.device)
         self.precision = f"{precision} ({reason})"
-        self._dtype = DTYPES.get(precision)
+        self._dtype = HALF_DTYPES.get(precision)
         self._batch_size = batch_size or (8 if self.device.type == "cpu" else 16)
         self._is_mirrored = is_mirrored
         keep_heap()

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     )
     from matchai.system.lazy import lazy_exports
     from matchai.system.machine import (
-        choose_precision, cpu_has_bf16, default_workers, keep_heap, num_cores, num_local_processes, preparing_threads,
-        set_threads,
+        HALF_DTYPES, choose_precision, cpu_has_bf16, default_workers, keep_heap, num_cores, num_local_processes,
+        preparing_threads, set_threads,
     )
     from matchai.system.optional_packages import need
     from matchai.system.output import printable
@@ -34,13 +34,13 @@ else:
     __getattr__, __dir__ = lazy_exports(__name__)
 
 __all__ = [
-    "INTERRUPTED", "MISTAKE", "Display", "FailedError", "HostLocks", "InputError", "LockLostError", "Problems",
-    "StopSignal", "StoppedError", "StoreError", "StudyDisplay", "alone", "any_process", "best_line", "check_agreement",
-    "check_launch", "choose_precision", "choose_waiting", "cpu_has_bf16", "decide", "default_workers", "device_message",
-    "end_with_launcher", "end_with_parent", "epoch_line", "file_name", "format_size", "is_lost_process",
-    "is_out_of_memory", "is_set_by_launcher", "is_sticky", "is_there", "join_group", "keep_heap", "launcher",
-    "lazy_exports", "leave_group", "list_folder", "lock_bytes", "lost_process_message", "machine", "make_folder",
-    "need", "num_cores", "num_local_processes", "num_processes", "num_restarts", "plural", "preparing_threads",
-    "print_problems", "printable", "refuse_launch", "run_command", "seed_sequence", "set_threads", "share_error",
-    "show_evaluation", "sync_file", "sync_folder", "walk_files", "watching_peers", "write_whole",
+    "HALF_DTYPES", "INTERRUPTED", "MISTAKE", "Display", "FailedError", "HostLocks", "InputError", "LockLostError",
+    "Problems", "StopSignal", "StoppedError", "StoreError", "StudyDisplay", "alone", "any_process", "best_line",
+    "check_agreement", "check_launch", "choose_precision", "choose_waiting", "cpu_has_bf16", "decide",
+    "default_workers", "device_message", "end_with_launcher", "end_with_parent", "epoch_line", "file_name",
+    "format_size", "is_lost_process", "is_out_of_memory", "is_set_by_launcher", "is_sticky", "is_there", "join_group",
+    "keep_heap", "launcher", "lazy_exports", "leave_group", "list_folder", "lock_bytes", "lost_process_message",
+    "machine", "make_folder", "need", "num_cores", "num_local_processes", "num_processes", "num_restarts", "plural",
+    "preparing_threads", "print_problems", "printable", "refuse_launch", "run_command", "seed_sequence", "set_threads",
+    "share_error", "show_evaluation", "sync_file", "sync_folder", "walk_files", "watching_peers", "write_whole",
 ]

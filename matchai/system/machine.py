@@ -15,6 +15,9 @@ import torch.utils.deterministic
 from matchai.system.errors import InputError
 from matchai.system.processes import is_set_by_launcher
 
+HALF_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+"""The types of autocast, by what `choose_precision` returns; there is none for `no`."""
+
 
 def choose_precision(asked: str, device: torch.device) -> tuple[str, str]:
     """Resolves `mixed_precision`.

@@ -21,12 +21,11 @@ from torch.utils.data import DataLoader
 from matchai.metrics import Counts, confusion_counts
 from matchai.model import JoinedForward, KeyedLayer, SegmentationLoss, local_norms, set_dropout, sum_dtype
 from matchai.sampling import DistributedWeightedSampler, micro_shares
-from matchai.system import FailedError
+from matchai.system import HALF_DTYPES, FailedError
 from matchai.training.averaging import AveragedWeights
 from matchai.training.deterministic import DeterministicGradient
 from matchai.training.meters import EpochMeter, StepOutcome, timed_event
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 MAX_SKIPPED = 10  # steps in a row without a finite gradient before the run ends
 CAST_GROUPS = 8  # of layers, whose gradients other processes get while those before them are computed
 ASK_EVERY = 8  # batches of a validation on a GPU, between two questions whether to stop
@@ -96,7 +95,7 @@ class Training:
 
     def __post_init__(self) -> None:
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        half = DTYPES.get(self.accelerator.mixed_precision)
+        half = HALF_DTYPES.get(self.accelerator.mixed_precision)
         self.dtype, self.joined = half or torch.float32, None
         if self.accelerator.device.type != "cpu":
             groups = 1 if self.accelerator.num_processes == 1 else CAST_GROUPS
