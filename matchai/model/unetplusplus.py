@@ -104,11 +104,16 @@ def _attempts(encoder: str, image_size: int | None) -> list[tuple[int, dict[str,
 
 def _own_size(encoder: str) -> int | None:
     """Pixels a side at which timm trained an encoder, if it is one of timm's."""
-    try:
-        config = timm.get_pretrained_cfg(encoder.removeprefix("tu-")) if encoder.startswith("tu-") else None
-    except RuntimeError:  # no such weights
-        return None
+    config = _timm_config(encoder)
     return config.input_size[-1] if config else None
+
+
+def _timm_config(encoder: str) -> Any:
+    """What timm tells of the weights of an encoder, if it is one of timm's; else None."""
+    try:
+        return timm.get_pretrained_cfg(encoder.removeprefix("tu-")) if encoder.startswith("tu-") else None
+    except RuntimeError:  # no weights of that tag
+        return None
 
 
 def _frozen(model: nn.Module, used: set[str]) -> nn.Module:
@@ -211,10 +216,7 @@ def weights_place(encoder: str) -> tuple[str, str | None, tuple[str, ...]] | Non
     if "pretrained_settings" in smp.encoders.encoders.get(encoder, {}):
         settings: Any = smp.encoders.encoders[encoder]["pretrained_settings"].get("imagenet")
         return settings and (settings["repo_id"], settings["revision"], ("model.safetensors",))
-    try:
-        config = timm.get_pretrained_cfg(encoder.removeprefix("tu-")) if encoder.startswith("tu-") else None
-    except RuntimeError:  # no weights of that tag
-        return None
+    config = _timm_config(encoder)
     if config is None or not config.hf_hub_id:
         return None
     return config.hf_hub_id, None, ("model.safetensors", "pytorch_model.bin")
